@@ -1,0 +1,104 @@
+"""Structured pruning of causal language models, as a transformers plugin.
+
+Importing the package teaches `from_pretrained` the keyword `pruning_config=` and lets it open pruned checkpoints. Heavy
+libraries load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import loading as _loading
+
+if TYPE_CHECKING:
+    from .architectures import ARCHITECTURES, Architecture, Attention, Experts, Mlp
+    from .config import (
+        RECIPES,
+        AllocationConfig,
+        CalibrationConfig,
+        ImportanceConfig,
+        PruningConfig,
+        RepairConfig,
+        TextSource,
+    )
+    from .errors import AdaPruneError
+    from .importance import METRICS
+    from .loading import result_of
+    from .masking import masked
+    from .pipeline import PruningResult, prune
+    from .plan import PruningPlan, SitePlan
+    from .saving import save_pruned
+    from .sites import find_sites
+    from .surgery import apply_plan
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "ARCHITECTURES": "architectures",
+    "AdaPruneError": "errors",
+    "AllocationConfig": "config",
+    "Architecture": "architectures",
+    "Attention": "architectures",
+    "CalibrationConfig": "config",
+    "Experts": "architectures",
+    "ImportanceConfig": "config",
+    "METRICS": "importance",
+    "Mlp": "architectures",
+    "PruningConfig": "config",
+    "PruningPlan": "plan",
+    "PruningResult": "pipeline",
+    "RECIPES": "config",
+    "RepairConfig": "config",
+    "SitePlan": "plan",
+    "TextSource": "config",
+    "apply_plan": "surgery",
+    "find_sites": "sites",
+    "masked": "masking",
+    "prune": "pipeline",
+    "result_of": "loading",
+    "save_pruned": "saving",
+}
+
+__all__ = [
+    "ARCHITECTURES",
+    "METRICS",
+    "RECIPES",
+    "AdaPruneError",
+    "AllocationConfig",
+    "Architecture",
+    "Attention",
+    "CalibrationConfig",
+    "Experts",
+    "ImportanceConfig",
+    "Mlp",
+    "PruningConfig",
+    "PruningPlan",
+    "PruningResult",
+    "RepairConfig",
+    "SitePlan",
+    "TextSource",
+    "apply_plan",
+    "find_sites",
+    "masked",
+    "prune",
+    "result_of",
+    "save_pruned",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, for completion."""
+    return sorted({*globals(), *__all__})
+
+
+_loading.install()

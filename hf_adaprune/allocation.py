@@ -1,0 +1,540 @@
+"""Scores, budget and profile become a plan. The budget holds by construction.
+
+Every site offers its units in the order in which they would go; an allocation decides how far down each list to go, in
+steps that keep every rule (multiples, floors, protected layers, equal groups). What is removed is at least the target
+and overshoots it by less than the last step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import PruningConfig
+from .errors import BudgetError, ConfigError
+from .importance import Scores, unit_of
+from .plan import PruningPlan, SitePlan
+from .sites import GROUP_UNITS, ModelSites, Site
+
+__all__ = ["allocate", "target_removal"]
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """What one site can give, in the order in which it would.
+
+    Args:
+        site ([`Site`]): the site.
+        unit (`str`): the width unit.
+        order (`torch.Tensor`): units in the order they go; for balanced units `[steps, groups]`, one of every group.
+        scores (`torch.Tensor`): score of every step, `[steps]`, ascending.
+        cost (`int`): parameters per step.
+        levels (`tuple[int, ...]`): allowed numbers of removed steps, ascending, from 0.
+        bias (`int`): parameters that a repair adds once anything is removed.
+        sublayer_score (`float`, *optional*): score of removing the whole sublayer, where that is allowed.
+    """
+
+    site: Site
+    unit: str
+    order: torch.Tensor
+    scores: torch.Tensor
+    cost: int
+    levels: tuple[int, ...]
+    bias: int
+    sublayer_score: float | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return len(self.scores)
+
+    @property
+    def most(self) -> int:
+        """The highest allowed level."""
+        return self.levels[-1]
+
+    def level(self, wanted: float) -> int:
+        """The allowed level nearest to a wanted number of steps."""
+        return min(self.levels, key=lambda level: (abs(level - wanted), level))
+
+    def removed(self, level: int) -> int:
+        """Parameters that a level removes."""
+        if level == 0:
+            return 0
+        return level * self.cost - self.bias
+
+    def kept(self, level: int) -> SitePlan:
+        """The site plan of a level."""
+        site = self.site
+        gone = {int(unit) for unit in self.order[:level].flatten()}
+        if self.unit in GROUP_UNITS:
+            kept = [u for u in range(site.groups * site.group_size) if u // site.group_size not in gone]
+        else:
+            kept = [u for u in range(site.groups * site.group_size) if u not in gone]
+        return SitePlan(site.groups, site.group_size, tuple(kept))
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One thing that may go in a global ranking, after everything that stands before it in its list."""
+
+    value: float
+    removes: int
+    offer: int | None = None
+    level: int = 0
+    layer: int | None = None
+    sublayer: str | None = None
+
+
+def target_removal(sites: ModelSites, config: PruningConfig) -> int:
+    """Parameters to remove: from the ratio, the total parameters, or the bytes of a config.
+
+    Raises:
+        BudgetError: the target lies above the model's size.
+    """
+    if config.target_parameters is None and config.target_bytes is None:
+        return math.ceil(config.pruning_ratio * sites.decoder_parameters - 1e-6)
+    size = next(sites.model.parameters()).element_size()
+    goal = config.target_parameters if config.target_parameters is not None else (config.target_bytes or 0) // size
+    if goal > sites.total_parameters:
+        raise BudgetError(
+            f"the target of {goal:,} parameters is above the model's {sites.total_parameters:,}; nothing to remove."
+        )
+    return sites.total_parameters - goal
+
+
+def allocate(sites: ModelSites, scores: Scores, config: PruningConfig, cosine: torch.Tensor | None = None) -> PruningPlan:
+    """Decide which units of every site stay.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        scores ([`Scores`]): of its units.
+        config ([`PruningConfig`]): budget, units, rules and method.
+        cosine (`torch.Tensor`, *optional*): mean cosine of every layer's input and output, `[layers]` or
+            `[rounds so far, layers]`, for `similarity`.
+
+    Raises:
+        BudgetError: the rules do not let enough go; the message says how much they do.
+        ConfigError: nothing in the model may go, or the method lacks what it reads.
+    """
+    target = target_removal(sites, config)
+    offers = _offers(sites, scores, config)
+    if config.allocation.method == "global":
+        return _global(sites, scores, config, offers, target)
+    if not offers:
+        raise ConfigError(
+            f"allocation {config.allocation.method!r} shares widths, but `units` {config.units} leaves none to share. Add "
+            "channel or kv_group, or use the method `global`."
+        )
+    if config.allocation.method == "flap" and config.allocation.structure == "AL-AM":
+        return _global(sites, scores, config, offers, target, per_parameter=False)
+    if config.allocation.method == "flap" and config.allocation.structure.startswith("AL"):
+        return _manual_adaptive(sites, config, offers, target)
+    shape = _SHAPES[config.allocation.method]
+    return _shaped(sites, config, offers, target, shape(sites, config, offers, target, cosine))
+
+
+# -- what may go ------------------------------------------------------------------------------------------------------
+
+
+def _protected(sites: ModelSites, config: PruningConfig) -> set[int]:
+    count = len(sites.layers)
+    outside = [layer for layer in config.protected_layers if not -count <= layer < count]
+    if outside:
+        raise ConfigError(f"`protected_layers` names layers {outside}, the model has {count}.")
+    return {layer % count for layer in config.protected_layers}
+
+
+def _offers(sites: ModelSites, scores: Scores, config: PruningConfig) -> list[Offer]:
+    protected = _protected(sites, config)
+    offers = []
+    for site in sites:
+        unit = unit_of(site, config.units)
+        if unit is None or site.layer in protected:
+            continue
+        order, step_scores, cost = _order(site, unit, scores.units[site.name])
+        levels = _levels(sites, site, unit, len(step_scores), config)
+        if len(levels) < 2:
+            continue
+        adds_bias = config.repair.method == "bias" or (config.repair.method == "least_squares" and config.repair.intercept)
+        adds_bias = adds_bias and site.reader.bias is None and site.kind != "experts" and not config.uniform
+        offers.append(Offer(site, unit, order, step_scores, cost, levels, site.outputs if adds_bias else 0))
+    known = {unit for site in sites if (unit := unit_of(site, config.units))}
+    if not known and not {"attention", "mlp", "layer"} & set(config.units):
+        reasons = sorted({site.refusal for site in sites if site.refusal})
+        raise ConfigError(
+            f"nothing in this {sites.architecture.model_type} model may go with `units` {config.units}."
+            + (f" Heads stay because {reasons[0]}." if reasons else "")
+            + " Name other units, for example `channel`."
+        )
+    return offers
+
+
+def _order(site: Site, unit: str, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    cost = site.unit_parameters(unit)
+    if unit in GROUP_UNITS or site.groups == 1:
+        values, order = scores.sort(stable=True)
+        return order, values, cost
+    # One unit of every group leaves at a time, the lowest of each: groups must stay equally wide.
+    values, order = scores.reshape(site.groups, site.group_size).sort(dim=1, stable=True)
+    offsets = torch.arange(site.groups)[:, None] * site.group_size
+    return (order + offsets).T, values.sum(0), cost * site.groups
+
+
+def _levels(sites: ModelSites, site: Site, unit: str, steps: int, config: PruningConfig) -> tuple[int, ...]:
+    most = math.floor(config.allocation.max_site_ratio * steps + 1e-9)
+    if unit in ("channel", "expert_channel"):
+        multiple = config.channel_multiple
+        if unit == "expert_channel":
+            multiple = math.lcm(multiple, expert_multiple(site))
+        floor = max(config.min_channels, multiple)
+        kept = [width for width in range(multiple * math.ceil(floor / multiple), steps, multiple)]
+        levels = [steps - width for width in reversed(kept)]
+    else:
+        floor = {"kv_group": config.min_groups, "expert": max(1, sites.top_k(site))}.get(unit, 1)
+        levels = list(range(1, steps - floor + 1))
+    if config.uniform and unit == "kv_group" and sites.architecture.heads_must_divide_hidden:
+        hidden = sites.model.config.hidden_size
+        levels = [level for level in levels if hidden % ((steps - level) * site.group_size) == 0]
+    return (0, *(level for level in levels if level <= most))
+
+
+def expert_multiple(site: Site) -> int:
+    """Widths of fused experts are multiples of this: grouped products want rows of whole 16 bytes."""
+    return max(1, 16 // site.reader.parameter.element_size())
+
+
+# -- one ranking over the model ---------------------------------------------------------------------------------------
+
+
+def _modifier(sites: ModelSites, config: PruningConfig) -> Callable[[int, str], float]:
+    """The profile as a factor on scores, by layer and kind of site."""
+    points = config.allocation.profile
+
+    def factor(layer: int, kind: str) -> float:
+        value = _interpolate(points, layer, len(sites.layers)) if points else 0.0
+        return math.exp(value + (config.allocation.attention_balance if kind == "attention" else 0.0))
+
+    return factor
+
+
+def _interpolate(points: Sequence[float], layer: int, layers: int) -> float:
+    if len(points) == 1 or layers == 1:
+        return points[0]
+    position = layer / (layers - 1) * (len(points) - 1)
+    left = min(int(position), len(points) - 2)
+    return points[left] + (position - left) * (points[left + 1] - points[left])
+
+
+def _global(
+    sites: ModelSites,
+    scores: Scores,
+    config: PruningConfig,
+    offers: list[Offer],
+    target: int,
+    per_parameter: bool = True,
+) -> PruningPlan:
+    if config.uniform and offers:
+        return _shaped(sites, config, offers, target, [1.0] * len(offers))
+    factor = _modifier(sites, config)
+    steps: list[_Step] = []
+    for number, offer in enumerate(offers):
+        scale = factor(offer.site.layer, offer.site.kind)
+        steps.extend(_offer_steps(number, offer, scale, per_parameter))
+    steps.extend(_whole_steps(sites, scores, config, factor, per_parameter))
+    if not steps:
+        raise ConfigError(f"`units` {config.units} and `protected_layers` leave nothing that may go.")
+    return _take(sites, config, offers, steps, target)
+
+
+def _offer_steps(number: int, offer: Offer, scale: float, per_parameter: bool) -> Iterator[_Step]:
+    cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), offer.scores.double().cumsum(0)])
+    floor = -math.inf
+    for low, high in zip(offer.levels, offer.levels[1:], strict=False):
+        removes = offer.removed(high) - offer.removed(low)
+        value = float(cumulative[high] - cumulative[low])
+        value = value / max(1, (high - low) * offer.cost) if per_parameter else value / (high - low)
+        # A step can only follow the ones before it, so its price is never below theirs.
+        floor = max(floor, value * scale if value > 0 else value)
+        yield _Step(floor, removes, offer=number, level=high)
+
+
+def _whole_steps(
+    sites: ModelSites, scores: Scores, config: PruningConfig, factor: Callable[[int, str], float], per_parameter: bool
+) -> Iterator[_Step]:
+    protected = _protected(sites, config)
+    for site in sites:
+        kind = "attention" if site.kind == "attention" else "mlp"
+        if kind in config.units and site.layer not in protected:
+            removes = site.sublayer_parameters
+            value = scores.sublayers[site.name] * factor(site.layer, site.kind)
+            yield _Step(value / removes if per_parameter else value, removes, sublayer=site.name)
+    if "layer" in config.units:
+        sites.check_layers_may_go()
+        for layer, removes in enumerate(sites.layer_parameters):
+            if layer not in protected:
+                value = float(scores.layers[layer]) * factor(layer, "layer")
+                yield _Step(value / removes if per_parameter else value, removes, layer=layer)
+
+
+def _take(
+    sites: ModelSites, config: PruningConfig, offers: list[Offer], steps: list[_Step], target: int
+) -> PruningPlan:
+    """Take steps from the cheapest on until the target is met, then give back what was not needed."""
+    state = _State(sites, offers)
+    taken: list[_Step] = []
+    for step in sorted(steps, key=lambda s: (s.value, s.offer if s.offer is not None else -1, s.level)):
+        if state.removed >= target:
+            break
+        if state.take(step):
+            taken.append(step)
+    if state.removed < target:
+        raise _unreachable(sites, config, state.removed, target)
+    # The last step may overshoot by a whole KV group or layer; steps that became superfluous stay in the model.
+    for step in sorted(taken, key=lambda s: -s.value):
+        state.give_back(step, target)
+    return state.plan(sites)
+
+
+class _State:
+    """How far down each list an allocation has gone."""
+
+    def __init__(self, sites: ModelSites, offers: list[Offer]) -> None:
+        self.sites, self.offers = sites, offers
+        self.levels = [0] * len(offers)
+        self.sublayers: set[str] = set()
+        self.layers: set[int] = set()
+        self.by_site = {offer.site.name: number for number, offer in enumerate(offers)}
+
+    @property
+    def removed(self) -> int:
+        total = sum(self.sites.layer_parameters[layer] for layer in self.layers)
+        for name in self.sublayers:
+            site = self.sites.by_name[name]
+            if site.layer not in self.layers:
+                total += site.sublayer_parameters
+        for offer, level in zip(self.offers, self.levels, strict=True):
+            if offer.site.layer not in self.layers and offer.site.name not in self.sublayers:
+                total += offer.removed(level)
+        return total
+
+    def take(self, step: _Step) -> bool:
+        if step.layer is not None:
+            if len(self.layers) + 1 >= len(self.sites.layers):
+                return False
+            self.layers.add(step.layer)
+        elif step.sublayer is not None:
+            self.sublayers.add(step.sublayer)
+        elif step.offer is not None:
+            self.levels[step.offer] = max(self.levels[step.offer], step.level)
+        return True
+
+    def give_back(self, step: _Step, target: int) -> None:
+        if step.offer is not None and self.levels[step.offer] != step.level:
+            return
+        before = (list(self.levels), set(self.sublayers), set(self.layers))
+        if step.layer is not None:
+            self.layers.discard(step.layer)
+        elif step.sublayer is not None:
+            self.sublayers.discard(step.sublayer)
+        elif step.offer is not None:
+            levels = self.offers[step.offer].levels
+            self.levels[step.offer] = levels[levels.index(step.level) - 1]
+        if self.removed < target:
+            self.levels, self.sublayers, self.layers = before
+
+    def plan(self, sites: ModelSites) -> PruningPlan:
+        found = {offer.site.name: offer.kept(level) for offer, level in zip(self.offers, self.levels, strict=True) if level}
+        for name in self.sublayers:
+            site = sites.by_name[name]
+            found[name] = SitePlan(site.groups, site.group_size, ())
+        found = {name: site for name, site in found.items() if sites.by_name[name].layer not in self.layers}
+        return PruningPlan(sites.architecture.model_type, len(sites.layers), found, tuple(self.layers))
+
+
+# -- ratios per layer -------------------------------------------------------------------------------------------------
+
+# A shape says how much of each offer goes, up to a common factor that the budget decides.
+Shape = Callable[[ModelSites, PruningConfig, list[Offer], int, "torch.Tensor | None"], list[float]]
+
+
+def _even(sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: object) -> list[float]:
+    return [1.0] * len(offers)
+
+
+def _logarithmic(
+    sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: object
+) -> list[float]:
+    """SlimGPT's incremental ratio (2412.18110): `r_i = r_0 + (r_last - r_0) ln(i + 1) / ln(L)`."""
+    layers = len(sites.layers)
+    ratio = target / max(1, sites.decoder_parameters)
+    first = config.allocation.first_ratio if config.allocation.first_ratio is not None else ratio / 3
+    mean = math.lgamma(layers + 1) / (layers * math.log(layers)) if layers > 1 else 1.0
+    last = first + (ratio - first) / mean
+    rise = [math.log(layer + 1) / math.log(max(2, layers)) for layer in range(layers)]
+    return [max(first + (last - first) * rise[offer.site.layer], 1e-6) for offer in offers]
+
+
+def _profile(sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: object) -> list[float]:
+    factor = _modifier(sites, config)
+    ratio = min(max(target / max(1, sites.decoder_parameters), 1e-3), 1 - 1e-3)
+    odds = ratio / (1 - ratio)
+    shares = []
+    for offer in offers:
+        own = odds / factor(offer.site.layer, offer.site.kind)
+        shares.append(own / (1 + own))
+    return shares
+
+
+def _similarity(
+    sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: torch.Tensor | None
+) -> list[float]:
+    """Adapt-Pruner's map (2502.03460): `S_l = S_base - A I_l`, importance = negative cosine, centred, scaled to 1.
+
+    The published schedule adds increments of 0.02 to the base and subtracts A times the importance at each; the same
+    layers' importance over all increments amounts to one step with A times their number.
+    """
+    if cosine is None:
+        raise ConfigError("allocation `similarity` needs the layers' cosines; collect them with Needs(cosine=True).")
+    protected = _protected(sites, config)
+    own = [layer for layer in range(len(sites.layers)) if layer not in protected]
+    importance = -torch.atleast_2d(cosine).double()
+    centred = importance - importance[:, own].mean(1, keepdim=True)
+    centred = (centred / centred[:, own].abs().amax(1, keepdim=True).clamp(min=1e-12)).mean(0)
+    base = target / max(1, sum(sites.layer_parameters[layer] for layer in own))
+    amplitude = config.allocation.amplitude * base / 0.02
+    return [max(base - amplitude * float(centred[offer.site.layer]), 1e-6) for offer in offers]
+
+
+_SHAPES: dict[str, Shape] = {
+    "uniform": _even,
+    "flap": _even,
+    "logarithmic": _logarithmic,
+    "profile": _profile,
+    "similarity": _similarity,
+}
+
+
+def _shaped(
+    sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, shape: Sequence[float]
+) -> PruningPlan:
+    """Scale a shape until the target is met, rounding every offer to its levels.
+
+    Heads, groups and experts are coarse: they go by the ratio that would meet the target if nothing were rounded,
+    rounded down, and the channels make up the rest (as Wanda-sp's `int(0.2 * 3) = 0` groups ask for). The last channels
+    to move do so one by one where layers may differ.
+    """
+    fine = [number for number, offer in enumerate(offers) if offer.unit in ("channel", "expert_channel")]
+    if len(fine) in (0, len(offers)):
+        return _scaled(sites, config, offers, target, shape, list(range(len(offers))), [0] * len(offers)).plan(sites)
+    coarse = [number for number in range(len(offers)) if number not in fine]
+    manual = config.allocation.method == "flap" and config.allocation.structure == "UL-MM"
+    factor = (config.allocation.attention_ratio or 0.0) if manual else _continuous_factor(offers, shape, target)
+    for attempt in range(200):
+        levels = [0] * len(offers)
+        for number in coarse:
+            share = min(1.0, factor * (1.0 if manual else shape[number])) * (1 + 0.05 * attempt)
+            levels[number] = _floor_level(offers[number], share * offers[number].steps)
+        try:
+            return _scaled(sites, config, offers, target, shape, fine, levels).plan(sites)
+        except BudgetError:
+            # The channels alone cannot make up the rest: more of the coarse units have to go.
+            if manual or all(levels[number] == offers[number].most for number in coarse):
+                raise
+    raise _unreachable(sites, config, 0, target)
+
+
+def _continuous_factor(offers: list[Offer], shape: Sequence[float], target: int) -> float:
+    low, high = 0.0, max(1.0 / share for share in shape)
+    for _ in range(60):
+        middle = (low + high) / 2
+        removed = sum(
+            min(1.0, middle * share) * offer.steps * offer.cost for offer, share in zip(offers, shape, strict=True)
+        )
+        low, high = (middle, high) if removed < target else (low, middle)
+    return high
+
+
+def _scaled(
+    sites: ModelSites,
+    config: PruningConfig,
+    offers: list[Offer],
+    target: int,
+    shape: Sequence[float],
+    movable: Sequence[int],
+    fixed: list[int],
+) -> _State:
+    """Move the offers named in `movable` by one common factor until the target is met; the others stay at `fixed`."""
+    state = _State(sites, offers)
+
+    def levels(factor: float) -> list[int]:
+        found = list(fixed)
+        for number in movable:
+            found[number] = _floor_level(offers[number], min(1.0, factor * shape[number]) * offers[number].steps)
+        return found
+
+    high = max(1.0 / shape[number] for number in movable)
+    state.levels = levels(high)
+    if state.removed < target:
+        raise _unreachable(sites, config, state.removed, target)
+    low = 0.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        state.levels = levels(middle)
+        low, high = (middle, high) if state.removed < target else (low, middle)
+    enough = levels(high)
+    state.levels = enough
+    if config.uniform:
+        return state
+    # Between the two factors some offers move at the same moment; move them one by one, the cheapest first.
+    state.levels = levels(low)
+    moving = [number for number in movable if enough[number] > state.levels[number]]
+    prices = {number: _price(offers[number], state.levels[number], enough[number]) for number in moving}
+    for number in sorted(moving, key=lambda n: (prices[n], n)):
+        if state.removed >= target:
+            break
+        state.levels[number] = enough[number]
+    return state
+
+
+def _floor_level(offer: Offer, wanted: float) -> int:
+    return max((level for level in offer.levels if level <= wanted + 1e-9), default=0)
+
+
+def _price(offer: Offer, low: int, high: int) -> float:
+    return float(offer.scores[low:high].double().sum()) / max(1, (high - low) * offer.cost)
+
+
+def _manual_adaptive(sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int) -> PruningPlan:
+    """FLAP AL-MM: a set share of all KV groups by one ranking, channels by another for the rest of the budget."""
+    attention = [number for number, offer in enumerate(offers) if offer.site.kind == "attention"]
+    state = _State(sites, offers)
+    wanted = round((config.allocation.attention_ratio or 0.0) * sum(offers[number].steps for number in attention))
+    ranked = [step for number in attention for step in _offer_steps(number, offers[number], 1.0, per_parameter=False)]
+    for step in sorted(ranked, key=lambda s: s.value)[:wanted]:
+        state.take(step)
+    rest = [
+        step
+        for number, offer in enumerate(offers)
+        if number not in attention
+        for step in _offer_steps(number, offer, 1.0, per_parameter=False)
+    ]
+    for step in sorted(rest, key=lambda s: (s.value, s.offer or 0, s.level)):
+        if state.removed >= target:
+            break
+        state.take(step)
+    if state.removed < target:
+        raise _unreachable(sites, config, state.removed, target)
+    return state.plan(sites)
+
+
+def _unreachable(sites: ModelSites, config: PruningConfig, reached: int, target: int) -> BudgetError:
+    total = sites.decoder_parameters
+    return BudgetError(
+        f"at most {reached:,} of {total:,} decoder-layer parameters ({reached / total:.1%}) may go with `units` "
+        f"{config.units}, floors, multiples and protected layers as they are; {target:,} ({target / total:.1%}) were asked "
+        f"for. Allow more units, protect fewer layers, or lower the ratio to at most {max(0.0, reached / total - 5e-4):.3f}."
+    )

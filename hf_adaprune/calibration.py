@@ -1,0 +1,310 @@
+"""Documents become token blocks with a domain: deterministic, with digests.
+
+Calibration windows are shuffled and packed; selection and report text follows the perplexity protocol (the text as it
+stands, cut into windows).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .documents import Documents, Readable, read_source
+from .errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TokenBlocks", "calibration_blocks", "report_blocks"]
+
+logger = logging.getLogger(__name__)
+
+CHUNK_CHARACTERS = 20_000
+SHORTEST_WINDOW = 8
+SURPLUS_TOKENS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBlocks:
+    """Windows of tokens, each of one domain.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `[windows, length]`): token ids, int64.
+        attention_mask (`torch.Tensor` of shape `[windows, length]`): bool; False is padding, on the right.
+        domain (`torch.Tensor` of shape `[windows]`): int64 index into `domains`.
+        domains (`tuple[str, ...]`): the domains' names.
+
+    Attributes:
+        digest (`str`): sha256 over ids, mask and domains; ids under padding do not count.
+
+    Raises:
+        CalibrationError: shapes do not fit together, or the padding is not on the right.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    domain: torch.Tensor
+    domains: tuple[str, ...]
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check shapes and padding, and compute the digest."""
+        ids, mask, domain = self.input_ids.long().cpu(), self.attention_mask.bool().cpu(), self.domain.long().cpu()
+        if ids.dim() != 2 or mask.shape != ids.shape or domain.shape != ids.shape[:1]:
+            raise CalibrationError(
+                "token blocks need ids and mask [windows, length] and domain [windows]. "
+                f"Found {list(ids.shape)}, {list(mask.shape)} and {list(domain.shape)}."
+            )
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise CalibrationError("padding should be on the right of a window. Found tokens after padding.")
+        if len(domain) and not 0 <= int(domain.min()) <= int(domain.max()) < len(self.domains):
+            raise CalibrationError(f"`domain` should index into the {len(self.domains)} `domains`.")
+        digest = hashlib.sha256(json.dumps([list(ids.shape), list(self.domains)]).encode())
+        for tensor in (ids * mask, mask, domain):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        values = {"input_ids": ids, "attention_mask": mask, "domain": domain, "digest": digest.hexdigest()}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are no padding."""
+        return int(self.attention_mask.sum())
+
+    def select(self, indices: Sequence[int] | torch.Tensor | slice) -> TokenBlocks:
+        """The windows at `indices`, in that order; the tuple of domains stays whole."""
+        index = indices if isinstance(indices, slice) else torch.as_tensor(indices, dtype=torch.long)
+        return TokenBlocks(self.input_ids[index], self.attention_mask[index], self.domain[index], self.domains)
+
+    def split(self, fraction: float, seed: int) -> tuple[TokenBlocks, TokenBlocks]:
+        """Two disjoint parts (kept, held out), both in the order of this one.
+
+        Args:
+            fraction (`float`): share of windows to hold out, in [0, 1), of every domain to within one window. A
+                positive fraction holds out at least one window where there are two.
+            seed (`int`): of the choice within each domain.
+
+        Raises:
+            CalibrationError: the fraction is out of range.
+        """
+        if not 0.0 <= fraction < 1.0:
+            raise CalibrationError(f"`fraction` should be in [0, 1): the share to hold out. Found {fraction!r}.")
+        total = min(max(int(fraction * len(self) + 0.5), int(fraction > 0)), max(len(self) - 1, 0))
+        generator = torch.Generator().manual_seed(seed)
+        held = torch.zeros(len(self), dtype=torch.bool)
+        seen = taken = 0
+        for index in range(len(self.domains)):
+            members = (self.domain == index).nonzero().flatten()
+            seen += len(members)
+            # Rounding the running total, not each domain, makes the parts add up to `total`.
+            count = (2 * seen * total + len(self)) // (2 * len(self)) - taken if len(self) else 0
+            held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+            taken += count
+        return self.select((~held).nonzero().flatten()), self.select(held.nonzero().flatten())
+
+    def batches(self, size: int) -> Iterator[TokenBlocks]:
+        """Yield the windows in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.select(slice(start, start + size))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def _pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, needed: int, seed: str) -> list[int]:
+    """At least `needed` tokens (or all there are) of the shuffled documents; a larger `needed` only appends."""
+    spans: list[tuple[int, int, int]] = []
+    for index, text in enumerate(documents.texts):
+        start = 0
+        while start < len(text):
+            end = min(start + CHUNK_CHARACTERS, len(text))
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            if text[start:end].strip():
+                spans.append((index, start, end))
+            start = end
+    random.Random(seed).shuffle(spans)
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    waiting = iter(spans)
+    while len(ids) < needed:
+        batch: list[str] = []
+        characters = 0
+        # Four characters per token is what English takes; another round follows where it was too few.
+        while characters < 4 * (needed - len(ids)) and (span := next(waiting, None)) is not None:
+            batch.append(documents.texts[span[0]][span[1] : span[2]])
+            characters += len(batch[-1])
+        if not batch:
+            break
+        for tokens in _encode(tokenizer, batch):
+            ids += tokens + separator
+    return ids
+
+
+def _blocks(
+    windows: Sequence[Sequence[int]],
+    domain: Sequence[int],
+    domains: tuple[str, ...],
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None,
+) -> TokenBlocks:
+    largest = max(max(window) for window in windows)
+    if vocab_size is not None and largest >= vocab_size:
+        raise CalibrationError(
+            f"tokenizer and model do not belong together: the tokenizer made token {largest}, the model knows "
+            f"{vocab_size} tokens (0 to {vocab_size - 1}). Load the tokenizer of this model."
+        )
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    pad = pad if vocab_size is None or pad < vocab_size else 0
+    ids = torch.tensor([[*window, *[pad] * (length - len(window))] for window in windows])
+    mask = torch.arange(length) < torch.tensor([[len(window)] for window in windows])
+    return TokenBlocks(ids, mask, torch.tensor(list(domain)), domains)
+
+
+def calibration_blocks(
+    sources: Sequence[Readable],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    vocab_size: int | None = None,
+) -> TokenBlocks:
+    """Calibration windows, shared equally by the sources; each source is one domain.
+
+    Documents are shuffled (long ones in chunks cut at line starts), tokenised without special tokens, packed end to end
+    with the end-of-sequence token between them, and cut into windows. More `samples` extend a domain's windows. The
+    windows of the domains alternate, so that the first few are of every domain.
+
+    Args:
+        sources (sequence of `str`, `TextSource` or `Documents`): see [`read_source`].
+        tokenizer: the model's tokenizer; it needs no padding token.
+        samples (`int`): windows in all. What a short source lacks, the others give.
+        sequence_length (`int`): tokens per window.
+        seed (`int`, *optional*, defaults to 0): of shuffling, and of `self`.
+        model (*optional*): needed by `self`.
+        vocab_size (`int`, *optional*): the model's vocabulary, to check the token ids against.
+
+    Raises:
+        CalibrationError: too little text, or tokens that the model does not have.
+    """
+    if not sources or samples < len(sources):
+        raise CalibrationError(
+            f"`samples` should give each of at least one source a window. Found {samples} for {len(sources)} sources."
+        )
+    counts = [samples // len(sources) + (index < samples % len(sources)) for index in range(len(sources))]
+    wanted = max(counts) * sequence_length * 5 // 4
+    read = [read_source(source, tokenizer=tokenizer, model=model, seed=seed, self_tokens=wanted) for source in sources]
+    names: list[str] = []
+    for documents in read:
+        number = 1 + sum(documents.name == other.name for other in read[: len(names)])
+        names.append(documents.name if number == 1 else f"{documents.name}-{number}")
+
+    packed: list[list[int]] = [[] for _ in read]
+    short: set[int] = set()
+    while True:
+        for index, count in enumerate(counts):
+            if len(packed[index]) < count * sequence_length:
+                packed[index] = _pack(read[index], tokenizer, count * sequence_length, f"{seed}:{names[index]}")
+                if len(packed[index]) < count * sequence_length:
+                    short.add(index)
+                    counts[index] = len(packed[index]) // sequence_length
+                    if not counts[index]:
+                        return _only_window(packed, names, sequence_length, tokenizer, vocab_size, index)
+        missing = samples - sum(counts)
+        if not missing:
+            break
+        others = [index for index in range(len(read)) if index not in short]
+        if not others:
+            raise CalibrationError(
+                f"the calibration text has {sum(counts)} windows of {sequence_length} tokens; {samples} were asked "
+                f"for. Give more text, or lower calibration.samples to {sum(counts)} or calibration.sequence_length."
+            )
+        for position, index in enumerate(others):
+            counts[index] += missing // len(others) + (position < missing % len(others))
+    order = sorted((rank, index) for index, count in enumerate(counts) for rank in range(count))
+    windows = [packed[index][rank * sequence_length : (rank + 1) * sequence_length] for rank, index in order]
+    return _blocks(windows, [index for _, index in order], tuple(names), sequence_length, tokenizer, vocab_size)
+
+
+def _only_window(
+    packed: list[list[int]],
+    names: list[str],
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None,
+    index: int,
+) -> TokenBlocks:
+    tokens = packed[index]
+    if tokens and tokens[-1] == tokenizer.eos_token_id:
+        tokens = tokens[:-1]
+    if len(names) > 1 or len(tokens) < SHORTEST_WINDOW:
+        raise CalibrationError(
+            f"source {names[index]!r} is too short: {len(tokens)} tokens, one window needs {length}; give more text or "
+            "lower calibration.sequence_length."
+        )
+    logger.warning("calibration: one window of %d tokens is all the text there is (%d asked for).", len(tokens), length)
+    return _blocks([tokens], [0], tuple(names), length, tokenizer, vocab_size)
+
+
+def report_blocks(
+    source: Readable,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    sequence_length: int,
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    vocab_size: int | None = None,
+) -> TokenBlocks:
+    """Windows by the perplexity protocol, for selection and report text.
+
+    The texts are joined as they stand, tokenised once without special tokens and cut into non-overlapping windows; the
+    first `tokens` tokens count. A last partial window of at least two tokens is padded.
+
+    Args:
+        source (`str`, `TextSource` or `Documents`): see [`read_source`].
+        tokenizer: the model's tokenizer.
+        tokens (`int`): how many tokens at most.
+        sequence_length (`int`): tokens per window.
+        seed (`int`, *optional*, defaults to 0): of `self`.
+        model (*optional*): needed by `self`.
+        vocab_size (`int`, *optional*): the model's vocabulary, to check the token ids against.
+
+    Raises:
+        CalibrationError: the text has fewer than two tokens, or tokens that the model does not have.
+    """
+    documents = read_source(source, tokenizer=tokenizer, model=model, seed=seed, self_tokens=tokens * 5 // 4)
+    text = documents.separator.join(documents.texts)
+    characters = tokens * 8
+    while True:
+        ids = _encode(tokenizer, [text[:characters]])[0]
+        # A cut changes tokens near it, so what counts ends far before it.
+        if characters >= len(text) or len(ids) >= tokens + SURPLUS_TOKENS:
+            break
+        characters *= 2
+    ids = ids[:tokens]
+    if len(ids) < tokens:
+        logger.warning("source %r has %d tokens; %d were asked for.", documents.name, len(ids), tokens)
+    windows = [ids[start : start + sequence_length] for start in range(0, len(ids), sequence_length)]
+    windows = [window for window in windows if len(window) >= 2]
+    if not windows:
+        raise CalibrationError(
+            f"source {documents.name!r} is too short: {len(ids)} tokens, and predicting one takes 2. Give more text."
+        )
+    return _blocks(windows, [0] * len(windows), (documents.name,), sequence_length, tokenizer, vocab_size)

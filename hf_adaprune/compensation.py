@@ -1,0 +1,201 @@
+"""Repairs: the closed-form update of the matrix that reads pruned units. Computes, never assigns.
+
+All of them answer one question: which weights on the kept inputs reproduce best what the dense matrix made of all
+inputs? With moments of the dense model the answer takes seconds for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .config import RepairConfig
+from .errors import CalibrationError
+from .importance import covariance, ridge_diagonal
+from .plan import PruningPlan, SitePlan
+from .sites import ModelSites, Site
+from .statistics import Statistics
+
+__all__ = ["Moments", "Repair", "check_enough_tokens", "output_error", "repair_from_moments", "repair_plan"]
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """New values of a reader that has lost columns.
+
+    Args:
+        weight (`torch.Tensor`): `[outputs, columns kept]`, float32 on the CPU; for experts
+            `[experts kept, outputs, channels kept]`.
+        bias (`torch.Tensor`, *optional*): `[outputs]`; `None` leaves the bias as it is.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of a reader's inputs: the covariance around `mean`, per token.
+
+    Args:
+        covariance (`torch.Tensor`): `[columns, columns]`, float64; for experts `[experts, channels, channels]`, not
+            centred.
+        mean (`torch.Tensor`): `[columns]`.
+        cross (`torch.Tensor`, *optional*): what the target is regressed on instead of the inputs themselves: moments of
+            the (mixed) target inputs with the inputs, `[columns, columns]`.
+        target_mean (`torch.Tensor`, *optional*): mean of the target inputs, `[columns]`.
+    """
+
+    covariance: torch.Tensor
+    mean: torch.Tensor
+    cross: torch.Tensor | None = None
+    target_mean: torch.Tensor | None = None
+
+
+def repair_plan(
+    sites: ModelSites, plan: PruningPlan, statistics: Statistics | None, weights: torch.Tensor, config: RepairConfig
+) -> dict[str, Repair]:
+    """Repair every site that a plan cuts, from cached moments of the dense model.
+
+    Args:
+        sites ([`ModelSites`]): the dense model.
+        plan ([`PruningPlan`]): which units stay.
+        statistics ([`Statistics`]): with Gram matrices for least squares; sums are enough for `bias`.
+        weights (`torch.Tensor`): sample weights, `[samples]`.
+        config ([`RepairConfig`]): method, damping, intercept.
+
+    Returns:
+        `dict[str, Repair]`: by site name; empty where the method is `none`.
+    """
+    if config.method == "none" or statistics is None:
+        return {}
+    repairs = {}
+    for name, kept in plan.changed():
+        site = sites.by_name[name]
+        if kept.is_empty or (site.kind == "experts" and config.method == "bias"):
+            continue
+        if config.method == "bias":
+            kept_sums = statistics.sites[name].sums * weights[:, None]
+            tokens = (statistics.tokens * weights).sum().double()
+            mean = kept_sums.sum(0).double() / tokens
+            repairs[name] = bias_repair(site, kept, mean)
+        else:
+            matrix, mean, _ = covariance(site, statistics, weights)
+            repairs[name] = repair_from_moments(site, kept, Moments(matrix, mean), config)
+    return repairs
+
+
+def bias_repair(site: Site, kept: SitePlan, mean: torch.Tensor) -> Repair:
+    """FLAP's compensation (2312.11983, eq. 7): the mean contribution of the removed columns moves into the bias.
+
+    Args:
+        site ([`Site`]): attention or MLP.
+        kept ([`SitePlan`]): what stays.
+        mean (`torch.Tensor`): mean input, `[columns]`.
+    """
+    weight = site.reader.weight.double().cpu()
+    columns = site.column_index(kept)
+    removed = torch.ones(site.columns, dtype=torch.bool)
+    removed[columns] = False
+    bias = weight[:, removed] @ mean.cpu().double()[removed]
+    if site.reader.bias is not None:
+        bias = bias + site.reader.bias.detach().double().cpu()
+    return Repair(weight[:, columns].float(), bias.float())
+
+
+def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: RepairConfig) -> Repair:
+    """Ridge regression of the dense output on the kept inputs, pulled towards the original weights.
+
+    `W_K* = (W C[:, K] + d W_K) (C_KK + d)^-1`, `b* = b + W mu - W_K* mu_K`, with d diagonal (see
+    `RepairConfig.damping_scale`). Without an intercept C is the second moment and b stays.
+
+    Args:
+        site ([`Site`]): the site, still dense.
+        kept ([`SitePlan`]): what stays.
+        moments ([`Moments`]): of its inputs.
+        config ([`RepairConfig`]): damping and intercept.
+    """
+    if site.kind == "experts":
+        return _repair_experts(site, kept, moments, config)
+    matrix, mean = moments.covariance, moments.mean
+    weight = site.reader.weight.double().to(matrix.device)
+    columns = site.column_index(kept).to(matrix.device)
+    cross = matrix if moments.cross is None else moments.cross
+    goal = mean if moments.target_mean is None else moments.target_mean
+    if not config.intercept:
+        matrix, cross = matrix + torch.outer(mean, mean), cross + torch.outer(goal, mean)
+    new = _regress(weight, matrix, columns, config, cross)
+    if not config.intercept:
+        return Repair(new.float().cpu())
+    shift = weight @ goal - new @ mean[columns]
+    if site.reader.bias is not None:
+        shift = shift + site.reader.bias.detach().to(shift)
+    return Repair(new.float().cpu(), shift.float().cpu())
+
+
+def _regress(
+    weight: torch.Tensor,
+    matrix: torch.Tensor,
+    columns: torch.Tensor,
+    config: RepairConfig,
+    cross: torch.Tensor | None = None,
+) -> torch.Tensor:
+    inner = matrix.index_select(0, columns).index_select(1, columns)
+    ridge = ridge_diagonal(inner, config.damping, config.damping_scale)
+    cross = matrix if cross is None else cross
+    target = weight @ cross.index_select(1, columns) + weight.index_select(1, columns) * ridge
+    factor = torch.linalg.cholesky(inner + torch.diag(ridge))
+    return torch.cholesky_solve(target.T, factor).T
+
+
+def _repair_experts(site: Site, kept: SitePlan, moments: Moments, config: RepairConfig) -> Repair:
+    experts, width = kept.kept_groups, kept.kept_per_group
+    channels = torch.tensor(kept.kept).reshape(len(experts), width) % site.group_size
+    weights = []
+    for expert, own in zip(experts, channels, strict=True):
+        matrix = moments.covariance[expert]
+        weight = site.reader.weight[expert].double().to(matrix.device)
+        weights.append(_regress(weight, matrix, own.to(matrix.device), config).float().cpu())
+    return Repair(torch.stack(weights))
+
+
+def output_error(site: Site, kept: SitePlan, moments: Moments, repair: Repair | None) -> float:
+    """Mean squared error per token between the dense output and the cut one, summed over outputs.
+
+    Args:
+        site ([`Site`]): the site, still dense; attention or MLP.
+        kept ([`SitePlan`]): what stays.
+        moments ([`Moments`]): of the inputs the error is taken on.
+        repair ([`Repair`], *optional*): new weights; the old ones where not given.
+    """
+    matrix, mean = moments.covariance, moments.mean
+    weight = site.reader.weight.double().to(matrix.device)
+    columns = site.column_index(kept).to(matrix.device)
+    difference = weight.clone()
+    own = weight.index_select(1, columns) if repair is None else repair.weight.double().to(matrix.device)
+    difference[:, columns] -= own
+    shift = difference @ mean
+    if repair is not None and repair.bias is not None:
+        before = torch.zeros_like(shift) if site.reader.bias is None else site.reader.bias.detach().to(shift)
+        shift = shift + before - repair.bias.to(shift)
+    return float(((difference @ matrix) * difference).sum() + shift.square().sum())
+
+
+def check_enough_tokens(sites: ModelSites, tokens: float, config: RepairConfig, kept: Mapping[str, SitePlan]) -> None:
+    """Refuse a least-squares repair from fewer tokens than its widest matrix can bear.
+
+    Raises:
+        CalibrationError: with the number of tokens that would do.
+    """
+    if config.method != "least_squares" or config.min_tokens_per_column <= 0:
+        return
+    widest = max((len(sites.by_name[name].column_index(site)) for name, site in kept.items() if sites.by_name[name].kind != "experts"), default=0)
+    needed = config.min_tokens_per_column * widest
+    if tokens < needed:
+        raise CalibrationError(
+            f"{int(tokens)} calibration tokens are too few to repair matrices with {widest} inputs: at least {int(needed)} "
+            f"are needed ({config.min_tokens_per_column:g} per input). Raise calibration.samples or "
+            "calibration.sequence_length, give more text, or set repair.method='none'."
+        )

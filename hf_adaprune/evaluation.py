@@ -1,0 +1,395 @@
+"""Loss, KL to the dense model, perplexity, multiple choice and speed; values with standard errors.
+
+Logits of one batch exist in the model's dtype; float32 exists for 256 positions at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from .calibration import TokenBlocks
+from .documents import eval_mode, input_device, json_rows
+from .errors import CalibrationError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "ChoiceRow",
+    "Measurement",
+    "kl_divergence",
+    "mean_over_windows",
+    "multiple_choice",
+    "per_window_kl",
+    "per_window_loss",
+    "perplexity",
+    "read_rows",
+    "throughput",
+]
+
+CHUNK_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number with its uncertainty.
+
+    Args:
+        name (`str`): what was measured.
+        value (`float`): the estimate.
+        standard_error (`float`): of the estimate, over windows or rows; NaN where there is only one.
+        tokens (`int`): scored tokens.
+        samples (`int`): windows or rows.
+    """
+
+    name: str
+    value: float
+    standard_error: float
+    tokens: int
+    samples: int
+
+    def __str__(self) -> str:
+        """For tables and logs: `perplexity 12.34 ± 0.05`."""
+        return f"{self.name} {self.value:.4g} ± {self.standard_error:.2g}"
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """A multiple-choice question: `choices[label]` is the right continuation of `context`."""
+
+    id: str
+    task: str
+    context: str
+    choices: tuple[str, ...]
+    label: int
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits `[windows, longest, vocabulary]` on the model's device, without columns that are padding everywhere."""
+    device, longest = input_device(model), int(mask.sum(dim=1).max())
+    ids, mask = ids[:, :longest].to(device), mask[:, :longest]
+    # Without padding no mask is passed: kernels are faster without, and their rounding would depend on the batch.
+    attention = None if bool(mask.all()) else mask.long().to(device)
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    return logits
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK_POSITIONS, length)) for start in range(0, length, CHUNK_POSITIONS))
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in nats, float64 `[positions]` on the CPU, of logits `[positions, vocabulary]`."""
+    targets = targets.to(logits.device)
+    parts = [F.cross_entropy(logits[part].float(), targets[part], reduction="none") for part in _chunks(len(targets))]
+    return torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _token_divergences(logits: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """KL(dense || model) in nats, float64 `[positions]` on the CPU, of two logits `[positions, vocabulary]`."""
+    if logits.shape[-1] != dense.shape[-1]:
+        raise ConfigError(
+            f"both models should have one vocabulary. Found {dense.shape[-1]} tokens (dense) and {logits.shape[-1]}."
+        )
+    parts = [torch.zeros(0, dtype=torch.float64)]
+    for part in _chunks(len(logits)):
+        p = dense[part].to(logits.device).float().log_softmax(-1)
+        terms = p.exp() * (p - logits[part].float().log_softmax(-1))
+        # A token that the dense model excludes contributes nothing, though 0 times infinity is not a number.
+        parts.append(terms.masked_fill_(p == -math.inf, 0.0).sum(-1).cpu().double())
+    return torch.cat(parts)
+
+
+def _sums(
+    blocks: TokenBlocks, batch_size: int, values: Callable[[TokenBlocks, int], list[torch.Tensor]]
+) -> torch.Tensor:
+    """Sum and number `[windows, 2]` of each window's values; `values` gets a batch and its first window's index."""
+    if batch_size < 1:
+        raise ConfigError(f"`batch_size` should be at least 1. Found {batch_size}.")
+    rows: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for batch in blocks.batches(batch_size):
+            for window in values(batch, len(rows)):
+                rows.append(torch.stack([window.sum(), torch.tensor(float(len(window)), dtype=torch.float64)]))
+    # Stacked outside of inference mode, so that the result may take part in anything.
+    return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
+
+
+def per_window_loss(model: PreTrainedModel, blocks: TokenBlocks, batch_size: int = 1) -> torch.Tensor:
+    """Summed next-token loss of every window.
+
+    The first token of a window is not scored, nor is padding. The loss is float32 whatever the model's dtype.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model; its modules' training flags come back afterwards.
+        blocks (`TokenBlocks`): the text.
+        batch_size (`int`, *optional*, defaults to 1): windows per forward.
+
+    Returns:
+        `torch.Tensor` of shape `[windows, 2]`: summed loss in nats and number of scored tokens, float64, on the CPU.
+    """
+
+    def losses(batch: TokenBlocks, _: int) -> list[torch.Tensor]:
+        logits = _logits(model, batch.input_ids, batch.attention_mask)
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        return [
+            _token_losses(logits[row, : max(length - 1, 0)], batch.input_ids[row, 1 : max(length, 1)])
+            for row, length in enumerate(lengths)
+        ]
+
+    with eval_mode(model):
+        return _sums(blocks, batch_size, losses)
+
+
+def per_window_kl(
+    model: PreTrainedModel, dense: PreTrainedModel | torch.Tensor, blocks: TokenBlocks, batch_size: int = 1
+) -> torch.Tensor:
+    """Summed KL(dense || model) of every window, at the positions that [`per_window_loss`] scores.
+
+    Args:
+        model (`PreTrainedModel`): the pruned model.
+        dense (`PreTrainedModel` or `torch.Tensor` of shape `[windows, length, vocabulary]`): the dense model or its
+            logits; logits where both are one model, seen with and without masks.
+        blocks (`TokenBlocks`): the text.
+        batch_size (`int`, *optional*, defaults to 1): windows per forward.
+
+    Returns:
+        `torch.Tensor` of shape `[windows, 2]`: summed divergence in nats and number of positions, float64, on the CPU.
+
+    Raises:
+        ConfigError: the vocabularies differ.
+    """
+
+    def divergences(batch: TokenBlocks, first: int) -> list[torch.Tensor]:
+        logits = _logits(model, batch.input_ids, batch.attention_mask)
+        if isinstance(dense, torch.Tensor):
+            reference = dense[first : first + len(batch)]
+        else:
+            reference = _logits(dense, batch.input_ids, batch.attention_mask)
+        lengths = [max(length - 1, 0) for length in batch.attention_mask.sum(dim=1).tolist()]
+        return [_token_divergences(logits[row, :length], reference[row, :length]) for row, length in enumerate(lengths)]
+
+    with eval_mode(model), eval_mode(torch.nn.Module() if isinstance(dense, torch.Tensor) else dense):
+        return _sums(blocks, batch_size, divergences)
+
+
+def mean_over_windows(name: str, sums: torch.Tensor) -> Measurement:
+    """Mean per token of what [`per_window_loss`] or [`per_window_kl`] returns.
+
+    The standard error is that of a ratio of means over windows: with mean m, sums s and counts n of W windows,
+    `W / (W - 1) * sum((s - m n)^2) / sum(n)^2`.
+
+    Args:
+        name (`str`): of the measurement.
+        sums (`torch.Tensor` of shape `[windows, 2]`): sums and counts. The difference of two such sums (counts kept)
+            gives a paired comparison.
+
+    Raises:
+        CalibrationError: nothing was scored.
+    """
+    total, count = sums.sum(dim=0).tolist()
+    if not count:
+        raise CalibrationError("no token was scored: every window has fewer than two tokens. Give longer text.")
+    mean, windows = total / count, len(sums)
+    squares = float(((sums[:, 0] - mean * sums[:, 1]) ** 2).sum())
+    error = math.sqrt(squares * windows / (windows - 1)) / count if windows > 1 else math.nan
+    return Measurement(name, mean, error, int(count), windows)
+
+
+def perplexity(model: PreTrainedModel, blocks: TokenBlocks, batch_size: int = 1) -> Measurement:
+    """`exp` of the mean next-token loss; the standard error follows by the delta method over windows.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        blocks (`TokenBlocks`): the text, as [`~hf_adaprune.calibration.report_blocks`] cuts it.
+        batch_size (`int`, *optional*, defaults to 1): windows per forward.
+
+    Raises:
+        CalibrationError: nothing was scored.
+    """
+    loss = mean_over_windows("loss", per_window_loss(model, blocks, batch_size))
+    value = float(torch.tensor(loss.value, dtype=torch.float64).exp())  # infinite rather than an OverflowError
+    return Measurement("perplexity", value, value * loss.standard_error, loss.tokens, loss.samples)
+
+
+def kl_divergence(
+    model: PreTrainedModel, dense: PreTrainedModel | torch.Tensor, blocks: TokenBlocks, batch_size: int = 1
+) -> Measurement:
+    """Mean KL(dense || model) per token in nats; arguments as in [`per_window_kl`].
+
+    Raises:
+        CalibrationError: nothing was scored.
+        ConfigError: the vocabularies differ.
+    """
+    return mean_over_windows("kl", per_window_kl(model, dense, blocks, batch_size))
+
+
+def read_rows(path: str | Path) -> list[ChoiceRow]:
+    """Read multiple-choice rows `{"id", "task", "context", "choices": [...], "label": int}` from a jsonl file.
+
+    Raises:
+        CalibrationError: there is no such file, or a row lacks a field or has a label outside of its choices.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CalibrationError(f"there is no file of multiple-choice rows at {path}. Check the path.")
+    rows = []
+    for number, row in enumerate(json_rows(path), start=1):
+        missing = {"id", "task", "context", "choices", "label"} - set(row if isinstance(row, dict) else ())
+        if missing:
+            raise CalibrationError(
+                f"{path}, row {number} lacks {', '.join(sorted(missing))}. A row is an object with id, task, context, "
+                "choices and label."
+            )
+        choices, label = row["choices"], row["label"]
+        texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        if not texts or not isinstance(row["context"], str):
+            raise CalibrationError(
+                f"{path}, row {number}: `context` should be a string and `choices` two or more non-empty strings."
+            )
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+            raise CalibrationError(f"{path}, row {number}: `label` should be 0 to {len(choices) - 1}. Found {label!r}.")
+        rows.append(ChoiceRow(str(row["id"]), str(row["task"]), row["context"], tuple(choices), label))
+    if not rows:
+        raise CalibrationError(f"{path} holds no rows. Give a file of multiple-choice questions.")
+    return rows
+
+
+def _encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of context and continuation as lm-evaluation-harness cuts them (`TemplateLM._encode_pair`)."""
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    whole: list[int] = tokenizer(stripped + continuation, add_special_tokens=False)["input_ids"]
+    if not whole:
+        raise CalibrationError(f"the tokenizer makes no token of {stripped + continuation!r}. Is it the model's own?")
+    # The choice may melt into the context's last token; one token is scored at least, and one conditions it.
+    start = min(len(tokenizer(stripped, add_special_tokens=False)["input_ids"]) if stripped else 0, len(whole) - 1)
+    if start:
+        return whole[:start], whole[start:]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [0 if first is None else first], whole
+
+
+def multiple_choice(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 8
+) -> dict[str, Measurement]:
+    """Accuracy on multiple-choice rows, scored as lm-evaluation-harness does.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        tokenizer: its tokenizer.
+        rows (sequence of `ChoiceRow`): see [`read_rows`].
+        batch_size (`int`, *optional*, defaults to 8): continuations per forward; they are ordered by length.
+
+    Returns:
+        `dict[str, Measurement]`: `acc` (the choice of the highest log-likelihood after the context) and `acc_norm` (of
+        the highest log-likelihood over the choice's length in characters).
+
+    Raises:
+        CalibrationError: there are no rows, or a row makes no tokens.
+    """
+    if not rows:
+        raise CalibrationError("there are no multiple-choice rows to score. Give at least one.")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # Choices whose inputs are equal (continuations of one token) share a forward.
+    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
+    for index, row in enumerate(rows):
+        for choice, text in enumerate(row.choices):
+            context, continuation = _encode_pair(tokenizer, row.context, " " + text)
+            whole = (context + continuation)[-(longest + 1) :] if longest else context + continuation
+            requests.setdefault(tuple(whole[:-1]), []).append((index, choice, continuation[-len(whole) + 1 :]))
+    scores = [[0.0] * len(row.choices) for row in rows]
+    tokens = 0
+    inputs = sorted(requests, key=lambda ids: (-len(ids), ids))
+    with eval_mode(model), torch.inference_mode():
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            width = len(batch[0])
+            ids = torch.tensor([[*row_ids, *[0] * (width - len(row_ids))] for row_ids in batch])
+            logits = _logits(model, ids, torch.arange(width) < torch.tensor([[len(row_ids)] for row_ids in batch]))
+            for position, row_ids in enumerate(batch):
+                for index, choice, continuation in requests[row_ids]:
+                    part = logits[position, len(row_ids) - len(continuation) : len(row_ids)]
+                    scores[index][choice] = -float(_token_losses(part, torch.tensor(continuation)).sum())
+                    tokens += len(continuation)
+    acc = _accuracy("acc", scores, rows, tokens)
+    normed = [
+        [score / len(text) for score, text in zip(values, row.choices, strict=True)]
+        for values, row in zip(scores, rows, strict=True)
+    ]
+    return {"acc": acc, "acc_norm": _accuracy("acc_norm", normed, rows, tokens)}
+
+
+def _accuracy(name: str, scores: list[list[float]], rows: Sequence[ChoiceRow], tokens: int) -> Measurement:
+    n = len(rows)
+    value = sum(values.index(max(values)) == row.label for values, row in zip(scores, rows, strict=True)) / n
+    return Measurement(name, value, math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else math.nan, tokens, n)
+
+
+def throughput(
+    model: PreTrainedModel, *, prefill: int = 512, new_tokens: int = 32, repeats: int = 5, seed: int = 0
+) -> dict[str, float]:
+    """Speed at batch 1 with cache: medians over repeats, after one run that does not count.
+
+    The model is called directly, so neither generation settings nor an end-of-sequence token play a part.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        prefill (`int`, *optional*, defaults to 512): tokens of the prompt, drawn at random.
+        new_tokens (`int`, *optional*, defaults to 32): tokens decoded greedily after it.
+        repeats (`int`, *optional*, defaults to 5): timed runs.
+        seed (`int`, *optional*, defaults to 0): of the prompt.
+
+    Returns:
+        `dict[str, float]`: `prefill_tokens_per_second` and `decode_tokens_per_second`.
+
+    Raises:
+        ConfigError: a count is below one, or the model has too few positions.
+    """
+    if min(prefill, new_tokens, repeats) < 1:
+        raise ConfigError(
+            f"`prefill`, `new_tokens` and `repeats` should be at least 1. Found {prefill}, {new_tokens} and {repeats}."
+        )
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and prefill + new_tokens > positions:
+        raise ConfigError(
+            f"`prefill` + `new_tokens` should be at most the model's {positions} positions. "
+            f"Found {prefill + new_tokens}; lower one of them."
+        )
+    device = input_device(model)
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(config.vocab_size, (1, prefill), generator=generator).to(device)
+    # As in `generate`, the head is applied to the last position alone where the model can.
+    known = inspect.signature(model.forward).parameters
+    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    def clock() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    runs = []
+    with eval_mode(model), torch.inference_mode():
+        for _ in range(repeats + 1):
+            started = clock()
+            output = model(input_ids=prompt, use_cache=True, **last)
+            filled = clock()
+            for _ in range(new_tokens):
+                token = output.logits[:, -1:].argmax(-1)
+                output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            runs.append((prefill / (filled - started), new_tokens / (clock() - filled)))
+    return {
+        "prefill_tokens_per_second": median(run[0] for run in runs[1:]),
+        "decode_tokens_per_second": median(run[1] for run in runs[1:]),
+    }

@@ -1,0 +1,518 @@
+"""Pure functions from statistics and sample weights to scores; higher = keep.
+
+A new metric is one function and one entry in `METRICS`. A metric scores reader columns `[columns]`, which are then
+folded into units, or units `[units]` directly.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .config import ImportanceConfig
+from .errors import ConfigError, StatisticsError
+from .sites import WIDTH_UNITS, ModelSites, Site
+from .statistics import ELEMENT_TERMS, Needs, SiteStatistics, Statistics
+
+__all__ = ["METRICS", "Metric", "Scores", "needs_of", "score_units", "unit_of"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a metric may look at beside the site: the sample weights and how the config wants matrices joined.
+
+    Args:
+        statistics ([`Statistics`]): of the whole model.
+        weights (`torch.Tensor`): sample weights `[samples]`; 2 counts a sample twice.
+        reduction (`str`): how the matrices of a coupled group are joined.
+        damping, damping_scale: ridge of the metrics that invert moments.
+        seed (`int`): of random scores.
+    """
+
+    statistics: Statistics
+    weights: torch.Tensor
+    reduction: str = "sum"
+    damping: float = 0.01
+    damping_scale: str = "column"
+    seed: int = 0
+
+    def of(self, site: Site) -> SiteStatistics:
+        """Statistics of a site."""
+        return self.statistics.sites[site.name]
+
+    @property
+    def gradient_weights(self) -> torch.Tensor:
+        """Weights of the samples that have gradients, `[gradient samples]`."""
+        return self.weights[self.statistics.gradient_index]
+
+
+MetricFunction = Callable[[Site, str, Context], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """An entry of the table.
+
+    Args:
+        function (`Callable`): `(site, unit kind, context)` to scores.
+        level (`str`): `columns` (folded into units afterwards) or `units`.
+        fold (`str`): how columns become units: `sum` or `mean`.
+        needs ([`Needs`]): what it reads from the statistics.
+        additive (`bool`): unit scores estimate a loss, so a sublayer's score is the sum of its units'.
+        source (`str`): paper and equation.
+    """
+
+    function: MetricFunction
+    level: str = "units"
+    fold: str = "sum"
+    needs: Needs = Needs()
+    additive: bool = True
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of all units of a model.
+
+    Args:
+        units (`dict[str, torch.Tensor]`): by site name, `[units]`, float64.
+        kinds (`dict[str, str]`): by site name, the width unit that was scored.
+        sublayers (`dict[str, float]`): by site name, the score of the whole sublayer.
+        layers (`torch.Tensor`): score of every decoder layer, `[layers]`.
+    """
+
+    units: Mapping[str, torch.Tensor]
+    kinds: Mapping[str, str]
+    sublayers: Mapping[str, float]
+    layers: torch.Tensor
+
+
+def unit_of(site: Site, units: tuple[str, ...]) -> str | None:
+    """The width unit that may be removed at a site, `None` where its width stays."""
+    if site.refusal:
+        return None
+    return next((unit for unit in units if WIDTH_UNITS.get(unit) == site.kind), None)
+
+
+def needs_of(config: ImportanceConfig) -> Needs:
+    """What the metrics of a config need from the statistics.
+
+    Raises:
+        ConfigError: an unknown metric.
+    """
+    needs = Needs()
+    for name, weight in config.metrics.items():
+        if name not in METRICS:
+            raise ConfigError(f"no metric {name!r}. Known: {', '.join(sorted(METRICS))}.")
+        if weight > 0:
+            needs = needs | METRICS[name].needs
+    return needs
+
+
+def score_units(
+    sites: ModelSites,
+    units: tuple[str, ...],
+    config: ImportanceConfig,
+    statistics: Statistics,
+    *,
+    weights: torch.Tensor | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Score every unit of a model by a weighted mixture of metrics.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        units (`tuple[str, ...]`): the unit kinds that may go.
+        config ([`ImportanceConfig`]): metrics, weights, normalisation.
+        statistics ([`Statistics`]): of this model.
+        weights (`torch.Tensor`, *optional*): sample weights `[samples]`; ones where not given.
+        seed (`int`, *optional*, defaults to 0): of random scores.
+
+    Raises:
+        ConfigError: an unknown metric.
+        StatisticsError: the statistics lack what a metric reads, or a score is not finite.
+    """
+    needs_of(config)
+    weights = torch.ones(len(statistics.tokens)) if weights is None else weights
+    context = Context(statistics, weights, config.reduction, config.damping, config.damping_scale, seed)
+    kinds = {site.name: unit_of(site, units) or _finest(site) for site in sites}
+    mixed: dict[str, torch.Tensor] = {name: torch.zeros(sites.by_name[name].units(kind)) for name, kind in kinds.items()}
+    layers = torch.zeros(len(sites.layers), dtype=torch.float64)
+    total = sum(config.metrics.values())
+    for name, weight in config.metrics.items():
+        if weight <= 0:
+            continue
+        metric = METRICS[name]
+        if name == "block_influence":
+            layers += weight / total * _block_influence(context)
+        raw = {site.name: _raw(metric, name, site, kinds[site.name], context) for site in sites}
+        for site_name, scores in raw.items():
+            if not torch.isfinite(scores).all():
+                raise StatisticsError(f"{site_name}: scores of metric {name!r} are not finite; check the calibration text.")
+        for site_name, scores in _normalized(sites, kinds, raw, metric, config.normalization).items():
+            mixed[site_name] = mixed[site_name] + weight / total * scores
+    if config.normalization == "log":
+        mixed = {name: scores.exp() for name, scores in mixed.items()}
+    sublayers = {name: float(scores.sum()) for name, scores in mixed.items()}
+    if "block_influence" not in config.metrics:
+        for site in sites:
+            layers[site.layer] += sublayers[site.name]
+    return Scores(mixed, kinds, sublayers, layers)
+
+
+def _raw(metric: Metric, name: str, site: Site, kind: str, context: Context) -> torch.Tensor:
+    """Scores of one metric at one site, from the statistics' cache where the same were taken before."""
+    same = (name, site.name, kind, context.reduction, context.damping, context.damping_scale, context.seed)
+    key = (*same, tuple(context.weights.tolist()))
+    cache = context.statistics.cache
+    if key not in cache:
+        cache[key] = metric.function(site, kind, context).double()
+    return cache[key]
+
+
+def _finest(site: Site) -> str:
+    return {"attention": "kv_group", "mlp": "channel", "experts": "expert_channel"}[site.kind]
+
+
+def _normalized(
+    sites: ModelSites, kinds: Mapping[str, str], raw: Mapping[str, torch.Tensor], metric: Metric, normalization: str
+) -> dict[str, torch.Tensor]:
+    if normalization == "zscore":
+        # FLAP standardises columns before they are pooled into heads (2312.11983, code).
+        standard = {name: (scores - scores.mean()) / scores.std().clamp(min=1e-30) for name, scores in raw.items()}
+        return {name: _folded(sites.by_name[name], kinds[name], scores, metric, "mean") for name, scores in standard.items()}
+    folded = {name: _folded(sites.by_name[name], kinds[name], scores, metric, metric.fold) for name, scores in raw.items()}
+    if normalization == "none":
+        return folded
+    everything = torch.cat(list(folded.values()))
+    if normalization == "mean":
+        scale = everything.abs().mean().clamp(min=1e-300)
+        return {name: scores / scale for name, scores in folded.items()}
+    if normalization == "log":
+        floor = everything[everything > 0].min() if bool((everything > 0).any()) else torch.tensor(1e-300)
+        return {name: scores.clamp(min=float(floor)).log() for name, scores in folded.items()}
+    ranks = torch.empty_like(everything)
+    ranks[everything.argsort(stable=True)] = torch.arange(1, len(everything) + 1, dtype=everything.dtype)
+    split = torch.split(ranks / len(everything), [len(scores) for scores in folded.values()])
+    return dict(zip(folded, split, strict=True))
+
+
+def _folded(site: Site, kind: str, scores: torch.Tensor, metric: Metric, how: str) -> torch.Tensor:
+    if metric.level == "units":
+        return scores
+    grouped = site.fold(scores, kind)
+    return grouped.sum(-1) if how == "sum" else grouped.mean(-1)
+
+
+# -- moments and matrices ---------------------------------------------------------------------------------------------
+
+
+def _need(value: torch.Tensor | None, what: str, site: Site) -> torch.Tensor:
+    if value is None or not value.numel():
+        raise StatisticsError(f"{site.name}: the statistics hold no {what}. Collect them with needs_of(config).")
+    return value
+
+
+def column_norms(site: Site) -> torch.Tensor:
+    """Squared norm of every reader column, `[columns]`, float32."""
+    return site.reader.weight.float().square().sum(-2).flatten().cpu()
+
+
+def _variance(site: Site, context: Context) -> torch.Tensor:
+    kept, weights = context.of(site), context.weights[:, None]
+    tokens = _tokens(site, context)
+    mean = (kept.sums * weights).sum(0).double() / tokens
+    return ((kept.squares * weights).sum(0).double() / tokens - mean.square()).clamp(min=0)
+
+
+def _tokens(site: Site, context: Context) -> torch.Tensor:
+    counts = context.of(site).counts
+    if counts.dim() == 1:
+        return (counts * context.weights).sum().double().clamp(min=1)
+    served = (counts * context.weights[:, None]).sum(0).double().clamp(min=1)
+    return served.repeat_interleave(site.group_size)
+
+
+def domain_mixture(statistics: Statistics, weights: torch.Tensor) -> torch.Tensor:
+    """Weights of the Gram matrices `[gram domains]` that sample weights amount to: their mean per domain."""
+    if len(statistics.gram_domains) == 1:
+        return torch.ones(1)
+    counts = torch.bincount(statistics.domain, minlength=len(statistics.domains)).clamp(min=1)
+    return torch.zeros(len(counts)).index_add(0, statistics.domain, weights.float()) / counts
+
+
+def covariance(site: Site, statistics: Statistics, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Centred covariance `[columns, columns]`, mean `[columns]` and token count of the inputs of a reader.
+
+    Float64. For experts the second moments `[experts, channels, channels]`, not centred (they have no bias).
+
+    Raises:
+        StatisticsError: no Gram matrices were kept.
+    """
+    kept = statistics.sites[site.name]
+    gram = _need(kept.gram, "Gram matrices", site)
+    mixture = domain_mixture(statistics, weights)
+    mixed = torch.einsum("d,d...->...", mixture.to(gram.device), gram) if len(gram) > 1 else gram[0] * float(mixture[0])
+    per_sample = mixture[statistics.domain] if len(mixture) > 1 else torch.ones(len(statistics.tokens))
+    tokens = float((statistics.tokens * per_sample).sum())
+    second = mixed.double() / max(tokens, 1.0)
+    if site.kind == "experts":
+        return second, torch.zeros(site.columns, dtype=torch.float64), tokens
+    mean = ((kept.sums * per_sample[:, None]).sum(0).double() / max(tokens, 1.0)).to(second.device)
+    return second - torch.outer(mean, mean), mean, tokens
+
+
+def ridge_diagonal(matrix: torch.Tensor, damping: float, scale: str) -> torch.Tensor:
+    """The ridge of every column, `[..., columns]`: `damping` times the mean, the median or its own diagonal.
+
+    A trace of the mean is always added, so that dead columns stay invertible.
+    """
+    own = matrix.diagonal(dim1=-2, dim2=-1)
+    mean = own.mean(-1, keepdim=True).clamp(min=1e-12)
+    chosen = {"column": own, "mean": mean, "median": own.median(-1, keepdim=True).values}[scale]
+    return (damping * chosen + 1e-6 * mean).expand_as(own)
+
+
+def damped_inverse(matrix: torch.Tensor, damping: float, scale: str = "mean") -> torch.Tensor:
+    """Inverse `[..., n, n]` of moments after adding a ridge (see [`ridge_diagonal`])."""
+    ridge = torch.diag_embed(ridge_diagonal(matrix, damping, scale))
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + ridge))
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def _random(site: Site, kind: str, context: Context) -> torch.Tensor:
+    # A stable hash of the name: one site's numbers do not depend on which other sites there are.
+    generator = torch.Generator().manual_seed(context.seed * 2**32 + zlib.crc32(site.name.encode()))
+    return torch.rand(site.units(kind), generator=generator)
+
+
+def _magnitude(site: Site, kind: str, context: Context) -> torch.Tensor:
+    parts = []
+    for number, writer in enumerate(site.writers):
+        rows = writer.weight.float().square().sum(-1).cpu()
+        parts.append(site.writer_units(number, kind, rows))
+    parts.append(site.fold(column_norms(site), kind).sum(-1))
+    return _join([part.sqrt() for part in parts if part is not None], context.reduction)
+
+
+def _wanda(site: Site, kind: str, context: Context) -> torch.Tensor:
+    norms = (context.of(site).squares * context.weights[:, None]).sum(0) / context.weights.sum()
+    return site.reader.weight.float().abs().mean(-2).flatten().cpu() * norms.sqrt()
+
+
+def _flap(scores: torch.Tensor, site: Site) -> torch.Tensor:
+    # FLAP's code squares the attention metric before pooling, the MLP metric not (2312.11983, code).
+    return scores.square() if site.kind == "attention" else scores
+
+
+def _ifv(site: Site, kind: str, context: Context) -> torch.Tensor:
+    return _flap(_variance(site, context), site)
+
+
+def _wifv(site: Site, kind: str, context: Context) -> torch.Tensor:
+    return _flap(_variance(site, context) * column_norms(site), site)
+
+
+def _wifn(site: Site, kind: str, context: Context) -> torch.Tensor:
+    return _flap(_wanda(site, kind, context).double(), site)
+
+
+def _taylor(term: str) -> MetricFunction:
+    number = ELEMENT_TERMS.index(term)
+
+    def metric(site: Site, kind: str, context: Context) -> torch.Tensor:
+        elements = context.of(site).elements
+        if not elements:
+            raise StatisticsError(f"{site.name}: the statistics hold no element-wise terms. Collect them with needs_of(config).")
+        statistics = context.statistics
+        chosen = statistics.domain[statistics.gradient_index]
+        mixture = torch.zeros(len(statistics.domains)).index_add(0, chosen, context.gradient_weights.float())
+        parts = []
+        for number_of_writer, writer in enumerate(site.writers):
+            rows = torch.einsum("d,d...->...", mixture, elements[writer.path][:, number])
+            parts.append(site.writer_units(number_of_writer, kind, rows))
+        columns = torch.einsum("d,d...->...", mixture, elements[site.reader.path][:, number])
+        parts.append(site.fold(columns.flatten(), kind).sum(-1))
+        return _join([part for part in parts if part is not None], context.reduction)
+
+    return metric
+
+
+def _join(parts: list[torch.Tensor], reduction: str) -> torch.Tensor:
+    stacked = torch.stack(parts)
+    if reduction in ("first", "last"):
+        return parts[0 if reduction == "first" else -1]
+    if reduction == "max":
+        return stacked.amax(0)
+    return {"sum": torch.sum, "mean": torch.mean, "prod": torch.prod}[reduction](stacked, 0)
+
+
+def _unit_terms(site: Site, kind: str, context: Context) -> torch.Tensor:
+    """Signed first-order terms by unit, `[gradient samples, segments, units]`."""
+    return site.fold(_need(context.of(site).first_order, "first-order terms", site), kind).sum(-1).double()
+
+
+def _fisher(site: Site, kind: str, context: Context) -> torch.Tensor:
+    squares = _unit_terms(site, kind, context).square().sum(1)
+    return (squares * context.gradient_weights[:, None]).sum(0)
+
+
+def _first_order(site: Site, kind: str, context: Context) -> torch.Tensor:
+    return (_unit_terms(site, kind, context).sum(1).abs() * context.gradient_weights[:, None]).sum(0)
+
+
+def _obs_with(
+    site: Site, kind: str, context: Context, output_weights: torch.Tensor | None, greedy: bool = False
+) -> torch.Tensor:
+    moments, _, tokens = covariance(site, context.statistics, context.weights)
+    inverse = damped_inverse(moments, context.damping, context.damping_scale)
+    weight = site.reader.weight.double().to(inverse.device)
+    if output_weights is not None:
+        weight = weight * output_weights.to(inverse.device).sqrt()[:, None]
+    costs = greedy_costs if greedy else block_costs
+    return costs(weight, inverse, site.units(kind)) * tokens
+
+
+def block_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> torch.Tensor:
+    """Squared output error per token when one unit is removed and the rest refitted, `[units]` on the CPU.
+
+    `tr(W_S [(C^-1)_SS]^-1 W_S^T)` for each block S of neighbouring columns: the exact optimal-brain-surgeon cost.
+
+    Args:
+        weight (`torch.Tensor`): `[outputs, columns]`, or `[experts, outputs, channels]`.
+        inverse (`torch.Tensor`): inverse damped moments `[columns, columns]`, or one per expert.
+        units (`int`): how many equal blocks the columns (of all experts) form.
+    """
+    if weight.dim() == 3:
+        per_expert = max(1, units // len(weight))
+        costs = torch.cat([block_costs(w, i, per_expert) for w, i in zip(weight, inverse, strict=True)])
+        return costs.reshape(units, -1).sum(1)
+    size = weight.shape[1] // units
+    if size == 1:
+        return (weight.square().sum(0) / inverse.diagonal()).cpu()
+    blocks = inverse.reshape(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    own = weight.reshape(-1, units, size).permute(1, 2, 0)
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), own, upper=False)
+    return whitened.square().sum((1, 2)).cpu()
+
+
+def greedy_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> torch.Tensor:
+    """What each unit adds to the squared output error per token when units leave one after the other, cheapest first.
+
+    After every removal weights and inverse moments are down-dated (ZipLM, 2302.04089, algorithm 1), so the sum over the
+    units removed so far is the exact error of removing them together. Single columns leave in small batches whose
+    error is shared out in the order of the batch. Never decreasing along the order, so that it can be ranked.
+
+    Args:
+        weight (`torch.Tensor`): `[outputs, columns]`, or `[experts, outputs, channels]`.
+        inverse (`torch.Tensor`): inverse damped moments `[columns, columns]`, or one per expert.
+        units (`int`): how many equal blocks the columns (of all experts) form.
+    """
+    if weight.dim() == 3:
+        per_expert = max(1, units // len(weight))
+        costs = torch.cat([greedy_costs(w, i, per_expert) for w, i in zip(weight, inverse, strict=True)])
+        return costs.reshape(units, -1).sum(1)
+    weight, inverse = weight.clone(), inverse.clone()
+    size = weight.shape[1] // units
+    batch = max(1, units // 48) if size == 1 else 1
+    added = torch.zeros(units, dtype=torch.float64)
+    alive = torch.ones(units, dtype=torch.bool)
+    highest = 0.0
+    while bool(alive.any()):
+        costs = block_costs(weight, inverse, units).double()
+        costs[~alive] = torch.inf
+        chosen = costs.topk(min(batch, int(alive.sum())), largest=False).indices
+        columns = (chosen[:, None] * size + torch.arange(size)).flatten().to(weight.device)
+        factor = torch.linalg.cholesky(inverse[columns][:, columns])
+        weights = torch.linalg.solve_triangular(factor, weight[:, columns].T, upper=False)
+        rows = torch.linalg.solve_triangular(factor, inverse[columns], upper=False)
+        errors = weights.square().sum(1).reshape(len(chosen), size).sum(1).cpu()
+        for unit, error in zip(chosen.tolist(), errors.tolist(), strict=True):
+            highest = max(highest, error)
+            added[unit] = highest
+        weight -= weights.T @ rows
+        inverse -= rows.T @ rows
+        # What is gone costs nothing and touches nothing: zero weights, unit variance.
+        weight[:, columns] = 0
+        inverse[columns] = 0
+        inverse[:, columns] = 0
+        inverse[columns, columns] = 1
+        alive[chosen] = False
+    return added
+
+
+def _obs(site: Site, kind: str, context: Context) -> torch.Tensor:
+    return _obs_with(site, kind, context, None)
+
+
+def _obs_greedy(site: Site, kind: str, context: Context) -> torch.Tensor:
+    return _obs_with(site, kind, context, None, greedy=True)
+
+
+def output_importance(site: Site, context: Context) -> torch.Tensor:
+    """Mean squared gradient of the loss at the reader's outputs per token, `[outputs]`."""
+    squares = _need(context.of(site).output_gradients, "output gradients", site)
+    weights = context.gradient_weights
+    tokens = (context.statistics.tokens[context.statistics.gradient_index] * weights).sum()
+    return (squares * weights[:, None]).sum(0).double() / tokens
+
+
+def _obs_gradient(site: Site, kind: str, context: Context) -> torch.Tensor:
+    return _obs_with(site, kind, context, output_importance(site, context))
+
+
+def _obs_gradient_greedy(site: Site, kind: str, context: Context) -> torch.Tensor:
+    return _obs_with(site, kind, context, output_importance(site, context), greedy=True)
+
+
+def _block_influence(context: Context) -> torch.Tensor:
+    cosine = context.statistics.cosine
+    if cosine is None:
+        raise StatisticsError("the statistics hold no layer cosines. Collect them with needs_of(config).")
+    weights = context.weights[:, None].double()
+    tokens = (context.statistics.tokens[:, None] * weights).sum(0)
+    return 1 - (cosine * weights).sum(0) / tokens
+
+
+def _influence_share(site: Site, kind: str, context: Context) -> torch.Tensor:
+    units = site.units(kind)
+    return torch.full((units,), float(_block_influence(context)[site.layer]) / units)
+
+
+_WITH_GRADIENTS = Needs(gradients=True)
+_WITH_ELEMENTS = Needs(elements=True)
+_PRUNER = "LLM-Pruner, 2305.11627, section 3.2"
+
+METRICS: dict[str, Metric] = {
+    "random": Metric(_random, additive=False),
+    "magnitude": Metric(_magnitude, additive=False, source="L2 norm of each coupled matrix's rows or columns"),
+    "wanda_sp": Metric(_wanda, "columns", source="Wanda-sp, in the code of 2312.11983"),
+    "ifv": Metric(_ifv, "columns", source="FLAP, 2312.11983, input feature variance"),
+    "wifv": Metric(_wifv, "columns", source="FLAP, 2312.11983, eq. 5"),
+    "wifn": Metric(_wifn, "columns", source="FLAP, 2312.11983, weighted input feature norm"),
+    "taylor_vector": Metric(_taylor("vector"), needs=_WITH_ELEMENTS, source=_PRUNER),
+    "taylor_element_first": Metric(_taylor("first"), needs=_WITH_ELEMENTS, source=_PRUNER),
+    "taylor_element_second": Metric(_taylor("second"), needs=_WITH_ELEMENTS, source=_PRUNER),
+    "taylor_element_mixed": Metric(_taylor("mixed"), needs=_WITH_ELEMENTS, source=_PRUNER),
+    "first_order": Metric(_first_order, needs=_WITH_GRADIENTS, source="mean absolute first-order term of a unit"),
+    "fisher": Metric(_fisher, needs=_WITH_GRADIENTS, source="sum over samples of the squared first-order term"),
+    "obs": Metric(_obs, needs=Needs(gram=True), source="exact block cost with refit; ZipLM, 2302.04089, eq. 3"),
+    "obs_gradient": Metric(
+        _obs_gradient, needs=Needs(gram=True, gradients=True), source="the same, outputs weighted by squared gradients"
+    ),
+    "obs_greedy": Metric(
+        _obs_greedy, needs=Needs(gram=True), source="the same, units leaving one after the other; ZipLM, algorithm 1"
+    ),
+    "obs_gradient_greedy": Metric(
+        _obs_gradient_greedy,
+        needs=Needs(gram=True, gradients=True),
+        source="the same, outputs weighted by squared gradients",
+    ),
+    "block_influence": Metric(_influence_share, needs=Needs(cosine=True), source="ShortGPT, 2403.03853, eq. 1"),
+}
+

@@ -1,0 +1,96 @@
+"""What stands in a pruned model's layers beside transformers' own modules: config views and removed sublayers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["LayerConfigView", "SkippedAttention", "SkippedMlp", "bind_views"]
+
+
+class LayerConfigView:
+    """A model's config as one layer sees it: the layer's own values first, everything else live from the model.
+
+    transformers' own `config.per_layer_config[i]` is a copy, which later changes of the model's config (such as
+    `model.set_attn_implementation`) do not reach.
+    """
+
+    def __init__(self, config: Any, layer: int) -> None:
+        """Bind a config and a layer number."""
+        self.__dict__["_config"] = config
+        self.__dict__["_layer"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Read the layer's value, or the model's."""
+        if name.startswith("__") or name in ("_config", "_layer"):
+            raise AttributeError(name)
+        config = self.__dict__["_config"]
+        spec = config.__dict__.get("_heterogeneity_spec")
+        if spec is not None:
+            own = spec.per_layer_overrides.get(self.__dict__["_layer"], {})
+            name_here = config.attribute_map.get(name, name)
+            if name in own or name_here in own:
+                return own.get(name, own.get(name_here))
+        return config._getattr_without_heterogeneous_validation(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Write to the model's config."""
+        setattr(self.__dict__["_config"], name, value)
+
+
+class SkippedAttention(nn.Module):
+    """Stands where an attention sublayer was removed: adds nothing to the residual stream.
+
+    It still shows its cache layer how many tokens went by, with one zero head: transformers reads the sequence length
+    of the cache from the first layer of each attention type, which may be this one.
+    """
+
+    def __init__(self, layer_idx: int, head_dim: int) -> None:
+        """Take the layer number and the head size of the zero head."""
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = head_dim
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, layer_past: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Zeros `[batch, tokens, hidden]`, and no attention weights."""
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None and hidden_states.dim() == 3:
+            batch, tokens, _ = hidden_states.shape
+            heads, head_dim = self._cache_shape(cache)
+            nothing = hidden_states.new_zeros(batch, heads, tokens, head_dim)
+            cache.update(nothing, nothing, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+    def _cache_shape(self, cache: Any) -> tuple[int, int]:
+        # A static cache that was allocated early has the shape that the config states, which may be another one.
+        layers = getattr(cache, "layers", ())
+        keys = getattr(layers[self.layer_idx], "keys", None) if self.layer_idx < len(layers) else None
+        return (keys.shape[1], keys.shape[-1]) if keys is not None and keys.dim() == 4 else (1, self.head_dim)
+
+
+class SkippedMlp(nn.Module):
+    """Stands where an MLP was removed: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Zeros in the shape of the input."""
+        return torch.zeros_like(hidden_states)
+
+
+def bind_views(layers: Iterable[nn.Module], config: Any) -> None:
+    """Let every module of every layer read its own layer's values from the model's config.
+
+    Modules whose config is the model's own or a view already are bound; in a homogeneous model they get the plain
+    config back.
+    """
+    mixed = getattr(config, "is_heterogeneous", False)
+    for number, layer in enumerate(layers):
+        view = LayerConfigView(config, number) if mixed else config
+        for module in layer.modules():
+            own = module.__dict__.get("config")
+            if own is not None and (own is config or isinstance(own, LayerConfigView)):
+                module.config = view

@@ -1,0 +1,236 @@
+"""Repairs that walk a model layer after layer, with one layer's moments in memory at a time.
+
+Two streams of activations go through the layers: the dense model's, and the pruned and repaired model's. The model
+itself stays dense: pruned layers are masked, or optimised as copies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from .calibration import TokenBlocks
+from .compensation import Moments, Repair, repair_from_moments
+from .config import RepairConfig
+from .masking import masked
+from .plan import PruningPlan, SitePlan, split_site_name
+from .sites import ModelSites, Site
+from .statistics import exact_products, layer_calls, watched_inputs
+from .surgery import cut_layer
+
+__all__ = ["regional_weights", "sequential_repairs"]
+
+_WINDOWS_PER_STEP = 4  # of an optimiser step of the regional repair
+
+
+@torch.no_grad()
+def sequential_repairs(
+    sites: ModelSites, plan: PruningPlan, blocks: TokenBlocks, config: RepairConfig
+) -> dict[str, Repair]:
+    """Least squares on the activations that the pruned and repaired layers before really produce.
+
+    Args:
+        sites ([`ModelSites`]): the dense model; untouched.
+        plan ([`PruningPlan`]): which units stay.
+        blocks ([`TokenBlocks`]): calibration windows without padding.
+        config ([`RepairConfig`]): `target_mix` 0 regresses on what the dense matrix makes of the pruned model's inputs,
+            1 on the dense model's own outputs (OSSCAR's full sequential target, 2403.12983).
+    """
+    repairs: dict[str, Repair] = {}
+    walk = _Walk(sites, blocks)
+    with_dense = config.target_mix > 0
+    for number in transformers_logging.tqdm(range(len(sites.layers)), desc="sequential repair", unit="layer"):
+        if number in plan.dropped_layers:
+            walk.dense = walk.run(number, walk.dense)
+            continue
+        own = {name: kept for name, kept in plan.sites.items() if split_site_name(name)[0] == number}
+        done: dict[str, SitePlan] = {}
+        for name, kept in own.items():
+            site = sites.by_name[name]
+            if not kept.is_whole and not kept.is_empty:
+                before = _part(plan, done)
+                moments = walk.moments(site, before, repairs, config.target_mix if with_dense else 0.0)
+                repairs[name] = repair_from_moments(site, kept, moments, config)
+            done[name] = kept
+        with masked(sites, _part(plan, own), repairs):
+            walk.pruned = walk.run(number, walk.pruned)
+        if with_dense:
+            walk.dense = walk.run(number, walk.dense)
+    return repairs
+
+
+def regional_weights(
+    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], blocks: TokenBlocks, config: RepairConfig, seed: int
+) -> tuple[dict[int, dict[str, torch.Tensor]], list[tuple[str, float, float]]]:
+    """Optimise all matrices of each cut block against the dense block's output (regional optimisation).
+
+    The idea of Wanda++ (2503.04992), for structured cuts: block after block, on the pruned model's inputs, a few Adam
+    steps on the mean squared error to the dense block's output on the dense inputs.
+
+    Args:
+        sites ([`ModelSites`]): the dense model; untouched.
+        plan ([`PruningPlan`]): which units stay.
+        repairs (`dict[str, Repair]`): where the optimisation starts.
+        blocks ([`TokenBlocks`]): calibration windows without padding; every eighth checks the result.
+        config ([`RepairConfig`]): steps and learning rate.
+        seed (`int`): of the order of windows.
+
+    Returns:
+        `tuple`: weights by layer (old numbers) and parameter name, for layers whose error on the checked windows fell;
+        and for every cut layer its name, the error before and after.
+    """
+    walk = _Walk(sites, blocks)
+    check = torch.arange(0, len(walk.dense), 8)
+    learn = torch.tensor([window for window in range(len(walk.dense)) if window % 8]) if len(walk.dense) > 1 else check
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    report: list[tuple[str, float, float]] = []
+    generator = torch.Generator().manual_seed(seed)
+    for number in transformers_logging.tqdm(range(len(sites.layers)), desc="regional repair", unit="layer"):
+        target = walk.run(number, walk.dense)
+        if number in plan.dropped_layers:
+            walk.dense = target
+            continue
+        student = copy.deepcopy(sites.layers[number]).float()
+        cut_layer(student, number, sites.architecture, plan, repairs)
+        changed = any(split_site_name(name)[0] == number for name, _ in plan.changed())
+        if changed:
+            before = _block_error(walk, number, student, target, check)
+            start = {name: value.detach().clone() for name, value in student.named_parameters()}
+            _optimise(walk, number, student, target, learn, config, generator)
+            after = _block_error(walk, number, student, target, check)
+            report.append((f"layers.{number}", before, after))
+            if after < before:
+                weights[number] = {n: p.detach().to(walk.dtype).clone() for n, p in student.named_parameters()}
+            else:
+                student.load_state_dict(start, strict=False)
+        student.to(walk.dtype)
+        walk.pruned = walk.run(number, walk.pruned, student)
+        walk.dense = target
+    return weights, report
+
+
+class _Walk:
+    """The two streams and how to push them through a layer."""
+
+    def __init__(self, sites: ModelSites, blocks: TokenBlocks) -> None:
+        whole = torch.where(blocks.attention_mask.all(1))[0]
+        calls = layer_calls(sites, blocks.select(whole))
+        self.sites = sites
+        self.arguments = calls.arguments
+        self.dense = calls.hidden
+        self.pruned = calls.hidden
+        self.dtype = calls.hidden.dtype
+
+    def call(self, number: int, hidden: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
+        """Output of a layer for one window `[1, tokens, hidden]`."""
+        args, kwargs = self.arguments[number]
+        output = (self.sites.layers[number] if layer is None else layer)(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def run(self, number: int, hidden: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
+        """Outputs of a layer for all windows, on the CPU."""
+        device = next(self.sites.layers[number].parameters()).device
+        return torch.cat([self.call(number, window[None].to(device), layer).cpu() for window in hidden])
+
+    @torch.no_grad()
+    def moments(self, site: Site, before: PruningPlan, repairs: Mapping[str, Repair], mix: float) -> Moments:
+        """Moments of a reader's inputs on the pruned stream; with `mix`, cross moments with the mixed target too."""
+        device = site.reader.parameter.device
+        experts = site.kind == "experts"
+        width = site.group_size if experts else site.columns
+        gram = torch.zeros(site.groups if experts else 1, width, width, device=device)
+        cross = torch.zeros_like(gram)
+        total, goal_total, tokens = torch.zeros(width, device=device), torch.zeros(width, device=device), 0
+        for pruned, dense in zip(self.pruned, self.dense, strict=True):
+            seen: dict[int, torch.Tensor] = {}
+            with masked(self.sites, before, repairs), _collects(self.sites, site, seen):
+                self.call(site.layer, pruned[None].to(device))
+            goals = seen
+            if mix > 0 and not experts:
+                goals = {}
+                with _collects(self.sites, site, goals):
+                    self.call(site.layer, dense[None].to(device))
+            for expert, rows in seen.items():
+                slot = expert if experts else 0
+                goal = rows + mix * (goals[expert] - rows) if mix > 0 and not experts else rows
+                with exact_products(torch.float32 if experts or mix > 0 else self.dtype):
+                    gram[slot] += rows.T @ rows
+                    if mix > 0:
+                        cross[slot] += goal.T @ rows
+                if not experts:
+                    total, goal_total, tokens = total + rows.sum(0), goal_total + goal.sum(0), tokens + len(rows)
+        if experts:
+            count = max(1, self.pruned.shape[0] * self.pruned.shape[1])
+            return Moments(gram.double() / count, torch.zeros(site.columns, dtype=torch.float64))
+        mean, goal_mean = total.double() / tokens, goal_total.double() / tokens
+        centred = gram[0].double() / tokens - torch.outer(mean, mean)
+        if mix <= 0:
+            return Moments(centred, mean)
+        return Moments(centred, mean, cross[0].double() / tokens - torch.outer(goal_mean, mean), goal_mean)
+
+
+def _collects(sites: ModelSites, site: Site, seen: dict[int, torch.Tensor]) -> Any:
+    def sink(expert: int, rows: torch.Tensor) -> None:
+        seen[expert] = rows.float()
+
+    return watched_inputs(sites, site, sink)
+
+
+def _part(plan: PruningPlan, own: Mapping[str, SitePlan]) -> PruningPlan:
+    return PruningPlan(plan.model_type, plan.num_layers, dict(own))
+
+
+def _block_error(walk: _Walk, number: int, student: nn.Module, target: torch.Tensor, windows: torch.Tensor) -> float:
+    output = _batchwise(walk, number, student, windows)
+    return float(sum((out - target[w].float()).square().mean() for out, w in output) / len(windows))
+
+
+@torch.no_grad()
+def _batchwise(
+    walk: _Walk, number: int, student: nn.Module, windows: torch.Tensor
+) -> list[tuple[torch.Tensor, int]]:
+    call = _float_call(walk, number, student)
+    return [(call(walk.pruned[int(w)][None])[0].cpu(), int(w)) for w in windows]
+
+
+def _float_call(walk: _Walk, number: int, student: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    device = next(student.parameters()).device
+
+    def call(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=walk.dtype == torch.bfloat16):
+            return walk.call(number, hidden.to(device, torch.float32), student).float()
+
+    return call
+
+
+def _optimise(
+    walk: _Walk,
+    number: int,
+    student: nn.Module,
+    target: torch.Tensor,
+    windows: torch.Tensor,
+    config: RepairConfig,
+    generator: torch.Generator,
+) -> None:
+    student.requires_grad_(True)
+    optimizer = torch.optim.Adam(student.parameters(), lr=config.regional_learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.regional_steps))
+    call = _float_call(walk, number, student)
+    scale = target.float().square().mean().clamp(min=1e-12)
+    with torch.enable_grad():
+        for _ in range(config.regional_steps):
+            chosen = windows[torch.randperm(len(windows), generator=generator)[:_WINDOWS_PER_STEP]]
+            optimizer.zero_grad(set_to_none=True)
+            for window in chosen.tolist():
+                wanted = target[window].float().to(next(student.parameters()).device)
+                loss = (call(walk.pruned[window][None])[0] - wanted).square().mean() / scale / len(chosen)
+                loss.backward()
+            optimizer.step()
+            schedule.step()
+    student.requires_grad_(False)

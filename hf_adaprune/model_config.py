@@ -1,0 +1,185 @@
+"""The config of a pruned model, regenerated from its modules.
+
+transformers' own `per_layer_config` carries sizes that differ by layer; equal layers change the plain fields and leave
+no trace. Provenance lies under the key `adaprune` (a key `pruning_config` would be swallowed by `AutoConfig`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from .architectures import ARCHITECTURES, Architecture, Attention, Experts, Mlp, architecture_for
+from .layers import SkippedAttention, SkippedMlp, bind_views
+from .sites import ModelSites
+
+__all__ = ["PROVENANCE_KEY", "drop_config_layers", "known_architecture", "update_config"]
+
+PROVENANCE_KEY = "adaprune"
+
+
+def architecture_to_dict(architecture: Architecture) -> dict[str, Any]:
+    """An architecture as JSON types, for checkpoints of a family that is not built in."""
+    return json.loads(json.dumps(asdict(architecture)))  # tuples become lists, as they do in a checkpoint
+
+
+def architecture_from_dict(data: Mapping[str, Any]) -> Architecture:
+    """The architecture of [`architecture_to_dict`]'s mapping."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    values["attention"] = Attention(**values["attention"])
+    mlp = dict(values["mlp"])
+    mlp["up"] = tuple(mlp["up"])
+    values["mlp"] = Mlp(**mlp)
+    if values.get("experts"):
+        values["experts"] = Experts(**values["experts"])
+    values["layer_refusals"] = tuple(tuple(refusal) for refusal in values.get("layer_refusals", ()))
+    return Architecture(**values)
+
+
+def head_dim_of(config: Any) -> int:
+    """Head size of a config, stated or derived."""
+    stated = config._getattr_without_heterogeneous_validation("head_dim", None)
+    return stated or config.hidden_size // config._getattr_without_heterogeneous_validation("num_attention_heads")
+
+
+def update_config(sites: ModelSites, added_biases: Mapping[int, Iterable[str]]) -> None:
+    """Regenerate a pruned model's config from its modules, in place.
+
+    Equal layers without added biases change the plain fields; everything else goes into `per_layer_config`, relative to
+    the global values, which stay what they were.
+
+    Args:
+        sites ([`ModelSites`]): the pruned model, found anew.
+        added_biases (`dict[int, list[str]]`): projections, by layer, that have a bias which the family's config cannot
+            state.
+    """
+    config, architecture = sites.model.config, sites.architecture
+    rows = [_layer_sizes(sites, number) for number in range(len(sites.layers))]
+    biases = {str(number): sorted(paths) for number, paths in added_biases.items() if paths}
+    config.per_layer_config = None
+    # Left over from an earlier cut, it would let a plain transformers read what it must not read.
+    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+    heads = config._getattr_without_heterogeneous_validation(architecture.heads_field, None)
+    mixed_heads = any(row.get(architecture.heads_field, heads) != heads for row in rows)
+    head_dim = next((site.columns_per_unit for site in sites if site.kind == "attention"), None)
+    if head_dim and architecture.explicit_head_dim and mixed_heads:
+        config.head_dim = head_dim
+    plain = _equal_rows(rows)
+    if plain is not None and not biases and _is_allowed(config, plain):
+        for name, value in plain.items():
+            setattr(config, name, value)
+        config.__dict__.pop(PROVENANCE_KEY, None)
+    else:
+        provenance = {**(config.__dict__.get(PROVENANCE_KEY) or {}), "added_biases": biases}
+        if architecture.model_type not in ARCHITECTURES:
+            provenance["architecture"] = architecture_to_dict(architecture)
+        setattr(config, PROVENANCE_KEY, provenance)
+        experts = architecture.experts_field
+        mixed_experts = bool(experts) and any(row.get(experts, getattr(config, experts)) != getattr(config, experts) for row in rows)
+        heads_read = architecture.heads_must_divide_hidden or architecture.heads_read_globally
+        if (mixed_heads and heads_read) or mixed_experts:
+            config.allow_global_per_layer_attribute_access = True
+        config.per_layer_config = dict(enumerate(rows))
+        if not config._heterogeneity_spec.per_layer_overrides:
+            config.per_layer_config = None
+    bind_views(sites.layers, config)
+
+
+def _equal_rows(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The sizes that all layers share, `None` where they differ. Dense and sparse layers have fields of their own."""
+    shared: dict[str, Any] = {}
+    for row in rows:
+        if "skip" in row or any(shared.setdefault(name, value) != value for name, value in row.items()):
+            return None
+    return shared
+
+
+def _is_allowed(config: Any, plain: Mapping[str, Any]) -> bool:
+    # Some config classes refuse head counts that do not divide the hidden size, or rope factors that no longer fit
+    # hidden_size / heads, when they save and load. Layer by layer nobody checks.
+    trial = copy.copy(config)
+    try:
+        for name, value in plain.items():
+            setattr(trial, name, value)
+        trial.validate()
+    except StrictDataclassError:
+        return False
+    return True
+
+
+def _layer_sizes(sites: ModelSites, number: int) -> dict[str, Any]:
+    architecture = sites.architecture
+    sizes: dict[str, Any] = {}
+    by_name = sites.by_name
+    attention = by_name.get(f"layers.{number}.attention")
+    if attention is not None and not attention.refusal:
+        sizes[architecture.heads_field] = attention.groups * attention.group_size
+        if architecture.kv_heads_field:
+            sizes[architecture.kv_heads_field] = attention.groups
+    mlp = by_name.get(f"layers.{number}.mlp")
+    if mlp is not None and architecture.width_field:
+        sizes[architecture.width_field] = mlp.columns
+    experts = by_name.get(f"layers.{number}.experts")
+    if experts is not None:
+        sizes[architecture.experts_field] = experts.groups
+        sizes[architecture.expert_width_field] = experts.group_size
+    skip = skipped_sublayers(sites.layers[number])
+    if skip:
+        sizes["skip"] = skip
+        if "attention" in skip:
+            field, value = architecture.removed_attention
+            sizes[field] = value
+            config = sites.model.config
+            if config._getattr_without_heterogeneous_validation(field, None) == value:
+                # A value equal to the global one is not stored, and would stop nobody: take another field as well.
+                for other in ("attention_dropout", "attn_pdrop"):
+                    if config._hasattr_without_heterogeneous_validation(other):
+                        sizes[other] = 1.0
+        if "mlp" in skip:
+            # Which kind of MLP it was is not known any more; a plain transformers reads one of the two.
+            for field in filter(None, (architecture.width_field, architecture.expert_width_field)):
+                sizes[field] = 1
+    return sizes
+
+
+def drop_config_layers(config: Any, architecture: Architecture, kept: Iterable[int]) -> None:
+    """Cut every per-layer entry of a config down to the layers that stay, in place.
+
+    Args:
+        config (`PreTrainedConfig`): the model's config.
+        architecture ([`Architecture`]): the family.
+        kept (iterable of `int`): old numbers of the layers that stay.
+    """
+    kept = tuple(kept)
+    config.per_layer_config = None
+    for name in architecture.layer_lists:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [values[number] for number in kept])
+    for name in architecture.layer_index_lists:
+        values = getattr(config, name, None)
+        if values:
+            setattr(config, name, [new for new, old in enumerate(kept) if old in values])
+    setattr(config, architecture.layers_field, len(kept))
+    if getattr(config, "max_window_layers", None) is not None:
+        config.max_window_layers = sum(old < config.max_window_layers for old in kept)
+
+
+def known_architecture(config: Any, own: Architecture | None = None) -> Architecture:
+    """The architecture of a config: the caller's, the one its checkpoint carries, or a built-in one."""
+    carried = (config.__dict__.get(PROVENANCE_KEY) or {}).get("architecture")
+    candidates = [own] if own is not None else []
+    if carried:
+        candidates.append(architecture_from_dict(carried))
+    return architecture_for(config.model_type, candidates)
+
+
+def skipped_sublayers(layer: Any) -> list[str]:
+    """Which sublayers of a decoder layer were removed, in transformers' words: `attention`, `mlp`."""
+    kinds = {SkippedAttention: "attention", SkippedMlp: "mlp"}
+    return sorted({kinds[type(module)] for module in layer.modules() if type(module) in kinds})

@@ -1,0 +1,89 @@
+"""The modelling half of `per_layer_config`: decoder layers built from their own layer's config.
+
+transformers 5.23 has the config half: sizes per layer are stored, caches and generation honour them, but models still
+build every layer from the global config. Here the layer class's `__init__` is wrapped, once per class and only when a
+config that needs it is met; homogeneous models never notice. When transformers brings the modelling half itself, the
+wrap only adds what is this package's own: removed sublayers and biases that a repair added.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .layers import LayerConfigView
+from .model_config import PROVENANCE_KEY, head_dim_of, known_architecture
+from .surgery import add_bias, skip_sublayers
+
+__all__ = ["prepare_layer_class"]
+
+
+def prepare_layer_class(model: nn.Module, config: Any) -> None:
+    """Wrap the decoder layer class of a model that is being built, if its config asks for anything out of the ordinary.
+
+    Called before the layers exist. Does nothing for families that are unknown here, or whose layers transformers
+    already builds from per-layer sizes.
+    """
+    provenance = config.__dict__.get(PROVENANCE_KEY) or {}
+    if not getattr(config, "is_heterogeneous", False) and not provenance.get("added_biases"):
+        return
+    architecture = _architecture_or_none(config)
+    if architecture is None:
+        return
+    for cls in type(model).__mro__:
+        layer_class = getattr(sys.modules.get(cls.__module__), architecture.layer_class, None)
+        if layer_class is not None:
+            _wrap(layer_class)
+            return
+
+
+def _upstream_builds_layers() -> bool:
+    return importlib.util.find_spec("transformers.integrations.heterogeneity.modeling_utils") is not None
+
+
+def _wrap(layer_class: type[nn.Module]) -> None:
+    if getattr(layer_class.__init__, "_adaprune", False):
+        return
+    original = layer_class.__init__
+
+    @functools.wraps(original)
+    def init(self: nn.Module, config: Any, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> None:
+        provenance = config.__dict__.get(PROVENANCE_KEY) or {}
+        mixed = getattr(config, "is_heterogeneous", False)
+        if not mixed and not provenance.get("added_biases"):
+            return original(self, config, layer_idx, *args, **kwargs)
+        number = layer_idx or 0
+        own = config.per_layer_config[number] if mixed and not _upstream_builds_layers() else config
+        original(self, own, layer_idx, *args, **kwargs)
+        architecture = _architecture_or_none(config)
+        if architecture is not None:
+            skip = getattr(config.per_layer_config[number], "skip", ()) if mixed else ()
+            skip_sublayers(self, number, skip, architecture, head_dim_of(config))
+            for path in provenance.get("added_biases", {}).get(str(number), ()):
+                module = self.get_submodule(path)
+                add_bias(module, _outputs(module))
+        view = LayerConfigView(config, number)
+        for module in self.modules():
+            if module.__dict__.get("config") is own and own is not config:
+                module.config = view
+
+    init._adaprune = True  # type: ignore[attr-defined]
+    layer_class.__init__ = init  # type: ignore[method-assign]
+
+
+def _outputs(module: nn.Module) -> int:
+    size = getattr(module, "out_features", None) or getattr(module, "nf", None)
+    assert size is not None
+    return int(size)
+
+
+def _architecture_or_none(config: Any) -> Any:
+    try:
+        return known_architecture(config)
+    except UnsupportedModelError:
+        return None

@@ -1,0 +1,255 @@
+"""`prune()`: a `PruningConfig` walks the eight stops, and a `PruningResult` comes back.
+
+Find sites, build the calibration pool, collect statistics once, score, allocate, save the plan, repair and cut, report.
+Every recipe is a config on this one way.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .architectures import Architecture
+from .config import PruningConfig, Source, TextSource
+from .evaluation import Measurement, perplexity
+from .model_config import PROVENANCE_KEY, known_architecture
+from .plan import PruningPlan
+from .sites import ModelSites, find_sites
+from .stages import (
+    Candidate,
+    Clock,
+    RepairReport,
+    check_reachable,
+    check_weights,
+    choose_repairs,
+    decide,
+    gather_texts,
+    what_to_collect,
+)
+from .surgery import apply_plan, assign_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["PruningResult", "Sizes", "prune"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is.
+
+    Args:
+        decoder (`int`): parameters of the decoder layers.
+        total (`int`): parameters of the model; tied ones once.
+        bytes (`int`): of the weights, in their dtypes.
+    """
+
+    decoder: int
+    total: int
+    bytes: int
+
+    @classmethod
+    def of(cls, sites: ModelSites) -> Sizes:
+        """Measure a model."""
+        parameters = {id(p): p for p in sites.model.parameters()}.values()
+        return cls(
+            sites.decoder_parameters,
+            sum(p.numel() for p in parameters),
+            sum(p.numel() * p.element_size() for p in parameters),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PruningResult:
+    """What came of a run.
+
+    Args:
+        model (`PreTrainedModel`): the pruned model: the object that went in, smaller.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): as given.
+        config ([`PruningConfig`]): what was asked for.
+        plan ([`PruningPlan`]): which units stayed.
+        before, after ([`Sizes`]): the model's sizes.
+        repairs (`tuple[RepairReport, ...]`): per site, where held-out windows were measured.
+        repair_schedule (`str`): `cached`, `sequential` or `none`: what the repair came to.
+        candidates (`tuple[Candidate, ...]`): the plans tried, where the config has alternatives.
+        evaluation (`dict[str, dict[str, Measurement]]`): per report source, `dense` and `pruned` perplexity.
+        calibration (`dict[str, Any]`): tokens, windows, digest and domains of the pool.
+        seconds (`dict[str, float]`): time per stop.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    config: PruningConfig
+    plan: PruningPlan
+    before: Sizes
+    after: Sizes
+    repairs: tuple[RepairReport, ...] = ()
+    repair_schedule: str = "none"
+    candidates: tuple[Candidate, ...] = ()
+    evaluation: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Decoder-layer parameters removed, over those there were."""
+        return 1 - self.after.decoder / self.before.decoder
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but model and tokenizer, as JSON types."""
+        return {
+            "config": self.config.to_dict(),
+            "plan": self.plan.to_dict(),
+            "plan_digest": self.plan.digest,
+            "pruning_ratio": self.pruning_ratio,
+            "before": vars(self.before),
+            "after": vars(self.after),
+            "repair": {
+                "schedule": self.repair_schedule,
+                "dropped": [report.name for report in self.repairs if not report.kept],
+                "sites": [vars(report) for report in self.repairs],
+            },
+            "candidates": [vars(candidate) for candidate in self.candidates],
+            "evaluation": {
+                source: {which: vars(value) for which, value in pair.items()} for source, pair in self.evaluation.items()
+            },
+            "calibration": dict(self.calibration),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+    def save_pretrained(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
+        """Save checkpoint, plan and provenance, and check that they reload; see [`hf_adaprune.save_pruned`]."""
+        from .saving import save_pruned
+
+        return save_pruned(self, output_dir, **options)
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: PruningConfig | None = None,
+    *,
+    calibration: Sequence[Source] | Source | Iterable[str] | None = None,
+    plan: PruningPlan | None = None,
+    plan_path: str | os.PathLike[str] | None = None,
+    architecture: Architecture | None = None,
+) -> PruningResult:
+    """Prune a causal language model, in place.
+
+    Args:
+        model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory, on any device.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
+        config ([`PruningConfig`], *optional*): what to do; the recipe `default` where not given.
+        calibration (`str`, [`TextSource`] or a list of them, *optional*): sources instead of the config's; a list of
+            documents in memory is given as `TextSource(name, texts)`.
+        plan ([`PruningPlan`], *optional*): carry out this plan instead of deciding one. Only what its repair needs is
+            collected then.
+        plan_path (`str`, *optional*): the plan is written here as soon as it is decided, so that an interrupted run can
+            go on with `plan=PruningPlan.load(plan_path)`.
+        architecture ([`Architecture`], *optional*): of a family that is not built in.
+
+    Returns:
+        [`PruningResult`]
+
+    Raises:
+        UnsupportedModelError: the model cannot be pruned.
+        ConfigError, BudgetError, CalibrationError: before any work is lost; the model is untouched then.
+
+    Example:
+
+    ```python
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from hf_adaprune import PruningConfig, prune
+
+    model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    tokenizer = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    result = prune(model, tokenizer, PruningConfig.recipe("default", pruning_ratio=0.2))
+    result.save_pretrained("smollm2-pruned")
+    ```
+    """
+    clock = Clock()
+    config = PruningConfig.recipe("default") if config is None else config
+    if calibration is not None:
+        config = config.with_changes(calibration={"sources": _as_sources(calibration)})
+    sites = find_sites(model, known_architecture(model.config, architecture) if architecture else _carried(model))
+    check_weights(sites)
+    before = Sizes.of(sites)
+    needs = what_to_collect(config, plan)
+    if plan is not None:
+        sites.check(plan)
+    else:
+        check_reachable(sites, config)
+    clock.stop("find sites")
+
+    blocks, held_out, reports = gather_texts(sites, tokenizer, config, needs is not None)
+    clock.stop("texts")
+    dense = {name: perplexity(model, report) for name, report in reports.items()}
+    clock.stop("report dense")
+
+    folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
+    with folder as place:
+        plan, statistics, candidates = decide(
+            sites, blocks, config, held_out=held_out, plan=plan, needs=needs, folder=place, clock=clock
+        )
+        if plan_path is not None:
+            plan.save(plan_path)
+        repairs, schedule, reports_of_repair, blockwise = choose_repairs(
+            sites, plan, statistics, blocks, held_out, config, clock
+        )
+    cut = apply_plan(sites, plan, repairs)
+    for number, state in blockwise.items():
+        assign_layer(cut.layers[plan.kept_layers().index(number)], state)
+    clock.stop("surgery")
+    _note_provenance(cut, config, plan)
+    after = Sizes.of(cut)
+    pruned = {name: perplexity(model, report) for name, report in reports.items()}
+    clock.stop("report pruned")
+    facts = {} if blocks is None else {
+        "tokens": blocks.tokens,
+        "windows": len(blocks),
+        "sequence_length": blocks.input_ids.shape[1],
+        "domains": list(blocks.domains),
+        "sha256": blocks.digest,
+    }
+    evaluation = {name: {"dense": dense[name], "pruned": pruned[name]} for name in reports}
+    return PruningResult(
+        model,
+        tokenizer,
+        config,
+        plan,
+        before,
+        after,
+        reports_of_repair,
+        schedule,
+        candidates,
+        evaluation,
+        facts,
+        clock.seconds,
+    )
+
+
+def _carried(model: Any) -> Architecture | None:
+    provenance = getattr(getattr(model, "config", None), "__dict__", {}).get(PROVENANCE_KEY) or {}
+    return known_architecture(model.config) if provenance.get("architecture") else None
+
+
+def _as_sources(given: Any) -> tuple[Source, ...]:
+    if isinstance(given, (str, TextSource)):
+        return (given,)
+    return tuple(given)
+
+
+def _note_provenance(sites: ModelSites, config: PruningConfig, plan: PruningPlan) -> None:
+    """A line about this run in config.json, unless the model is in the uniform form, which carries no trace."""
+    from . import __version__
+
+    provenance = sites.model.config.__dict__.get(PROVENANCE_KEY)
+    if provenance is None:
+        return
+    history = [*provenance.get("history", ()), {"recipe": config.recipe_name, "plan": plan.digest}]
+    setattr(sites.model.config, PROVENANCE_KEY, {**provenance, "version": __version__, "history": history})

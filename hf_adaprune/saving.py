@@ -1,0 +1,167 @@
+"""Checkpoints: weights, plan and provenance in one folder, checked by loading it again before it is handed over.
+
+Everything is written to a folder beside the target and moved there when the check has passed, so a target folder either
+holds a checkpoint that reloads or does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import CONFIG_NAME
+from .errors import CheckpointError
+from .model_config import PROVENANCE_KEY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .pipeline import PruningResult
+
+__all__ = ["check_output", "check_round_trip", "save_pruned"]
+
+PLAN_NAME = "pruning_plan.json"
+_SPARE = 64 * 2**20  # bytes beside the weights: tokenizer, configs, and room for the file system
+
+
+def check_output(output_dir: str | os.PathLike[str], needed_bytes: int = 0) -> Path:
+    """Refuse an output folder that cannot take a checkpoint, before any work is done.
+
+    Args:
+        output_dir (`str`): must not exist, or be an empty folder.
+        needed_bytes (`int`, *optional*): size of the weights.
+
+    Raises:
+        CheckpointError: not empty, not writable, or too little space on the disk.
+    """
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty. Name another output folder, or remove it first.")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{parent} is not writable ({error.strerror}). Name an output folder elsewhere.") from error
+    free = shutil.disk_usage(parent).free
+    if needed_bytes and free < needed_bytes + _SPARE:
+        raise CheckpointError(
+            f"{parent} has {free / 2**20:,.0f} MiB free, the checkpoint needs about "
+            f"{(needed_bytes + _SPARE) / 2**20:,.0f} MiB. Free some space or name another disk."
+        )
+    return target
+
+
+def save_pruned(
+    result: PruningResult, output_dir: str | os.PathLike[str], *, check: bool = True, max_shard_size: str = "50GB"
+) -> Path:
+    """Save a pruned model so that `AutoModelForCausalLM.from_pretrained` opens it.
+
+    The folder holds the checkpoint as transformers writes it, `pruning_config.json` (the config and everything that was
+    measured) and `pruning_plan.json`.
+
+    Args:
+        result ([`PruningResult`]): what [`prune`] returned.
+        output_dir (`str`): a folder that does not exist or is empty.
+        check (`bool`, *optional*, defaults to `True`): load the checkpoint again and compare weights and logits bit by
+            bit and a cached generation token by token. Needs memory for a second copy of the pruned model.
+        max_shard_size (`str`, *optional*, defaults to `"50GB"`): as in `PreTrainedModel.save_pretrained`.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or what was written does not reload to the same model. Nothing is
+            left behind then.
+    """
+    target = check_output(output_dir, result.after.bytes)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+    try:
+        partial.chmod(0o755)
+        result.model.save_pretrained(partial, max_shard_size=max_shard_size)
+        if result.tokenizer is not None:
+            result.tokenizer.save_pretrained(partial)
+        text = json.dumps(result.to_dict(), indent=2, sort_keys=True) + "\n"
+        (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
+        result.plan.save(partial / PLAN_NAME)
+        if check:
+            check_round_trip(result.model, partial, result.tokenizer)
+        if target.exists():
+            target.rmdir()
+        partial.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error}. Nothing was left behind.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+@torch.no_grad()
+def check_round_trip(
+    model: PreTrainedModel, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Load a checkpoint with `AutoModelForCausalLM` and compare it with the model in memory.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        folder (`str`): its checkpoint.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): checked to reload to the same vocabulary.
+
+    Raises:
+        CheckpointError: what differs.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .evaluation import eval_mode
+    from .loading import install
+
+    install()
+    try:
+        again, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint does not reload: {error}. Please report this model's architecture.") from error
+    wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    if wrong:
+        raise CheckpointError(f"the checkpoint does not reload to the same model: {wrong}.")
+    again.to(model.device)
+    mine, theirs = model.state_dict(), again.state_dict()
+    for name, value in mine.items():
+        if name not in theirs or not torch.equal(value, theirs[name]):
+            raise CheckpointError(f"the checkpoint does not reload to the same model: {name} differs.")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
+    with eval_mode(model), eval_mode(again):
+        if not torch.equal(model(input_ids=ids, use_cache=False).logits, again(input_ids=ids, use_cache=False).logits):
+            raise CheckpointError("the reloaded model computes other logits.")
+        expected, found = _generate(model, ids), _generate(again, ids)
+    if expected != found:
+        raise CheckpointError(f"the reloaded model generates other tokens with its cache: {found}, expected {expected}.")
+    if tokenizer is not None and len(AutoTokenizer.from_pretrained(folder)) != len(tokenizer):
+        raise CheckpointError("the tokenizer does not reload to the same vocabulary.")
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
+    options: dict[str, Any] = {"do_sample": False, "use_cache": True, "max_new_tokens": 8, "min_new_tokens": 8}
+    pad = model.generation_config.pad_token_id
+    mask = torch.ones_like(ids)
+    generated = model.generate(ids, attention_mask=mask, pad_token_id=0 if pad is None else pad, **options)
+    return generated[0, ids.shape[1] :].tolist()
+
+
+def is_pruned(config: Any) -> bool:
+    """Whether a model's config says that this package pruned it (the uniform form does not say)."""
+    return bool(config.__dict__.get(PROVENANCE_KEY))

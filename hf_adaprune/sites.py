@@ -1,0 +1,479 @@
+"""An architecture bound to a live model: the sites, their matrices, and what each unit costs in parameters.
+
+Sizes are always read from the modules, never from the config, so a model that has been pruned before binds like any
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from .architectures import Architecture, architecture_for
+from .errors import PlanError, UnsupportedModelError
+from .plan import PruningPlan, SitePlan, site_name
+
+__all__ = ["Matrix", "ModelSites", "Site", "find_sites", "model_architecture"]
+
+WIDTH_UNITS = {
+    "channel": "mlp",
+    "kv_group": "attention",
+    "query_head": "attention",
+    "expert": "experts",
+    "expert_channel": "experts",
+}
+GROUP_UNITS = frozenset({"kv_group", "expert"})
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A weight of a layer, seen as `[outputs, inputs]` whatever the module stores.
+
+    Args:
+        path (`str`): path in the layer.
+        module (`nn.Module`): the owner.
+        name (`str`): the parameter's name in its owner.
+        transposed (`bool`): stored as `[inputs, outputs]` (transformers' `Conv1D`).
+    """
+
+    path: str
+    module: nn.Module
+    name: str = "weight"
+    transposed: bool = False
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The stored parameter."""
+        return getattr(self.module, self.name)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as `[outputs, inputs]` (experts: `[experts, outputs, inputs]`); a view, detached."""
+        weight = self.parameter.detach()
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias `[outputs]`, if the module has one."""
+        return getattr(self.module, "bias", None)
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs."""
+        return self.weight.shape[-2]
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs."""
+        return self.weight.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One kind of unit in one layer.
+
+    Args:
+        layer (`int`): layer number.
+        kind (`str`): `attention`, `mlp` or `experts`.
+        sublayer (`nn.Module`): its (first) output is what the sublayer adds to the residual stream.
+        reader (`Matrix`): reads the units; `[outputs, columns]`, for experts `[experts, outputs, columns per expert]`.
+        writers (`tuple[Matrix, ...]`): write the units, each once in the order query, key, value or gate, up.
+        groups, group_size (`int`): see [`SitePlan`].
+        columns_per_unit (`int`): reader columns of a unit: the head size, or 1.
+        copies (`int`): how often a fused MLP or expert writer holds the units (`[gate | up]`: 2).
+        fused (`bool`): query, key and value are one matrix `[query | key | value]`.
+        router (`Matrix`, *optional*): the matrix that chooses experts, `[experts, hidden]`.
+        refusal (`str`): why the width of the site cannot change; empty where it can.
+    """
+
+    layer: int
+    kind: str
+    sublayer: nn.Module
+    reader: Matrix
+    writers: tuple[Matrix, ...]
+    groups: int
+    group_size: int
+    columns_per_unit: int
+    copies: int = 1
+    fused: bool = False
+    router: Matrix | None = None
+    refusal: str = ""
+
+    @property
+    def name(self) -> str:
+        """`layers.3.mlp`."""
+        return site_name(self.layer, self.kind)
+
+    @property
+    def columns(self) -> int:
+        """Reader columns in all: heads times head size, channels, or channels of all experts."""
+        return self.groups * self.group_size * self.columns_per_unit
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the reader: the hidden size."""
+        return self.reader.outputs
+
+    @property
+    def whole(self) -> SitePlan:
+        """The plan that keeps everything."""
+        return SitePlan.whole(self.groups, self.group_size)
+
+    def units(self, kind: str) -> int:
+        """How many units of a width kind the site has; group kinds count groups."""
+        return self.groups if kind in GROUP_UNITS else self.groups * self.group_size
+
+    def fold(self, columns: torch.Tensor, kind: str) -> torch.Tensor:
+        """Reader columns by unit: `[..., columns]` to `[..., units, columns per unit]`.
+
+        Query heads of one KV head are neighbours (`repeat_kv`), so grouped-query columns fold as
+        `[kv_groups, queries, head_dim]`.
+        """
+        units = self.units(kind)
+        return columns.reshape(*columns.shape[:-1], units, columns.shape[-1] // units)
+
+    def column_index(self, kept: SitePlan) -> torch.Tensor:
+        """Reader columns that stay, `[columns kept]`. For experts they count through all experts."""
+        units = torch.tensor(kept.kept, dtype=torch.long)
+        offsets = torch.arange(self.columns_per_unit)
+        return (units[:, None] * self.columns_per_unit + offsets).flatten()
+
+    def row_index(self, writer: int, kept: SitePlan) -> torch.Tensor:
+        """Rows of a writer that stay, `[rows kept]` (attention and MLP)."""
+        units = self.column_index(kept)
+        if self.kind == "mlp":
+            width = self.columns
+            return torch.cat([units + copy * width for copy in range(self.copies)])
+        groups = torch.tensor(kept.kept_groups, dtype=torch.long)
+        heads = (groups[:, None] * self.columns_per_unit + torch.arange(self.columns_per_unit)).flatten()
+        if self.fused:
+            query = self.columns
+            key = self.groups * self.columns_per_unit
+            return torch.cat([units, query + heads, query + key + heads])
+        return units if writer == 0 else heads
+
+    def writer_units(self, writer: int, kind: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """Rows of a writer by unit: `[rows, ...]` to `[units, ...]`, summed; `None` where the rows are no unit's own.
+
+        Key and value rows belong to a KV group; a single query head has none.
+
+        Args:
+            writer (`int`): which writer.
+            kind (`str`): the width unit.
+            rows (`torch.Tensor`): one number per row, `[rows]` (experts: `[experts, rows]`).
+        """
+        units = self.units(kind)
+        if self.kind == "experts":
+            per_channel = rows.reshape(self.groups, self.copies, self.group_size).sum(1)
+            return per_channel.reshape(units, -1).sum(1)
+        if self.kind == "mlp":
+            return rows.reshape(self.copies, units).sum(0)
+        if self.fused:
+            query, key = self.columns, self.groups * self.columns_per_unit
+            total = rows[:query].reshape(units, -1).sum(1)
+            if kind == "kv_group":
+                total = total + rows[query : query + key].reshape(units, -1).sum(1)
+                total = total + rows[query + key :].reshape(units, -1).sum(1)
+            return total
+        if writer > 0 and kind == "query_head":
+            return None
+        return rows.reshape(units, -1).sum(1)
+
+    def unit_parameters(self, kind: str) -> int:
+        """Parameters that go with one unit of a width kind (biases of writers included).
+
+        For units that leave in equal numbers from every group this is the share of one unit.
+        """
+        hidden = self.reader.outputs
+        inputs = self.writers[0].inputs
+        if self.kind == "experts":
+            per_channel = hidden + self.copies * inputs
+            if kind == "expert_channel":
+                return per_channel
+            return per_channel * self.group_size + (self.router.inputs if self.router else 0)
+        biases = tuple(writer.bias is not None for writer in self.writers)
+        if self.kind == "mlp":
+            return hidden + sum(self.copies * (inputs + bias) for bias in biases)
+        query, key, value = biases if len(biases) == 3 else biases * 3
+        head = self.columns_per_unit
+        per_query = head * (hidden + inputs + query)
+        if kind == "query_head":
+            return per_query
+        return per_query * self.group_size + head * (2 * inputs + key + value)
+
+    @property
+    def sublayer_parameters(self) -> int:
+        """Parameters that go when the whole sublayer is removed."""
+        owners: list[nn.Module] = [self.sublayer, self.reader.module, *(writer.module for writer in self.writers)]
+        return sum(p.numel() for p in {id(p): p for owner in owners for p in owner.parameters()}.values())
+
+    def removed_parameters(self, kept: SitePlan) -> int:
+        """Parameters that a plan for this site removes."""
+        if kept.is_whole:
+            return 0
+        if kept.is_empty:
+            return self.sublayer_parameters
+        group_kind, single_kind = {
+            "attention": ("kv_group", "query_head"),
+            "experts": ("expert", "expert_channel"),
+            "mlp": ("channel", "channel"),
+        }[self.kind]
+        if self.kind == "mlp":
+            return (kept.units - len(kept.kept)) * self.unit_parameters("channel")
+        groups = len(kept.kept_groups)
+        whole_groups = (self.groups - groups) * self.unit_parameters(group_kind)
+        singles = groups * (self.group_size - kept.kept_per_group) * self.unit_parameters(single_kind)
+        return whole_groups + singles
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSites:
+    """All sites of a live model.
+
+    Args:
+        architecture ([`Architecture`]): the family.
+        model (`PreTrainedModel`): the model.
+        layers (`nn.ModuleList`): its decoder layers.
+        sites (`tuple[Site, ...]`): in the order of the layers, attention before MLP or experts.
+    """
+
+    architecture: Architecture
+    model: nn.Module
+    layers: nn.ModuleList
+    sites: tuple[Site, ...]
+
+    def __iter__(self) -> Iterator[Site]:
+        """Iterate over the sites."""
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        """Return the number of sites."""
+        return len(self.sites)
+
+    @cached_property
+    def by_name(self) -> dict[str, Site]:
+        """Sites by name."""
+        return {site.name: site for site in self.sites}
+
+    @cached_property
+    def layer_parameters(self) -> tuple[int, ...]:
+        """Parameters of every decoder layer, as they are now."""
+        return tuple(sum(p.numel() for p in layer.parameters()) for layer in self.layers)
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters of all decoder layers: what a pruning ratio is a ratio of."""
+        return sum(self.layer_parameters)
+
+    @cached_property
+    def total_parameters(self) -> int:
+        """Parameters of the whole model; tied ones count once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids go to."""
+        return self.model.get_input_embeddings().weight.device
+
+    def check(self, plan: PruningPlan) -> None:
+        """Refuse a plan that was made for another model.
+
+        Raises:
+            PlanError: family, layers or sizes differ, or the plan cuts what this family cannot cut.
+        """
+        if plan.model_type != self.architecture.model_type:
+            raise PlanError(
+                f"this plan is for model_type {plan.model_type!r}, the model has {self.architecture.model_type!r}."
+            )
+        if plan.num_layers != len(self.layers):
+            raise PlanError(f"this plan is for {plan.num_layers} layers, the model has {len(self.layers)}.")
+        for name, kept in plan.sites.items():
+            site = self.by_name.get(name)
+            if site is None:
+                raise PlanError(f"the model has no site {name}. Was its sublayer removed by an earlier run?")
+            if (site.groups, site.group_size) != (kept.groups, kept.group_size):
+                raise PlanError(
+                    f"this plan is for {name} with {kept.groups} x {kept.group_size} units, the model has "
+                    f"{site.groups} x {site.group_size}."
+                )
+            if site.refusal and not kept.is_whole and not kept.is_empty:
+                raise PlanError(f"{name}: {site.refusal}.")
+            if site.router is not None and 0 < len(kept.kept_groups) < self.top_k(site):
+                raise PlanError(
+                    f"{name}: {len(kept.kept_groups)} experts would stay, but every token is sent to {self.top_k(site)}. "
+                    "Keep at least that many."
+                )
+            if site.kind == "experts" and not kept.is_empty and kept.kept_per_group != site.group_size:
+                size = site.reader.parameter.element_size()
+                if kept.kept_per_group * size % 16:
+                    raise PlanError(
+                        f"{name}: {kept.kept_per_group} channels per expert of {size} bytes would stay, but grouped "
+                        f"matrix products need rows of whole 16 bytes. Keep a multiple of {16 // size} channels."
+                    )
+        if plan.dropped_layers:
+            self.check_layers_may_go()
+
+    def check_layers_may_go(self) -> None:
+        """Refuse to drop layers where the layer number is part of the function.
+
+        Raises:
+            UnsupportedModelError: with the reason.
+        """
+        for flag, reason in self.architecture.layer_refusals:
+            value = getattr(self.model.config, flag, None)
+            if value and value != 1 or value is True:
+                raise UnsupportedModelError(f"layers of this model cannot be dropped: {reason}.")
+
+    def top_k(self, site: Site) -> int:
+        """Experts per token of a site with a router."""
+        return int(site.router.module.top_k) if site.router is not None else 0
+
+    def removed_parameters(self, plan: PruningPlan, added_biases: Iterable[str] = ()) -> int:
+        """Parameters that the plan removes, less the biases that a repair adds.
+
+        Args:
+            plan ([`PruningPlan`]): what stays.
+            added_biases (iterable of `str`, *optional*): names of sites whose reader gets a bias it does not have.
+        """
+        removed = sum(self.layer_parameters[layer] for layer in plan.dropped_layers)
+        for name, kept in plan.changed():
+            removed += self.by_name[name].removed_parameters(kept)
+        return removed - sum(self.by_name[name].outputs for name in added_biases)
+
+
+def model_architecture(model: nn.Module, own: Iterable[Architecture] = ()) -> Architecture:
+    """The architecture of a live model.
+
+    Raises:
+        UnsupportedModelError: no causal language model, quantised weights, or an unknown family.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "can_generate"):
+        raise UnsupportedModelError(
+            f"a transformers causal language model is needed. Found {type(model).__name__}; load one with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    known = {architecture.model_type for architecture in own}
+    if config.model_type not in known:
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is an encoder-decoder; only decoder-only causal language models are pruned."
+            )
+        if not model.can_generate() or model.get_output_embeddings() is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is no causal language model (an encoder, or a decoder without its head). Load "
+                "a decoder with AutoModelForCausalLM.from_pretrained."
+            )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds quantised weights. Prune first and quantise the result: load the original "
+            "weights, or dequantise (for GGUF files: quantization_config=GgufConfig(dequantize=True))."
+        )
+    return architecture_for(config.model_type, own)
+
+
+def find_sites(model: nn.Module, architecture: Architecture | None = None) -> ModelSites:
+    """Find the sites of a model.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model; on the meta device too.
+        architecture ([`Architecture`], *optional*): an architecture of the caller's own.
+
+    Raises:
+        UnsupportedModelError: the model cannot be pruned, or does not look as its architecture says.
+    """
+    found = model_architecture(model, () if architecture is None else (architecture,))
+    layers = _submodule(model, found.layers)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of decoder layers at {found.layers!r}; its architecture says otherwise."
+        )
+    sites = [site for number, layer in enumerate(layers) for site in layer_sites(number, layer, found)]
+    if not sites:
+        raise UnsupportedModelError(f"nothing to prune in {type(model).__name__}: no attention and no MLP was found.")
+    return ModelSites(found, model, layers, tuple(sites))
+
+
+def layer_sites(number: int, layer: nn.Module, architecture: Architecture) -> list[Site]:
+    """The sites of one decoder layer, attention before MLP or experts.
+
+    Raises:
+        UnsupportedModelError: the layer does not look as its architecture says.
+    """
+    attention = _attention_site(number, layer, architecture)
+    feed_forward = _experts_site(number, layer, architecture) or _mlp_site(number, layer, architecture)
+    return [site for site in (attention, feed_forward) if site is not None]
+
+
+def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
+    for part in path.split(".") if path else ():
+        owner = getattr(owner, part, None)  # type: ignore[assignment]
+        if owner is None:
+            return None
+    return owner
+
+
+def _matrix(layer: nn.Module, path: str) -> Matrix | None:
+    module = _submodule(layer, path)
+    if module is None or not isinstance(getattr(module, "weight", None), torch.Tensor):
+        return None
+    from transformers.pytorch_utils import Conv1D
+
+    return Matrix(path, module, transposed=isinstance(module, Conv1D))
+
+
+def _attention_site(number: int, layer: nn.Module, architecture: Architecture) -> Site | None:
+    data = architecture.attention
+    reader = _matrix(layer, data.output)
+    paths = (data.query,) if data.fused else (data.query, data.key, data.value)
+    writers = tuple(matrix for path in paths if (matrix := _matrix(layer, path)) is not None)
+    if reader is None or len(writers) != len(paths):
+        return None
+    sublayer = _submodule(layer, data.module)
+    head = getattr(sublayer, "head_dim", None) or getattr(sublayer, "head_size", None)
+    if head is None or sublayer is None:
+        raise UnsupportedModelError(f"layer {number}: {data.module!r} does not state its head size.")
+    heads = reader.inputs // head
+    groups = (writers[0].outputs // head - heads) // 2 if data.fused else writers[1].outputs // head
+    if groups < 1 or heads % groups:
+        raise UnsupportedModelError(f"layer {number}: {heads} query heads do not divide into {groups} KV heads.")
+    return Site(
+        number,
+        "attention",
+        sublayer,
+        reader,
+        writers,
+        groups,
+        heads // groups,
+        head,
+        fused=data.fused,
+        refusal=data.refuse_heads,
+    )
+
+
+def _mlp_site(number: int, layer: nn.Module, architecture: Architecture) -> Site | None:
+    data = architecture.mlp
+    reader = _matrix(layer, data.down)
+    writers = tuple(matrix for path in data.up if (matrix := _matrix(layer, path)) is not None)
+    if reader is None or len(writers) != len(data.up):
+        return None
+    sublayer = _submodule(layer, data.module) if data.module else reader.module
+    assert sublayer is not None
+    return Site(number, "mlp", sublayer, reader, writers, 1, reader.inputs, 1, copies=data.fused)
+
+
+def _experts_site(number: int, layer: nn.Module, architecture: Architecture) -> Site | None:
+    data = architecture.experts
+    experts = _submodule(layer, data.experts) if data is not None else None
+    if data is None or experts is None:
+        return None
+    sublayer, router = _submodule(layer, data.module), _matrix(layer, data.router)
+    assert sublayer is not None
+    reader = Matrix(f"{data.experts}.{data.down}", experts, data.down)
+    writer = Matrix(f"{data.experts}.{data.gate_up}", experts, data.gate_up)
+    count, _, width = reader.weight.shape
+    return Site(number, "experts", sublayer, reader, (writer,), count, width, 1, copies=2, router=router)

@@ -1,0 +1,455 @@
+"""The stops of a run, one function each: texts, statistics and plan, repair. `pipeline` walks them in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .allocation import allocate, target_removal
+from .calibration import TokenBlocks, calibration_blocks, report_blocks
+from .compensation import Moments, Repair, check_enough_tokens, output_error, repair_plan
+from .config import PruningConfig, Source
+from .documents import Documents, read_source, refuse_overlap
+from .errors import CalibrationError, ConfigError, UnsupportedModelError
+from .evaluation import per_window_loss
+from .importance import Scores, covariance, needs_of, score_units, unit_of
+from .layerwise import regional_weights, sequential_repairs
+from .masking import masked
+from .plan import PruningPlan, SitePlan
+from .sites import ModelSites
+from .statistics import Needs, Statistics, collect_statistics
+
+__all__ = [
+    "Candidate",
+    "Clock",
+    "RepairReport",
+    "check_reachable",
+    "check_weights",
+    "choose_repairs",
+    "decide",
+    "gather_texts",
+    "needs_text",
+    "what_to_collect",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did to one site (or block) on held-out calibration windows.
+
+    Args:
+        name (`str`): site or layer.
+        before, after (`float`): squared output error per token without and with the repair.
+        kept (`bool`): a repair that does not lower the error is dropped.
+    """
+
+    name: str
+    before: float
+    after: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was tried on held-out calibration windows.
+
+    Args:
+        changes (`dict`): how its config differs from the run's.
+        digest (`str`): of the plan.
+        loss (`float`): mean loss per token, pruned and repaired.
+        chosen (`bool`): whether it won.
+    """
+
+    changes: Mapping[str, Any]
+    digest: str
+    loss: float
+    chosen: bool
+
+
+class Clock:
+    """Counts the seconds of every stop."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        """Book the time since the last stop under a name."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+def decide(
+    sites: ModelSites,
+    blocks: TokenBlocks | None,
+    config: PruningConfig,
+    *,
+    held_out: TokenBlocks | None = None,
+    plan: PruningPlan | None = None,
+    needs: Needs | None = None,
+    statistics: Statistics | None = None,
+    folder: str | None = None,
+    clock: Clock | None = None,
+) -> tuple[PruningPlan, Statistics | None, tuple[Candidate, ...]]:
+    """Collect statistics and decide a plan; the model is not changed.
+
+    Args:
+        sites ([`ModelSites`]): the dense model.
+        blocks ([`TokenBlocks`], *optional*): calibration windows; `None` where nothing is measured.
+        config ([`PruningConfig`]): how.
+        held_out ([`TokenBlocks`], *optional*): calibration windows that decide between the config's alternatives.
+        plan ([`PruningPlan`], *optional*): a plan that stands already.
+        needs ([`Needs`], *optional*): what to collect; from the config where not given.
+        statistics ([`Statistics`], *optional*): of the dense model, where they were collected before.
+        folder (`str`, *optional*): for Gram matrices on disk.
+        clock ([`Clock`], *optional*): counts seconds.
+
+    Returns:
+        `tuple`: the plan, the statistics of the dense model, and the candidates that were tried.
+    """
+    clock = clock or Clock()
+    needs = what_to_collect(config, plan) if needs is None else needs
+    if plan is not None:
+        if statistics is None and needs is not None and blocks is not None:
+            statistics = _collect(sites, blocks, needs, config, folder)
+        clock.stop("statistics")
+        return plan, statistics, ()
+    steps = config.allocation.steps
+    current: PruningPlan | None = None
+    cosines: list[torch.Tensor] = []
+    dense_statistics = statistics
+    for step in range(1, steps + 1):
+        own = needs if step == 1 else _scoring_needs(config)
+        if (step > 1 or statistics is None) and own is not None and blocks is not None:
+            with masked(sites, current) if current is not None else nullcontext():
+                statistics = _collect(sites, blocks, own, config, folder)
+        clock.stop("statistics")
+        dense_statistics = statistics if step == 1 else dense_statistics
+        scores = _scores(sites, config, statistics)
+        if current is not None:
+            scores = _gone_first(sites, scores, current)
+        if statistics is not None and statistics.cosine is not None:
+            cosines.append(_mean_cosine(statistics, statistics.sample_weights(config.calibration.domain_weights)))
+        part = _part_of(config, sites, step / steps)
+        current = allocate(sites, scores, part, torch.stack(cosines) if cosines else None)
+        clock.stop("plan")
+    assert current is not None
+    if not config.alternatives or held_out is None or dense_statistics is None:
+        return current, dense_statistics, ()
+    candidates = _try_alternatives(sites, current, dense_statistics, held_out, config)
+    clock.stop("candidates")
+    winner, plan = min(candidates, key=lambda pair: pair[0].loss)
+    return plan, dense_statistics, tuple(replace(tried, chosen=tried is winner) for tried, _ in candidates)
+
+
+def _try_alternatives(
+    sites: ModelSites, own: PruningPlan, statistics: Statistics, held_out: TokenBlocks, config: PruningConfig
+) -> list[tuple[Candidate, PruningPlan]]:
+    """Loss of the config's plan and of its alternatives on held-out windows, each repaired from the same moments."""
+    weights = statistics.sample_weights(config.calibration.domain_weights)
+    cosine = _mean_cosine(statistics, weights)[None] if statistics.cosine is not None else None
+    repair = replace(config.repair, intercept=config.repair.intercept and not config.uniform)
+    tried: list[tuple[Candidate, PruningPlan]] = []
+    for changes in ({}, *config.alternatives):
+        other = config.with_changes(alternatives=(), **changes)
+        plan = allocate(sites, _scores(sites, other, statistics), other, cosine) if changes else own
+        if any(plan.digest == candidate.digest for candidate, _ in tried):
+            continue
+        with masked(sites, plan, repair_plan(sites, plan, statistics, weights, repair)):
+            sums = per_window_loss(sites.model, held_out).sum(0)
+        tried.append((Candidate(changes, plan.digest, float(sums[0] / sums[1]), False), plan))
+        logger.info("plan %s: held-out loss %.4f", changes or "as configured", tried[-1][0].loss)
+    return tried
+
+
+def needs_text(config: PruningConfig) -> bool:
+    """Whether a config reads any text, and so needs a tokenizer."""
+    walks = config.repair.method == "least_squares" or config.repair.regional_steps > 0
+    return what_to_collect(config, None) is not None or walks or bool(config.calibration.report)
+
+
+def check_weights(sites: ModelSites) -> None:
+    """Refuse weights that are not there or not finite, before any work.
+
+    Raises:
+        UnsupportedModelError: with the name of the parameter.
+    """
+    for name, parameter in sites.model.named_parameters():
+        if parameter.device.type == "meta":
+            raise UnsupportedModelError(
+                f"{name} holds no weights (meta device, or offloaded to disk). Load the model into memory: without "
+                "device_map, or with one that offloads nothing."
+            )
+        if not torch.isfinite(parameter.detach()).all():
+            raise UnsupportedModelError(
+                f"{name} contains NaN or infinite weights. Load the checkpoint again, in bfloat16 or float32."
+            )
+
+
+# -- before anything is measured --------------------------------------------------------------------------------------
+
+
+def _scoring_needs(config: PruningConfig) -> Needs | None:
+    needs = Needs()
+    metrics: set[str] = set()
+    for changes in ({}, *config.alternatives):
+        other = config.with_changes(alternatives=(), **changes)
+        needs = needs | needs_of(other.importance) | Needs(cosine=other.allocation.method == "similarity")
+        metrics |= set(other.importance.metrics)
+    # Random and magnitude scores read weights only.
+    return None if metrics <= {"random", "magnitude"} and needs == Needs() else needs
+
+
+def what_to_collect(config: PruningConfig, plan: PruningPlan | None) -> Needs | None:
+    """What the one pass has to keep; `None` where no text is needed at all."""
+    needs = None if plan is not None else _scoring_needs(config)
+    repair = config.repair
+    walks = repair.schedule == "sequential" or config.layer_by_layer
+    if repair.method == "least_squares" and not walks:
+        needs = (needs or Needs()) | Needs(gram=True)
+    elif repair.method == "bias":
+        needs = needs or Needs()
+    if config.layer_by_layer and needs is not None and needs.gram:
+        raise ConfigError(
+            "`layer_by_layer` holds the moments of one layer at a time, but a metric of `importance.metrics` reads those of "
+            "all layers. Use fisher or wifv, or gram_place='disk'."
+        )
+    return needs
+
+
+def check_reachable(sites: ModelSites, config: PruningConfig) -> None:
+    """Allocate once with even scores: what cannot be met fails before any text is read."""
+    kinds = {site.name: unit_of(site, config.units) for site in sites}
+    units = {
+        site.name: torch.arange(site.units(kinds[site.name] or _any_unit(site.kind)), dtype=torch.float64) for site in sites
+    }
+    scores = Scores(
+        units,
+        {name: kind or "" for name, kind in kinds.items()},
+        {name: float(own.sum()) for name, own in units.items()},
+        torch.arange(len(sites.layers), dtype=torch.float64),
+    )
+    allocate(sites, scores, config, torch.linspace(0.5, 0.6, len(sites.layers)))
+
+
+def _any_unit(kind: str) -> str:
+    return {"attention": "kv_group", "mlp": "channel", "experts": "expert"}[kind]
+
+
+def gather_texts(
+    sites: ModelSites, tokenizer: Any, config: PruningConfig, measures: bool
+) -> tuple[TokenBlocks | None, TokenBlocks | None, dict[str, TokenBlocks]]:
+    own = config.calibration
+    walks = config.repair.method == "least_squares" or config.repair.regional_steps > 0
+    if not measures and not walks and not own.report:
+        return None, None, {}
+    if tokenizer is None:
+        raise CalibrationError(
+            "text is needed for this config, and no tokenizer was given. Pass tokenizer=AutoTokenizer.from_pretrained(...), "
+            "or use a recipe that reads only weights (magnitude, random)."
+        )
+    parts = {"calibration": (0, 3), "selection": (1, 3), "report": (2, 3)}
+    read: dict[str, list[Documents]] = {}
+    for role, sources in (("calibration", own.sources), ("selection", own.selection), ("report", own.report)):
+        read[role] = [
+            read_source(
+                source,
+                tokenizer=tokenizer,
+                model=sites.model,
+                seed=config.seed,
+                self_tokens=own.samples * own.sequence_length * 5 // (4 * len(own.sources)),
+                part=parts[role] if _is_python(source) else None,
+            )
+            for source in sources
+        ]
+    refuse_overlap(read)
+    vocabulary = sites.model.get_input_embeddings().num_embeddings
+    blocks = held_out = None
+    if measures or walks:
+        blocks = calibration_blocks(
+            read["calibration"],
+            tokenizer,
+            samples=own.samples,
+            sequence_length=own.sequence_length,
+            seed=config.seed,
+            vocab_size=vocabulary,
+        )
+        if config.repair.method == "least_squares" and config.repair.holdout > 0 and len(blocks) > 1:
+            blocks, held_out = blocks.split(config.repair.holdout, config.seed)
+        widest = {site.name: site.whole for site in sites if unit_of(site, config.units)}
+        check_enough_tokens(sites, blocks.tokens * (1 - 0.5 * config.pruning_ratio), config.repair, widest)
+    reports = {
+        documents.name: report_blocks(
+            documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length
+        )
+        for documents in read["report"]
+    }
+    return blocks, held_out, reports
+
+
+def _is_python(source: Source) -> bool:
+    return isinstance(source, str) and source.split(":")[0] == "python"
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _collect(
+    sites: ModelSites, blocks: TokenBlocks, needs: Needs, config: PruningConfig, folder: str | None
+) -> Statistics:
+    weighted = bool(config.calibration.domain_weights)
+    return collect_statistics(
+        sites,
+        blocks,
+        replace(needs, per_domain=needs.per_domain or (weighted and len(blocks.domains) > 1)),
+        gradient_samples=config.calibration.gradient_samples,
+        gram_place=config.gram_place,
+        folder=folder,
+    )
+
+
+def _scores(sites: ModelSites, config: PruningConfig, statistics: Statistics | None) -> Scores:
+    weights = None
+    if statistics is None:
+        nothing = torch.zeros(1)
+        statistics = Statistics({}, nothing, nothing.long(), ("none",), ("all",), nothing[:0].long(), None, "")
+    else:
+        weights = statistics.sample_weights(config.calibration.domain_weights)
+    return score_units(
+        sites, config.units, config.importance, statistics, weights=weights, seed=config.seed
+    )
+
+
+def _mean_cosine(statistics: Statistics, weights: torch.Tensor) -> torch.Tensor:
+    assert statistics.cosine is not None
+    return (statistics.cosine * weights[:, None]).sum(0) / (statistics.tokens * weights).sum()
+
+
+def _part_of(config: PruningConfig, sites: ModelSites, share: float) -> PruningConfig:
+    """The config of a round: the same, with its share of the whole removal."""
+    if share >= 1:
+        return config
+    ratio = target_removal(sites, config) / sites.decoder_parameters * share
+    return replace(config, pruning_ratio=ratio, target_parameters=None, target_bytes=None)
+
+
+def _gone_first(sites: ModelSites, scores: Scores, plan: PruningPlan) -> Scores:
+    """Scores in which the units that went in earlier rounds go first again."""
+    units = dict(scores.units)
+    for name, kept in plan.sites.items():
+        own = units[name].clone()
+        kind, site = scores.kinds[name], sites.by_name[name]
+        stays = set(kept.kept_groups) if site.units(kind) == site.groups and site.group_size > 1 else set(kept.kept)
+        gone = [unit for unit in range(len(own)) if unit not in stays]
+        own[gone] = own.min() - 1e6 * (own.max() - own.min() + 1)
+        units[name] = own
+    return replace(scores, units=units)
+
+
+# -- repair -----------------------------------------------------------------------------------------------------------
+
+_Repaired = tuple[dict[str, Repair], str, tuple[RepairReport, ...], dict[int, dict[str, torch.Tensor]]]
+
+
+def choose_repairs(
+    sites: ModelSites,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    blocks: TokenBlocks | None,
+    held_out: TokenBlocks | None,
+    config: PruningConfig,
+    clock: Clock | None = None,
+) -> _Repaired:
+    """Repair a plan by the config's schedule, and drop repairs that do not help on held-out windows.
+
+    Args:
+        sites ([`ModelSites`]): the dense model; untouched.
+        plan ([`PruningPlan`]): which units stay.
+        statistics ([`Statistics`], *optional*): of the dense model.
+        blocks ([`TokenBlocks`], *optional*): the calibration windows.
+        held_out ([`TokenBlocks`], *optional*): windows that no repair has seen.
+        config ([`PruningConfig`]): how.
+        clock ([`Clock`], *optional*): counts seconds.
+
+    Returns:
+        `tuple`: repairs by site, the schedule they came from, reports, and weights of regionally optimised layers.
+    """
+    clock = clock or Clock()
+    own = replace(config.repair, intercept=config.repair.intercept and not config.uniform)
+    if own.method == "none" or blocks is None:
+        return {}, "none", (), {}
+    schedule = "sequential" if config.layer_by_layer else own.schedule
+    repairs: dict[str, Repair] = {}
+    if schedule in ("cached", "best"):
+        assert statistics is not None
+        weights = statistics.sample_weights(config.calibration.domain_weights)
+        repairs = repair_plan(sites, plan, statistics, weights, own)
+        clock.stop("repair")
+    del statistics
+    if own.method == "least_squares" and schedule in ("sequential", "best"):
+        walked = sequential_repairs(sites, plan, blocks, own)
+        schedule, repairs = _better(sites, plan, repairs, walked, held_out) if schedule == "best" else (schedule, walked)
+        clock.stop("repair")
+    reports: tuple[RepairReport, ...] = ()
+    if own.method == "least_squares" and held_out is not None and repairs:
+        reports = _check_repairs(sites, plan, repairs, held_out, config)
+        repairs = {report.name: repairs[report.name] for report in reports if report.kept} | {
+            name: repair for name, repair in repairs.items() if sites.by_name[name].kind == "experts"
+        }
+        clock.stop("check repair")
+    blockwise: dict[int, dict[str, torch.Tensor]] = {}
+    if own.regional_steps > 0:
+        blockwise, found = regional_weights(sites, plan, repairs, blocks, own, config.seed)
+        reports += tuple(RepairReport(name, before, after, after < before) for name, before, after in found)
+        clock.stop("regional repair")
+    return repairs, schedule, reports, blockwise
+
+
+def _better(
+    sites: ModelSites, plan: PruningPlan, cached: dict[str, Repair], walked: dict[str, Repair], held_out: TokenBlocks | None
+) -> tuple[str, dict[str, Repair]]:
+    if held_out is None:
+        raise ConfigError("`repair.schedule='best'` compares on held-out windows; set `repair.holdout` above 0.")
+    losses = {}
+    for name, repairs in (("cached", cached), ("sequential", walked)):
+        with masked(sites, plan, repairs):
+            sums = per_window_loss(sites.model, held_out).sum(0)
+        losses[name] = float(sums[0] / sums[1])
+    logger.info("held-out loss: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    return ("cached", cached) if losses["cached"] <= losses["sequential"] else ("sequential", walked)
+
+
+def _check_repairs(
+    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], held_out: TokenBlocks, config: PruningConfig
+) -> tuple[RepairReport, ...]:
+    """Output errors with and without each repair, on moments of windows that no repair has seen."""
+    statistics = collect_statistics(sites, held_out, Needs(gram=True), gram_place=config.gram_place)
+    weights = torch.ones(len(held_out))
+    reports = []
+    for name, repair in repairs.items():
+        site = sites.by_name[name]
+        if site.kind == "experts":
+            continue
+        kept: SitePlan = plan.sites[name]
+        matrix, mean, _ = covariance(site, statistics, weights)
+        moments = Moments(matrix, mean)
+        before, after = output_error(site, kept, moments, None), output_error(site, kept, moments, repair)
+        reports.append(RepairReport(name, before, after, after < before))
+    dropped = [report.name for report in reports if not report.kept]
+    if dropped:
+        logger.warning(
+            "repairs of %d of %d sites were dropped, they did not lower the error on held-out windows: %s",
+            len(dropped),
+            len(reports),
+            ", ".join(dropped),
+        )
+    return tuple(reports)

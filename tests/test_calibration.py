@@ -1,0 +1,221 @@
+"""Laws of token blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from texts import calibration_make_tokenizer, calibration_prose
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_adaprune.calibration import TokenBlocks, calibration_blocks, report_blocks
+from hf_adaprune.config import TextSource
+from hf_adaprune.documents import Documents, read_source
+from hf_adaprune.errors import CalibrationError
+
+
+@pytest.fixture(scope="module")
+def calibration_tokenizer() -> PreTrainedTokenizerFast:
+    """With an end-of-sequence token and neither padding token nor chat template."""
+    return calibration_make_tokenizer(eos_token="<eos>")
+
+
+def blocks_of(rows: list[list[int]], domain: list[int], domains: tuple[str, ...], length: int) -> TokenBlocks:
+    """Blocks from ragged rows, padded with 0."""
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows]).reshape(len(rows), length)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]).reshape(len(rows), length).bool()
+    return TokenBlocks(ids, mask, torch.tensor(domain, dtype=torch.long), domains)
+
+
+def windows_of(blocks: TokenBlocks) -> list[tuple[int, ...]]:
+    """The unpadded windows."""
+    return [tuple(ids[mask].tolist()) for ids, mask in zip(blocks.input_ids, blocks.attention_mask, strict=True)]
+
+
+ragged = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(ragged, ragged)
+def test_digest_changes_if_and_only_if_content_does(one: list[list[int]], two: list[list[int]]) -> None:
+    first, second = (blocks_of(rows, [0] * len(rows), ("a",), 4) for rows in (one, two))
+    assert (first.digest == second.digest) == (one == two)
+    garbage = torch.where(first.attention_mask, first.input_ids, 7)
+    assert TokenBlocks(garbage, first.attention_mask, first.domain, ("a",)).digest == first.digest
+    assert TokenBlocks(first.input_ids, first.attention_mask, first.domain, ("b",)).digest != first.digest
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.floats(0, 0.99), st.integers(0, 5))
+def test_split_is_a_stratified_partition(domain: list[int], fraction: float, seed: int) -> None:
+    blocks = blocks_of([[index] for index in range(len(domain))], domain, ("a", "b", "c"), 1)
+    kept, held = blocks.split(fraction, seed)
+    assert sorted(windows_of(kept) + windows_of(held)) == windows_of(blocks)
+    assert windows_of(kept) == sorted(windows_of(kept)) and windows_of(held) == sorted(windows_of(held))
+    assert len(kept) >= 1 and (len(held) > 0 or fraction == 0 or len(blocks) == 1)
+    for index in range(3):
+        share = domain.count(index) * len(held) / len(domain)
+        assert abs(int((held.domain == index).sum()) - share) <= 1
+    again = blocks.split(fraction, seed)
+    assert (kept.digest, held.digest) == (again[0].digest, again[1].digest)
+
+
+def test_split_depends_on_its_seed_and_refuses_everything() -> None:
+    blocks = blocks_of([[index] for index in range(40)], [0] * 40, ("a",), 1)
+    assert blocks.split(0.5, 0)[1].digest != blocks.split(0.5, 1)[1].digest
+    with pytest.raises(CalibrationError, match=r"`fraction` should be in \[0, 1\)"):
+        blocks.split(1.0, 0)
+
+
+def test_batches_are_the_windows_in_order() -> None:
+    blocks = blocks_of([[1, 2], [3], [4, 5]], [0, 1, 0], ("a", "b"), 2)
+    batches = list(blocks.batches(2))
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert [window for batch in batches for window in windows_of(batch)] == windows_of(blocks)
+    assert blocks.tokens == 5
+    assert windows_of(blocks.select([2, 0])) == [(4, 5), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "domain", "message"),
+    [
+        (torch.zeros(1, 2), torch.ones(1, 3), torch.zeros(1), "token blocks need ids and mask"),
+        (torch.zeros(1, 3), torch.tensor([[0, 1, 1]]), torch.zeros(1), "on the right"),
+        (torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1), "should index into the 1"),
+    ],
+)
+def test_blocks_refuse_what_does_not_fit(
+    ids: torch.Tensor, mask: torch.Tensor, domain: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        TokenBlocks(ids, mask, domain, ("a",))
+
+
+def test_same_seed_same_windows_and_another_seed_others(calibration_tokenizer: PreTrainedTokenizerFast) -> None:
+    sources = [
+        TextSource("a", [calibration_prose(k, 60) for k in range(30)]),
+        TextSource("b", [calibration_prose(99, 9000)]),
+    ]
+    blocks, same, other = (
+        calibration_blocks(sources, calibration_tokenizer, samples=9, sequence_length=32, seed=seed)
+        for seed in (3, 3, 4)
+    )
+    assert blocks.digest == same.digest != other.digest
+    assert blocks.domains == ("a", "b") and torch.bincount(blocks.domain).tolist() == [5, 4]
+    assert blocks.domain[:2].tolist() == [0, 1] and blocks.attention_mask.all()
+    more = calibration_blocks(sources, calibration_tokenizer, samples=20, sequence_length=32, seed=3)
+    assert windows_of(more)[:9] == windows_of(blocks)
+    assert len(set(windows_of(more))) == 20
+
+
+def test_windows_are_the_documents_end_to_end(calibration_tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [calibration_prose(k, 24) for k in range(12)]
+    eos = calibration_tokenizer.eos_token_id
+    whole = {tuple(calibration_tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}
+    total = sum(map(len, whole)) + len(whole)
+    blocks = calibration_blocks(
+        [TextSource("a", texts)], calibration_tokenizer, samples=total // 16, sequence_length=16
+    )
+    stream = [token for window in windows_of(blocks) for token in window]
+    pieces, piece = [], []
+    for token in stream:
+        if token == eos:
+            pieces.append(tuple(piece))
+            piece = []
+        else:
+            piece.append(token)
+    assert len(pieces) >= 11 and set(pieces) <= whole
+
+
+def test_a_huge_document_is_not_tokenised_whole(
+    calibration_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = 0
+    encode = PreTrainedTokenizerFast.__call__
+
+    def counting(self: PreTrainedTokenizerFast, texts: list[str], **options: object) -> object:
+        nonlocal seen
+        seen += sum(map(len, texts))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counting)
+    text = calibration_prose(1, 200_000)
+    calibration_blocks([TextSource("a", [text])], calibration_tokenizer, samples=4, sequence_length=32)
+    report_blocks(TextSource("a", [text]), calibration_tokenizer, tokens=64, sequence_length=32)
+    assert seen < 60_000 < len(text)
+
+
+def test_a_short_source_gives_its_windows_to_the_others(calibration_tokenizer: PreTrainedTokenizerFast) -> None:
+    short, long = TextSource("s", [calibration_prose(1, 48)]), TextSource("l", [calibration_prose(2, 3000)])
+    blocks = calibration_blocks([short, long, long], calibration_tokenizer, samples=40, sequence_length=32)
+    assert len(blocks) == 40 and blocks.domains == ("s", "l", "l-2")
+    counts = torch.bincount(blocks.domain).tolist()
+    assert 1 <= counts[0] < 13 and abs(counts[1] - counts[2]) <= 1
+    with pytest.raises(
+        CalibrationError, match=r"has (\d+) windows of 32 tokens; 40 were asked for.*lower calibration.samples to \1"
+    ):
+        calibration_blocks([short, short], calibration_tokenizer, samples=40, sequence_length=32)
+
+
+def test_less_than_a_window(calibration_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = calibration_prose(1, 12)
+    ids = calibration_tokenizer(text, add_special_tokens=False)["input_ids"]
+    blocks = calibration_blocks([TextSource("a", [text])], calibration_tokenizer, samples=1, sequence_length=128)
+    assert windows_of(blocks) == [tuple(ids)] and blocks.input_ids.shape == (1, 128)
+    long = TextSource("l", [calibration_prose(2, 3000)])
+    for sources in ([TextSource("tiny", ["a b"])], [TextSource("tiny", [text]), long]):
+        with pytest.raises(CalibrationError, match=r"'tiny' is too short: \d+ tokens, one window needs 128; give more"):
+            calibration_blocks(sources, calibration_tokenizer, samples=2, sequence_length=128)
+    with pytest.raises(CalibrationError, match="`samples` should give each"):
+        calibration_blocks([long, long], calibration_tokenizer, samples=1, sequence_length=8)
+
+
+def test_tokens_that_the_model_lacks_are_refused(calibration_tokenizer: PreTrainedTokenizerFast) -> None:
+    source = TextSource("a", [calibration_prose(1, 600)])
+    with pytest.raises(CalibrationError, match="tokenizer and model do not belong together"):
+        calibration_blocks([source], calibration_tokenizer, samples=2, sequence_length=16, vocab_size=40)
+    with pytest.raises(CalibrationError, match="tokenizer and model do not belong together"):
+        report_blocks(source, calibration_tokenizer, tokens=64, sequence_length=16, vocab_size=40)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.text("ab the\n ", max_size=400), min_size=1, max_size=4), st.integers(2, 90), st.integers(2, 40))
+def test_report_blocks_equal_whole_tokenisation(texts: list[str], tokens: int, length: int) -> None:
+    tokenizer = test_report_blocks_equal_whole_tokenisation.tokenizer  # type: ignore[attr-defined]
+    long = texts * 12 + [calibration_prose(len(texts), 1500)]
+    whole = tokenizer("\n\n".join(long), add_special_tokens=False)["input_ids"][:tokens]
+    blocks = report_blocks(TextSource("a", long), tokenizer, tokens=tokens, sequence_length=length)
+    rest = len(whole) % length
+    expected = whole[: len(whole) - 1] if rest == 1 else whole
+    assert [token for window in windows_of(blocks) for token in window] == expected
+    assert all(len(window) == length for window in windows_of(blocks)[:-1])
+
+
+test_report_blocks_equal_whole_tokenisation.tokenizer = calibration_make_tokenizer()  # type: ignore[attr-defined]
+
+
+def test_report_blocks_do_not_depend_on_where_the_text_was_cut() -> None:
+    # Words longer than the first guess of characters per token, of which a cut one would be unknown.
+    words = {f"{'long' * 6}{index:04d}": index + 1 for index in range(3000)}
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **words}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    for tokens in (2, 50, 99, 1000, 2999, 3000):
+        blocks = report_blocks(TextSource("a", [" ".join(words)]), fast, tokens=tokens, sequence_length=tokens)
+        assert windows_of(blocks) == [tuple(range(1, tokens + 1))]
+
+
+def test_report_takes_a_text_file_as_it_stands(calibration_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    text = " \n = Title = \n \n" + calibration_prose(1, 60) + "\n\n"
+    path = tmp_path / "wiki.txt"
+    path.write_text(text, encoding="utf-8")
+    assert read_source(str(path)) == Documents("wiki", (text,), "")
+    blocks = report_blocks(str(path), calibration_tokenizer, tokens=10**6, sequence_length=16)
+    expected = calibration_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert blocks.tokens in (len(expected), len(expected) - 1)
+    with pytest.raises(CalibrationError, match="predicting one takes 2"):
+        report_blocks(TextSource("a", ["a"]), calibration_tokenizer, tokens=64, sequence_length=16)

@@ -1,0 +1,338 @@
+"""Laws of measurements."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_adaprune import evaluation
+from hf_adaprune.calibration import TokenBlocks
+from hf_adaprune.errors import CalibrationError, ConfigError
+from hf_adaprune.evaluation import (
+    ChoiceRow,
+    kl_divergence,
+    mean_over_windows,
+    multiple_choice,
+    per_window_kl,
+    per_window_loss,
+    perplexity,
+    read_rows,
+    throughput,
+)
+
+VOCABULARY = 300
+
+
+def evaluation_make_model(seed: int, **changes: int) -> LlamaForCausalLM:
+    """A tiny Llama whose weights are large enough for predictions to differ."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 640, "initializer_range": 0.3,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+
+
+@pytest.fixture(scope="module")
+def evaluation_model() -> LlamaForCausalLM:
+    """The pruned model's part."""
+    return evaluation_make_model(0)
+
+
+@pytest.fixture(scope="module")
+def evaluation_dense() -> LlamaForCausalLM:
+    """The dense model's part."""
+    return evaluation_make_model(1)
+
+
+@pytest.fixture(scope="module")
+def evaluation_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with multi-letter tokens, trained in memory."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["the water in a river runs down to the sea and the rain fills it again"] * 3, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<eos> $A <eos>", special_tokens=[("<eos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+
+
+def make_blocks(lengths: list[int], length: int, pad: int = 0) -> TokenBlocks:
+    """Random windows of the given unpadded lengths."""
+    ids = torch.randint(VOCABULARY, (len(lengths), length), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(length) < torch.tensor(lengths)[:, None]
+    return TokenBlocks(ids.masked_fill(~mask, pad), mask, torch.zeros(len(lengths)), ("a",))
+
+
+def naive_losses(model: LlamaForCausalLM, blocks: TokenBlocks) -> torch.Tensor:
+    """Each window alone, unpadded, in one piece."""
+    rows = []
+    for ids, mask in zip(blocks.input_ids, blocks.attention_mask, strict=True):
+        with torch.no_grad():
+            logprobs = model.eval()(ids[mask][None]).logits[0, :-1].float().log_softmax(-1)
+        rows.append([-logprobs.gather(1, ids[mask][1:, None]).double().sum().item(), int(mask.sum()) - 1])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_loss_equals_the_naive_computation_over_chunks(evaluation_model: LlamaForCausalLM) -> None:
+    blocks = make_blocks([600, 513, 2, 1, 257], 600)
+    sums = per_window_loss(evaluation_model, blocks)
+    assert sums.dtype == torch.float64 and sums.shape == (5, 2) and not sums.is_inference()
+    torch.testing.assert_close(sums, naive_losses(evaluation_model, blocks), rtol=1e-5, atol=1e-5)
+    assert sums[3].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7])
+def test_batch_size_does_not_matter(
+    evaluation_model: LlamaForCausalLM, evaluation_dense: LlamaForCausalLM, batch_size: int
+) -> None:
+    blocks = make_blocks([20, 7, 20, 3, 12], 20)
+    for measure in (per_window_loss, lambda m, b, size=1: per_window_kl(m, evaluation_dense, b, size)):
+        one, many = measure(evaluation_model, blocks), measure(evaluation_model, blocks, batch_size)
+        torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_excluded_exactly(evaluation_model: LlamaForCausalLM, evaluation_dense: LlamaForCausalLM) -> None:
+    lengths = [11, 5, 9]
+    zeros, garbage = make_blocks(lengths, 16), make_blocks(lengths, 16, pad=17)
+    tight = TokenBlocks(zeros.input_ids[:, :11], zeros.attention_mask[:, :11], zeros.domain, ("a",))
+    for measure in (per_window_loss, lambda m, b: per_window_kl(m, evaluation_dense, b)):
+        assert torch.equal(measure(evaluation_model, zeros), measure(evaluation_model, garbage))
+        assert torch.equal(measure(evaluation_model, zeros), measure(evaluation_model, tight))
+    batched = per_window_loss(evaluation_model, garbage, 3)
+    assert torch.equal(batched, per_window_loss(evaluation_model, zeros, 3))
+
+
+def test_loss_is_float32_for_a_bfloat16_model(evaluation_model: LlamaForCausalLM) -> None:
+    half = copy.deepcopy(evaluation_model).to(torch.bfloat16)
+    blocks = make_blocks([40, 40], 40)
+    torch.testing.assert_close(per_window_loss(half, blocks), naive_losses(half, blocks), rtol=1e-6, atol=1e-6)
+
+
+def test_no_large_float32_copy(evaluation_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    entropy = torch.nn.functional.cross_entropy
+
+    def watching(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, len(logits))
+        return entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation.F, "cross_entropy", watching)
+    per_window_loss(evaluation_model, make_blocks([600, 300], 600), 2)
+    assert largest == 256
+
+
+def test_perplexity_and_its_standard_error(evaluation_model: LlamaForCausalLM) -> None:
+    blocks = make_blocks([30, 12, 25, 18], 30)
+    sums = naive_losses(evaluation_model, blocks)
+    measured = perplexity(evaluation_model, blocks)
+    assert measured.value == pytest.approx(math.exp(sums[:, 0].sum() / sums[:, 1].sum()), rel=1e-5)
+    assert (measured.tokens, measured.samples) == (81, 4)
+    loss = mean_over_windows("loss", sums)
+    assert measured.standard_error == pytest.approx(measured.value * loss.standard_error, rel=1e-4)
+    assert str(measured).startswith("perplexity ")
+    assert math.isnan(perplexity(evaluation_model, blocks.select([0])).standard_error)
+    with pytest.raises(CalibrationError, match="no token was scored"):
+        perplexity(evaluation_model, make_blocks([1], 4))
+    with pytest.raises(ConfigError, match="`batch_size`"):
+        perplexity(evaluation_model, blocks, batch_size=0)
+
+
+def test_standard_error_is_the_spread_of_repeated_measurements() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 50, (400, 40), generator=generator).double()
+    sums = 3.0 * counts + torch.randn(counts.shape, generator=generator).double() * counts
+    runs = [mean_over_windows("x", torch.stack([s, n], dim=1)) for s, n in zip(sums, counts, strict=True)]
+    spread = torch.tensor([run.value for run in runs]).std().item()
+    assert sum(run.standard_error for run in runs) / len(runs) == pytest.approx(spread, rel=0.1)
+    equal = torch.full((10, 1), 7.0, dtype=torch.float64)
+    plain = mean_over_windows("x", torch.cat([sums[0, :10, None], equal], dim=1))
+    assert plain.standard_error == pytest.approx((sums[0, :10] / 7).std().item() / math.sqrt(10))
+
+
+def test_kl_is_zero_with_itself_and_positive_otherwise(
+    evaluation_model: LlamaForCausalLM, evaluation_dense: LlamaForCausalLM
+) -> None:
+    blocks = make_blocks([300, 8], 300)
+    assert not per_window_kl(evaluation_model, evaluation_model, blocks, 2)[:, 0].any()
+    other = per_window_kl(evaluation_model, evaluation_dense, blocks)
+    assert (other[:, 0] > 0).all()
+    assert torch.equal(other[:, 1], per_window_loss(evaluation_model, blocks)[:, 1])
+    with torch.no_grad():
+        logits = torch.stack([evaluation_dense(ids[None]).logits[0] for ids in blocks.input_ids])
+        model = torch.stack([evaluation_model(ids[None]).logits[0] for ids in blocks.input_ids])
+    torch.testing.assert_close(per_window_kl(evaluation_model, logits, blocks), other, rtol=1e-5, atol=1e-5)
+    naive = torch.nn.functional.kl_div(
+        model.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    expected = naive[0, :299].sum() + naive[1, :7].sum()
+    assert kl_divergence(evaluation_model, evaluation_dense, blocks).value == pytest.approx(
+        expected.item() / 306, rel=1e-4
+    )
+    with pytest.raises(ConfigError, match="one vocabulary"):
+        kl_divergence(evaluation_model, logits[..., :-1], blocks)
+
+
+def test_a_token_that_the_dense_model_excludes_adds_nothing(evaluation_model: LlamaForCausalLM) -> None:
+    blocks = make_blocks([6], 6)
+    with torch.no_grad():
+        logits = evaluation_model(blocks.input_ids).logits
+    logits[..., 3] = -math.inf
+    assert 0 < kl_divergence(evaluation_model, logits, blocks).value < math.inf
+
+
+def test_training_flags_come_back(evaluation_model: LlamaForCausalLM, evaluation_dense: LlamaForCausalLM) -> None:
+    blocks = make_blocks([6], 6)
+    evaluation_model.train()
+    evaluation_model.lm_head.eval()
+    evaluation_dense.train()
+    perplexity(evaluation_model, blocks)
+    kl_divergence(evaluation_model, evaluation_dense, blocks)
+    kl_divergence(evaluation_model, evaluation_model, blocks)
+    throughput(evaluation_model, prefill=2, new_tokens=1, repeats=1)
+    assert evaluation_model.training and not evaluation_model.lm_head.training and evaluation_dense.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in evaluation_model.parameters())
+
+
+ROWS = [
+    ChoiceRow("0", "t", "the water in", (" a river ", "the sea", "rain"), 1),
+    ChoiceRow("1", "t", "rain fills  ", ("it", "again", "sea", "down", "a"), 0),
+    ChoiceRow("2", "t", "Question: what runs?\nAnswer:", ("the water", "the river runs down to the sea", "x"), 2),
+    ChoiceRow("3", "t", "", ("the sea", "the rain again"), 0),
+    ChoiceRow("4", "t", "the rain " * 12, ("a b c d e f g h", "again"), 1),
+]
+
+
+def brute_force(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, row: ChoiceRow) -> list[float]:
+    """Log-likelihoods as lm-evaluation-harness defines them, one choice at a time and without any batching."""
+    scores = []
+    for choice in row.choices:
+        context, continuation = row.context, " " + choice
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        whole = tokenizer.encode(context + continuation, add_special_tokens=False)
+        start = len(tokenizer.encode(context, add_special_tokens=False)) if context else 0
+        tokens = whole if start else [tokenizer.eos_token_id, *whole]
+        target = whole[start:]
+        ids = torch.tensor([tokens[-(model.config.max_position_embeddings + 1) :]])
+        with torch.no_grad():
+            logprobs = model.eval()(ids[:, :-1]).logits[0].float().log_softmax(-1)[-len(target) :]
+        scores.append(logprobs.gather(1, torch.tensor(target)[:, None]).sum().item())
+    return scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize("positions", [640, 40])
+def test_multiple_choice_equals_brute_force(
+    evaluation_tokenizer: PreTrainedTokenizerFast, batch_size: int, positions: int
+) -> None:
+    model = evaluation_make_model(3, max_position_embeddings=positions)
+    scores = [brute_force(model, evaluation_tokenizer, row) for row in ROWS]
+    normed = [
+        [s / len(c) for s, c in zip(values, row.choices, strict=True)] for values, row in zip(scores, ROWS, strict=True)
+    ]
+    for wanted in range(3):
+        rows = [ChoiceRow(r.id, r.task, r.context, r.choices, min(wanted, len(r.choices) - 1)) for r in ROWS]
+        found = multiple_choice(model, evaluation_tokenizer, rows, batch_size)
+        for key, values in (("acc", scores), ("acc_norm", normed)):
+            right = [v.index(max(v)) == row.label for v, row in zip(values, rows, strict=True)]
+            assert found[key].value == pytest.approx(sum(right) / 5)
+            assert found[key].standard_error == pytest.approx(torch.tensor(right).double().std().item() / math.sqrt(5))
+            assert found[key].samples == 5
+
+
+def test_every_choice_is_found_when_it_is_the_likely_one(
+    evaluation_model: LlamaForCausalLM, evaluation_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    best = [
+        max(range(len(r.choices)), key=brute_force(evaluation_model, evaluation_tokenizer, r).__getitem__) for r in ROWS
+    ]
+    rows = [ChoiceRow(r.id, r.task, r.context, r.choices, label) for r, label in zip(ROWS, best, strict=True)]
+    assert multiple_choice(evaluation_model, evaluation_tokenizer, rows)["acc"].value == 1.0
+    with pytest.raises(CalibrationError, match="no multiple-choice rows"):
+        multiple_choice(evaluation_model, evaluation_tokenizer, [])
+
+
+def test_continuations_of_one_token_share_a_forward(
+    evaluation_model: LlamaForCausalLM, evaluation_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = 0
+    forward = evaluation._logits
+
+    def counting(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        nonlocal sequences
+        sequences += len(ids)
+        return forward(model, ids, mask)
+
+    monkeypatch.setattr(evaluation, "_logits", counting)
+    row = ChoiceRow("0", "t", "rain", ("the", "river", "water"), 0)
+    lengths = [len(evaluation_tokenizer(" " + c, add_special_tokens=False)["input_ids"]) for c in row.choices]
+    multiple_choice(evaluation_model, evaluation_tokenizer, [row, row])
+    assert sequences == (1 if 1 in lengths else 0) + sum(length > 1 for length in lengths)
+
+
+GOOD = {"id": "1", "task": "t", "context": "c", "choices": ["a", "b"], "label": 1}
+
+
+def test_rows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n", encoding="utf-8")
+    assert read_rows(path) == read_rows(str(path)) == [ChoiceRow("1", "t", "c", ("a", "b"), 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps({k: v for k, v in GOOD.items() if k not in ("label", "id")}), "row 1 lacks id, label"),
+        ("[1]", "row 1 lacks"),
+        (json.dumps({**GOOD, "choices": ["a"]}), "two or more"),
+        (json.dumps({**GOOD, "choices": ["a", ""]}), "two or more"),
+        (json.dumps({**GOOD, "context": None}), "`context` should be a string"),
+        (json.dumps({**GOOD, "label": 2}), "should be 0 to 1. Found 2"),
+        (json.dumps({**GOOD, "label": "1"}), "Found '1'"),
+        (json.dumps(GOOD) + "\n{", "line 2"),
+        ("", "holds no rows"),
+    ],
+)
+def test_bad_rows_are_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(CalibrationError, match=message):
+        read_rows(path)
+    with pytest.raises(CalibrationError, match="no file of multiple-choice rows"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_throughput_decodes_every_token_past_an_end_token() -> None:
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    for model in (evaluation_make_model(0, eos_token_id=5), gpt2):
+        model.generation_config.eos_token_id = list(range(VOCABULARY))
+        calls: list[tuple[int, int]] = []
+        hook = model.register_forward_hook(
+            lambda _, args, kwargs, out, calls=calls: calls.append(
+                (kwargs["input_ids"].shape[1], out.past_key_values.get_seq_length())
+            ),
+            with_kwargs=True,
+        )
+        speeds = throughput(model, prefill=8, new_tokens=3, repeats=2)
+        hook.remove()
+        assert calls == [(8, 8), (1, 9), (1, 10), (1, 11)] * 3
+        assert set(speeds) == {"prefill_tokens_per_second", "decode_tokens_per_second"}
+        assert all(0 < value < math.inf for value in speeds.values())
+    with pytest.raises(ConfigError, match="32 positions"):
+        throughput(gpt2, prefill=32, new_tokens=1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        throughput(gpt2, repeats=0)
