@@ -108,7 +108,7 @@ def main() -> None:
         for ratio in ratios:
             start = time.perf_counter()
             own = config.with_changes(pruning_ratio=ratio)
-            plan, kept, tried = decide(sites, blocks, own, held_out=held_out, needs=needs, statistics=statistics)
+            plan, kept = decide(sites, blocks, own, needs=needs, statistics=statistics)
             repairs, schedule, _, _ = choose_repairs(sites, plan, kept, blocks, held_out, own)
             seconds = time.perf_counter() - start
             with masked(sites, plan, repairs):
@@ -125,7 +125,6 @@ def main() -> None:
                         site.groups - len(site.kept_groups) for name, site in plan.sites.items() if "attention" in name
                     ),
                     "repair": schedule,
-                    "candidates": [(candidate.changes, candidate.loss) for candidate in tried],
                     "seconds": {"statistics": round(collected, 1), "plan_and_repair": round(seconds, 1)},
                 }
             )

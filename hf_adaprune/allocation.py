@@ -1,15 +1,18 @@
 """Scores, budget and profile become a plan. The budget holds by construction.
 
 Every site offers its units in the order in which they would go; an allocation decides how far down each list to go, in
-steps that keep every rule (multiples, floors, protected layers, equal groups). What is removed is at least the target
-and overshoots it by less than the last step.
+steps that keep every rule (multiples, floors, protected layers, equal groups). What is removed is at least the target.
+It overshoots by less than the largest step (in the uniform form: than one step of every layer), unless a set share of
+attention (FLAP's MM structures) alone exceeds the target.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,7 +35,8 @@ class Offer:
         order (`torch.Tensor`): units in the order they go; for balanced units `[steps, groups]`, one of every group.
         scores (`torch.Tensor`): score of every step, `[steps]`, ascending.
         cost (`int`): parameters per step.
-        levels (`tuple[int, ...]`): allowed numbers of removed steps, ascending, from 0.
+        levels (`tuple[int, ...]`): allowed numbers of removed steps, ascending, from 0 or from where an earlier round
+            has left the site.
         bias (`int`): parameters that a repair adds once anything is removed.
         sublayer_score (`float`, *optional*): score of removing the whole sublayer, where that is allowed.
     """
@@ -57,8 +61,12 @@ class Offer:
         return self.levels[-1]
 
     def level(self, wanted: float) -> int:
-        """The allowed level nearest to a wanted number of steps."""
-        return min(self.levels, key=lambda level: (abs(level - wanted), level))
+        """The highest allowed level that does not exceed a wanted number of steps."""
+        return self.levels[max(0, bisect_right(self.levels, wanted + 1e-9) - 1)]
+
+    def before(self, level: int) -> int:
+        """The allowed level below another."""
+        return self.levels[max(0, bisect_left(self.levels, level) - 1)]
 
     def removed(self, level: int) -> int:
         """Parameters that a level removes."""
@@ -106,7 +114,13 @@ def target_removal(sites: ModelSites, config: PruningConfig) -> int:
     return sites.total_parameters - goal
 
 
-def allocate(sites: ModelSites, scores: Scores, config: PruningConfig, cosine: torch.Tensor | None = None) -> PruningPlan:
+def allocate(
+    sites: ModelSites,
+    scores: Scores,
+    config: PruningConfig,
+    cosine: torch.Tensor | None = None,
+    start: PruningPlan | None = None,
+) -> PruningPlan:
     """Decide which units of every site stay.
 
     Args:
@@ -115,22 +129,31 @@ def allocate(sites: ModelSites, scores: Scores, config: PruningConfig, cosine: t
         config ([`PruningConfig`]): budget, units, rules and method.
         cosine (`torch.Tensor`, *optional*): mean cosine of every layer's input and output, `[layers]` or
             `[rounds so far, layers]`, for `similarity`.
+        start ([`PruningPlan`], *optional*): what an earlier round removed; no site gets any of it back. Its units
+            should have the lowest scores.
 
     Raises:
         BudgetError: the rules do not let enough go; the message says how much they do.
         ConfigError: nothing in the model may go, or the method lacks what it reads.
     """
     target = target_removal(sites, config)
-    offers = _offers(sites, scores, config)
+    offers = _offers(sites, scores, config, start)
+    if config.uniform and offers and config.protected_layers:
+        raise ConfigError(
+            "`uniform=True` means equal layers, which `protected_layers` contradicts. Leave out one of them."
+        )
     if config.allocation.method == "global":
-        return _global(sites, scores, config, offers, target)
+        return _global(sites, scores, config, offers, target, start)
     if not offers:
         raise ConfigError(
-            f"allocation {config.allocation.method!r} shares widths, but `units` {config.units} leaves none to share. Add "
-            "channel or kv_group, or use the method `global`."
+            f"allocation {config.allocation.method!r} shares widths, but `units` {config.units} leaves none to share. "
+            "Add channel or kv_group, or use the method `global`."
         )
+    if config.uniform:
+        # Equal widths leave a method nothing to share out but the units within a layer.
+        return _shaped(sites, config, offers, target, [1.0] * len(offers))
     if config.allocation.method == "flap" and config.allocation.structure == "AL-AM":
-        return _global(sites, scores, config, offers, target, per_parameter=False)
+        return _global(sites, scores, config, offers, target, start, per_parameter=False)
     if config.allocation.method == "flap" and config.allocation.structure.startswith("AL"):
         return _manual_adaptive(sites, config, offers, target)
     shape = _SHAPES[config.allocation.method]
@@ -148,7 +171,7 @@ def _protected(sites: ModelSites, config: PruningConfig) -> set[int]:
     return {layer % count for layer in config.protected_layers}
 
 
-def _offers(sites: ModelSites, scores: Scores, config: PruningConfig) -> list[Offer]:
+def _offers(sites: ModelSites, scores: Scores, config: PruningConfig, start: PruningPlan | None = None) -> list[Offer]:
     protected = _protected(sites, config)
     offers = []
     for site in sites:
@@ -156,10 +179,12 @@ def _offers(sites: ModelSites, scores: Scores, config: PruningConfig) -> list[Of
         if unit is None or site.layer in protected:
             continue
         order, step_scores, cost = _order(site, unit, scores.units[site.name])
-        levels = _levels(sites, site, unit, len(step_scores), config)
-        if len(levels) < 2:
+        gone = _steps_gone(site, unit, start)
+        levels = (gone, *(level for level in _levels(sites, site, unit, len(step_scores), config) if level > gone))
+        if levels == (0,):
             continue
-        adds_bias = config.repair.method == "bias" or (config.repair.method == "least_squares" and config.repair.intercept)
+        repair = config.repair
+        adds_bias = repair.method == "bias" or (repair.method == "least_squares" and repair.intercept)
         adds_bias = adds_bias and site.reader.bias is None and site.kind != "experts" and not config.uniform
         offers.append(Offer(site, unit, order, step_scores, cost, levels, site.outputs if adds_bias else 0))
     known = {unit for site in sites if (unit := unit_of(site, config.units))}
@@ -171,6 +196,16 @@ def _offers(sites: ModelSites, scores: Scores, config: PruningConfig) -> list[Of
             + " Name other units, for example `channel`."
         )
     return offers
+
+
+def _steps_gone(site: Site, unit: str, start: PruningPlan | None) -> int:
+    """Steps that an earlier round took; none where it removed the sublayer, of which nothing is left to go."""
+    kept = start.sites.get(site.name) if start is not None else None
+    if kept is None or kept.is_empty:
+        return 0
+    if unit in GROUP_UNITS:
+        return site.groups - len(kept.kept_groups)
+    return site.group_size - kept.kept_per_group
 
 
 def _order(site: Site, unit: str, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -191,14 +226,14 @@ def _levels(sites: ModelSites, site: Site, unit: str, steps: int, config: Prunin
         if unit == "expert_channel":
             multiple = math.lcm(multiple, expert_multiple(site))
         floor = max(config.min_channels, multiple)
-        kept = [width for width in range(multiple * math.ceil(floor / multiple), steps, multiple)]
+        kept = range(multiple * math.ceil(floor / multiple), steps, multiple)
         levels = [steps - width for width in reversed(kept)]
     else:
         floor = {"kv_group": config.min_groups, "expert": max(1, sites.top_k(site))}.get(unit, 1)
         levels = list(range(1, steps - floor + 1))
-    if config.uniform and unit == "kv_group" and sites.architecture.heads_must_divide_hidden:
-        hidden = sites.model.config.hidden_size
-        levels = [level for level in levels if hidden % ((steps - level) * site.group_size) == 0]
+    if config.uniform and site.kind == "attention" and sites.architecture.heads_must_divide_hidden:
+        hidden, others = sites.model.config.hidden_size, site.groups * site.group_size // steps
+        levels = [level for level in levels if hidden % ((steps - level) * others) == 0]
     return (0, *(level for level in levels if level <= most))
 
 
@@ -221,6 +256,11 @@ def _modifier(sites: ModelSites, config: PruningConfig) -> Callable[[int, str], 
     return factor
 
 
+def _weighted(value: float, factor: float) -> float:
+    """A score times the profile's factor. Standardised scores may be negative: a factor above 1 raises these too."""
+    return value * factor if value > 0 else value / factor
+
+
 def _interpolate(points: Sequence[float], layer: int, layers: int) -> float:
     if len(points) == 1 or layers == 1:
         return points[0]
@@ -235,6 +275,7 @@ def _global(
     config: PruningConfig,
     offers: list[Offer],
     target: int,
+    start: PruningPlan | None = None,
     per_parameter: bool = True,
 ) -> PruningPlan:
     if config.uniform and offers:
@@ -247,7 +288,7 @@ def _global(
     steps.extend(_whole_steps(sites, scores, config, factor, per_parameter))
     if not steps:
         raise ConfigError(f"`units` {config.units} and `protected_layers` leave nothing that may go.")
-    return _take(sites, config, offers, steps, target)
+    return _take(sites, config, _State(sites, offers, start), steps, target)
 
 
 def _offer_steps(number: int, offer: Offer, scale: float, per_parameter: bool) -> Iterator[_Step]:
@@ -258,7 +299,7 @@ def _offer_steps(number: int, offer: Offer, scale: float, per_parameter: bool) -
         value = float(cumulative[high] - cumulative[low])
         value = value / max(1, (high - low) * offer.cost) if per_parameter else value / (high - low)
         # A step can only follow the ones before it, so its price is never below theirs.
-        floor = max(floor, value * scale if value > 0 else value)
+        floor = max(floor, _weighted(value, scale))
         yield _Step(floor, removes, offer=number, level=high)
 
 
@@ -270,21 +311,20 @@ def _whole_steps(
         kind = "attention" if site.kind == "attention" else "mlp"
         if kind in config.units and site.layer not in protected:
             removes = site.sublayer_parameters
-            value = scores.sublayers[site.name] * factor(site.layer, site.kind)
+            value = _weighted(scores.sublayers[site.name], factor(site.layer, site.kind))
             yield _Step(value / removes if per_parameter else value, removes, sublayer=site.name)
     if "layer" in config.units:
         sites.check_layers_may_go()
         for layer, removes in enumerate(sites.layer_parameters):
             if layer not in protected:
-                value = float(scores.layers[layer]) * factor(layer, "layer")
+                value = _weighted(float(scores.layers[layer]), factor(layer, "layer"))
                 yield _Step(value / removes if per_parameter else value, removes, layer=layer)
 
 
 def _take(
-    sites: ModelSites, config: PruningConfig, offers: list[Offer], steps: list[_Step], target: int
+    sites: ModelSites, config: PruningConfig, state: _State, steps: Sequence[_Step], target: int
 ) -> PruningPlan:
     """Take steps from the cheapest on until the target is met, then give back what was not needed."""
-    state = _State(sites, offers)
     taken: list[_Step] = []
     for step in sorted(steps, key=lambda s: (s.value, s.offer if s.offer is not None else -1, s.level)):
         if state.removed >= target:
@@ -294,60 +334,86 @@ def _take(
     if state.removed < target:
         raise _unreachable(sites, config, state.removed, target)
     # The last step may overshoot by a whole KV group or layer; steps that became superfluous stay in the model.
-    for step in sorted(taken, key=lambda s: -s.value):
+    # Backwards, so that of two steps of one list the later one is given back first.
+    for step in reversed(taken):
         state.give_back(step, target)
     return state.plan(sites)
 
 
 class _State:
-    """How far down each list an allocation has gone."""
+    """How far down each list an allocation has gone, and how many parameters that removes."""
 
-    def __init__(self, sites: ModelSites, offers: list[Offer]) -> None:
+    def __init__(self, sites: ModelSites, offers: list[Offer], start: PruningPlan | None = None) -> None:
         self.sites, self.offers = sites, offers
-        self.levels = [0] * len(offers)
-        self.sublayers: set[str] = set()
-        self.layers: set[int] = set()
-        self.by_site = {offer.site.name: number for number, offer in enumerate(offers)}
+        self.levels = [offer.levels[0] for offer in offers]
+        self.layers = set(start.dropped_layers) if start is not None else set()
+        self.sublayers = {name for name, kept in start.sites.items() if kept.is_empty} if start is not None else set()
+        self.removed = self.count()
 
-    @property
-    def removed(self) -> int:
+    def count(self) -> int:
+        """Parameters removed, counted anew."""
         total = sum(self.sites.layer_parameters[layer] for layer in self.layers)
         for name in self.sublayers:
             site = self.sites.by_name[name]
             if site.layer not in self.layers:
                 total += site.sublayer_parameters
         for offer, level in zip(self.offers, self.levels, strict=True):
-            if offer.site.layer not in self.layers and offer.site.name not in self.sublayers:
+            if not self.is_gone(offer):
                 total += offer.removed(level)
         return total
 
+    def is_gone(self, offer: Offer) -> bool:
+        """Whether the site of an offer is removed as a whole."""
+        return offer.site.layer in self.layers or offer.site.name in self.sublayers
+
+    def set_levels(self, levels: Sequence[int]) -> None:
+        """Move all lists."""
+        self.levels = list(levels)
+        self.removed = self.count()
+
+    def set_level(self, number: int, level: int) -> None:
+        """Move one list; in time that does not depend on how many there are."""
+        offer = self.offers[number]
+        if not self.is_gone(offer):
+            self.removed += offer.removed(level) - offer.removed(self.levels[number])
+        self.levels[number] = level
+
     def take(self, step: _Step) -> bool:
+        """Take a step; False where it would leave no layer or was taken before."""
+        if step.offer is not None:
+            self.set_level(step.offer, max(self.levels[step.offer], step.level))
+            return True
         if step.layer is not None:
-            if len(self.layers) + 1 >= len(self.sites.layers):
+            if step.layer in self.layers or len(self.layers) + 1 >= len(self.sites.layers):
                 return False
             self.layers.add(step.layer)
         elif step.sublayer is not None:
+            if step.sublayer in self.sublayers:
+                return False
             self.sublayers.add(step.sublayer)
-        elif step.offer is not None:
-            self.levels[step.offer] = max(self.levels[step.offer], step.level)
+        self.removed = self.count()
         return True
 
     def give_back(self, step: _Step, target: int) -> None:
-        if step.offer is not None and self.levels[step.offer] != step.level:
+        """Undo a step if the target is met without it."""
+        if step.offer is not None:
+            level = self.levels[step.offer]
+            if level == step.level:
+                self.set_level(step.offer, self.offers[step.offer].before(level))
+                if self.removed < target:
+                    self.set_level(step.offer, level)
             return
-        before = (list(self.levels), set(self.sublayers), set(self.layers))
-        if step.layer is not None:
-            self.layers.discard(step.layer)
-        elif step.sublayer is not None:
-            self.sublayers.discard(step.sublayer)
-        elif step.offer is not None:
-            levels = self.offers[step.offer].levels
-            self.levels[step.offer] = levels[levels.index(step.level) - 1]
+        undone: set[Any] = self.layers if step.layer is not None else self.sublayers
+        name = step.layer if step.layer is not None else step.sublayer
+        undone.discard(name)
+        self.removed = self.count()
         if self.removed < target:
-            self.levels, self.sublayers, self.layers = before
+            undone.add(name)
+            self.removed = self.count()
 
     def plan(self, sites: ModelSites) -> PruningPlan:
-        found = {offer.site.name: offer.kept(level) for offer, level in zip(self.offers, self.levels, strict=True) if level}
+        levels = zip(self.offers, self.levels, strict=True)
+        found = {offer.site.name: offer.kept(level) for offer, level in levels if level}
         for name in self.sublayers:
             site = sites.by_name[name]
             found[name] = SitePlan(site.groups, site.group_size, ())
@@ -429,22 +495,25 @@ def _shaped(
     """
     fine = [number for number, offer in enumerate(offers) if offer.unit in ("channel", "expert_channel")]
     if len(fine) in (0, len(offers)):
-        return _scaled(sites, config, offers, target, shape, list(range(len(offers))), [0] * len(offers)).plan(sites)
+        return _scaled(sites, config, offers, target, shape, range(len(offers)), [0] * len(offers)).plan(sites)
     coarse = [number for number in range(len(offers)) if number not in fine]
     manual = config.allocation.method == "flap" and config.allocation.structure == "UL-MM"
     factor = (config.allocation.attention_ratio or 0.0) if manual else _continuous_factor(offers, shape, target)
-    for attempt in range(200):
-        levels = [0] * len(offers)
+    attempts = 1 if manual else 64
+    for attempt in range(attempts):
+        levels = [offer.levels[0] for offer in offers]
         for number in coarse:
-            share = min(1.0, factor * (1.0 if manual else shape[number])) * (1 + 0.05 * attempt)
-            levels[number] = _floor_level(offers[number], share * offers[number].steps)
+            # Every attempt lets more of the coarse units go, the last one all that may.
+            share = min(1.0, factor * (1.0 if manual else shape[number]))
+            share += (1 - share) * attempt / max(1, attempts - 1)
+            levels[number] = offers[number].level(share * offers[number].steps)
         try:
             return _scaled(sites, config, offers, target, shape, fine, levels).plan(sites)
         except BudgetError:
-            # The channels alone cannot make up the rest: more of the coarse units have to go.
-            if manual or all(levels[number] == offers[number].most for number in coarse):
+            # The channels alone cannot make up the rest; the last error says how much can go at all.
+            if attempt == attempts - 1:
                 raise
-    raise _unreachable(sites, config, 0, target)
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _continuous_factor(offers: list[Offer], shape: Sequence[float], target: int) -> float:
@@ -473,35 +542,31 @@ def _scaled(
     def levels(factor: float) -> list[int]:
         found = list(fixed)
         for number in movable:
-            found[number] = _floor_level(offers[number], min(1.0, factor * shape[number]) * offers[number].steps)
+            found[number] = offers[number].level(min(1.0, factor * shape[number]) * offers[number].steps)
         return found
 
     high = max(1.0 / shape[number] for number in movable)
-    state.levels = levels(high)
+    state.set_levels(levels(high))
     if state.removed < target:
         raise _unreachable(sites, config, state.removed, target)
     low = 0.0
     for _ in range(80):
         middle = (low + high) / 2
-        state.levels = levels(middle)
+        state.set_levels(levels(middle))
         low, high = (middle, high) if state.removed < target else (low, middle)
     enough = levels(high)
-    state.levels = enough
+    state.set_levels(enough)
     if config.uniform:
         return state
     # Between the two factors some offers move at the same moment; move them one by one, the cheapest first.
-    state.levels = levels(low)
+    state.set_levels(levels(low))
     moving = [number for number in movable if enough[number] > state.levels[number]]
     prices = {number: _price(offers[number], state.levels[number], enough[number]) for number in moving}
     for number in sorted(moving, key=lambda n: (prices[n], n)):
         if state.removed >= target:
             break
-        state.levels[number] = enough[number]
+        state.set_level(number, enough[number])
     return state
-
-
-def _floor_level(offer: Offer, wanted: float) -> int:
-    return max((level for level in offer.levels if level <= wanted + 1e-9), default=0)
 
 
 def _price(offer: Offer, low: int, high: int) -> float:
@@ -513,6 +578,7 @@ def _manual_adaptive(sites: ModelSites, config: PruningConfig, offers: list[Offe
     attention = [number for number, offer in enumerate(offers) if offer.site.kind == "attention"]
     state = _State(sites, offers)
     wanted = round((config.allocation.attention_ratio or 0.0) * sum(offers[number].steps for number in attention))
+    wanted = max(0, wanted - sum(state.levels[number] for number in attention))
     ranked = [step for number in attention for step in _offer_steps(number, offers[number], 1.0, per_parameter=False)]
     for step in sorted(ranked, key=lambda s: s.value)[:wanted]:
         state.take(step)
@@ -533,8 +599,9 @@ def _manual_adaptive(sites: ModelSites, config: PruningConfig, offers: list[Offe
 
 def _unreachable(sites: ModelSites, config: PruningConfig, reached: int, target: int) -> BudgetError:
     total = sites.decoder_parameters
+    ratio = max(0.0, reached / total - 5e-4)
     return BudgetError(
         f"at most {reached:,} of {total:,} decoder-layer parameters ({reached / total:.1%}) may go with `units` "
-        f"{config.units}, floors, multiples and protected layers as they are; {target:,} ({target / total:.1%}) were asked "
-        f"for. Allow more units, protect fewer layers, or lower the ratio to at most {max(0.0, reached / total - 5e-4):.3f}."
+        f"{config.units}, floors, multiples and protected layers as they are; {target:,} ({target / total:.1%}) were "
+        f"asked for. Allow more units, protect fewer layers, or lower the ratio to at most {ratio:.3f}."
     )

@@ -6,6 +6,7 @@ inputs? With moments of the dense model the answer takes seconds for all layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 
 from .config import RepairConfig
 from .errors import CalibrationError
-from .importance import covariance, ridge_diagonal
+from .importance import cholesky, covariance, ridge_diagonal
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
 from .statistics import Statistics
@@ -146,7 +147,7 @@ def _regress(
     ridge = ridge_diagonal(inner, config.damping, config.damping_scale)
     cross = matrix if cross is None else cross
     target = weight @ cross.index_select(1, columns) + weight.index_select(1, columns) * ridge
-    factor = torch.linalg.cholesky(inner + torch.diag(ridge))
+    factor = cholesky(inner + torch.diag(ridge))
     return torch.cholesky_solve(target.T, factor).T
 
 
@@ -191,11 +192,12 @@ def check_enough_tokens(sites: ModelSites, tokens: float, config: RepairConfig, 
     """
     if config.method != "least_squares" or config.min_tokens_per_column <= 0:
         return
-    widest = max((len(sites.by_name[name].column_index(site)) for name, site in kept.items() if sites.by_name[name].kind != "experts"), default=0)
+    readers = [(sites.by_name[name], own) for name, own in kept.items()]
+    widest = max((len(site.column_index(own)) for site, own in readers if site.kind != "experts"), default=0)
     needed = config.min_tokens_per_column * widest
     if tokens < needed:
         raise CalibrationError(
-            f"{int(tokens)} calibration tokens are too few to repair matrices with {widest} inputs: at least {int(needed)} "
-            f"are needed ({config.min_tokens_per_column:g} per input). Raise calibration.samples or "
+            f"{int(tokens)} calibration tokens are too few to repair matrices with {widest} inputs: at least "
+            f"{math.ceil(needed)} are needed ({config.min_tokens_per_column:g} per input). Raise calibration.samples or "
             "calibration.sequence_length, give more text, or set repair.method='none'."
         )

@@ -330,9 +330,6 @@ class PruningConfig:
         min_channels (`int`, *optional*, defaults to 1) and min_groups (`int`, *optional*, defaults to 1): floors per
             site. A site loses its last unit only where its sublayer may go.
         calibration, importance, allocation, repair: the parts.
-        alternatives (`tuple[dict, ...]`, *optional*): changes of this config (of `importance` and `allocation`) whose plans
-            are tried beside its own. All are repaired and run, masked, on the held-out calibration windows, and the plan
-            with the lowest loss there wins. No selection or report text is touched.
         layer_by_layer (`bool`, *optional*, defaults to `False`): the repair runs one decoder layer at a time on the
             pruned model's own activations, with the moments of one layer in memory.
         gram_place (`str`, *optional*, defaults to `"cpu"`): where Gram matrices live: on the `model`'s device, the `cpu`
@@ -366,7 +363,6 @@ class PruningConfig:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
-    alternatives: tuple[Mapping[str, Any], ...] = ()
     layer_by_layer: bool = False
     gram_place: str = "cpu"
     seed: int = 0
@@ -409,16 +405,6 @@ class PruningConfig:
         _whole("min_groups", self.min_groups, 1, what="KV groups that every attention keeps")
         _choice("gram_place", self.gram_place, GRAM_PLACES)
         _whole("seed", self.seed, 0, what="the seed of everything drawn at random")
-        object.__setattr__(self, "alternatives", tuple(dict(changes) for changes in self.alternatives))
-        for changes in self.alternatives:
-            if not changes or set(changes) - {"importance", "allocation"}:
-                raise ConfigError("an alternative changes `importance` and/or `allocation`. Found " + repr(changes) + ".")
-            self.with_changes(alternatives=(), **changes)
-        if self.alternatives and (self.repair.holdout <= 0 or self.allocation.steps > 1):
-            raise ConfigError(
-                "`alternatives` are compared on held-out windows after one round: set `repair.holdout` above 0 and "
-                "`allocation.steps` to 1."
-            )
         if self.uniform and self.repair.method == "bias":
             raise ConfigError(
                 "`repair.method='bias'` adds biases, which the uniform form cannot carry. Use `least_squares` or `none`."

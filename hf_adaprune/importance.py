@@ -49,6 +49,7 @@ class Context:
         return self.weights[self.statistics.gradient_index]
 
 
+NOTHING = Needs()
 MetricFunction = Callable[[Site, str, Context], torch.Tensor]
 
 
@@ -68,7 +69,7 @@ class Metric:
     function: MetricFunction
     level: str = "units"
     fold: str = "sum"
-    needs: Needs = Needs()
+    needs: Needs = NOTHING
     additive: bool = True
     source: str = ""
 
@@ -139,7 +140,7 @@ def score_units(
     weights = torch.ones(len(statistics.tokens)) if weights is None else weights
     context = Context(statistics, weights, config.reduction, config.damping, config.damping_scale, seed)
     kinds = {site.name: unit_of(site, units) or _finest(site) for site in sites}
-    mixed: dict[str, torch.Tensor] = {name: torch.zeros(sites.by_name[name].units(kind)) for name, kind in kinds.items()}
+    mixed = {name: torch.zeros(sites.by_name[name].units(kind)) for name, kind in kinds.items()}
     layers = torch.zeros(len(sites.layers), dtype=torch.float64)
     total = sum(config.metrics.values())
     for name, weight in config.metrics.items():
@@ -148,29 +149,21 @@ def score_units(
         metric = METRICS[name]
         if name == "block_influence":
             layers += weight / total * _block_influence(context)
-        raw = {site.name: _raw(metric, name, site, kinds[site.name], context) for site in sites}
+        raw = {site.name: metric.function(site, kinds[site.name], context).double() for site in sites}
         for site_name, scores in raw.items():
             if not torch.isfinite(scores).all():
-                raise StatisticsError(f"{site_name}: scores of metric {name!r} are not finite; check the calibration text.")
+                raise StatisticsError(
+                    f"{site_name}: scores of metric {name!r} are not finite. Check the calibration text."
+                )
         for site_name, scores in _normalized(sites, kinds, raw, metric, config.normalization).items():
             mixed[site_name] = mixed[site_name] + weight / total * scores
     if config.normalization == "log":
         mixed = {name: scores.exp() for name, scores in mixed.items()}
     sublayers = {name: float(scores.sum()) for name, scores in mixed.items()}
-    if "block_influence" not in config.metrics:
+    if not config.metrics.get("block_influence"):
         for site in sites:
             layers[site.layer] += sublayers[site.name]
     return Scores(mixed, kinds, sublayers, layers)
-
-
-def _raw(metric: Metric, name: str, site: Site, kind: str, context: Context) -> torch.Tensor:
-    """Scores of one metric at one site, from the statistics' cache where the same were taken before."""
-    same = (name, site.name, kind, context.reduction, context.damping, context.damping_scale, context.seed)
-    key = (*same, tuple(context.weights.tolist()))
-    cache = context.statistics.cache
-    if key not in cache:
-        cache[key] = metric.function(site, kind, context).double()
-    return cache[key]
 
 
 def _finest(site: Site) -> str:
@@ -182,9 +175,9 @@ def _normalized(
 ) -> dict[str, torch.Tensor]:
     if normalization == "zscore":
         # FLAP standardises columns before they are pooled into heads (2312.11983, code).
-        standard = {name: (scores - scores.mean()) / scores.std().clamp(min=1e-30) for name, scores in raw.items()}
-        return {name: _folded(sites.by_name[name], kinds[name], scores, metric, "mean") for name, scores in standard.items()}
-    folded = {name: _folded(sites.by_name[name], kinds[name], scores, metric, metric.fold) for name, scores in raw.items()}
+        standard = {name: _standardized(scores) for name, scores in raw.items()}
+        return {name: _folded(sites.by_name[name], kinds[name], own, metric, "mean") for name, own in standard.items()}
+    folded = {name: _folded(sites.by_name[name], kinds[name], own, metric, metric.fold) for name, own in raw.items()}
     if normalization == "none":
         return folded
     everything = torch.cat(list(folded.values()))
@@ -198,6 +191,13 @@ def _normalized(
     ranks[everything.argsort(stable=True)] = torch.arange(1, len(everything) + 1, dtype=everything.dtype)
     split = torch.split(ranks / len(everything), [len(scores) for scores in folded.values()])
     return dict(zip(folded, split, strict=True))
+
+
+def _standardized(scores: torch.Tensor) -> torch.Tensor:
+    """Scores with mean 0 and standard deviation 1; zeros where they do not differ, as one KV group cannot."""
+    centred = scores - scores.mean()
+    scale = float(scores.std()) if len(scores) > 1 else 0.0
+    return centred / scale if scale > 1e-12 * float(scores.abs().max()) else torch.zeros_like(scores)
 
 
 def _folded(site: Site, kind: str, scores: torch.Tensor, metric: Metric, how: str) -> torch.Tensor:
@@ -239,7 +239,7 @@ def _tokens(site: Site, context: Context) -> torch.Tensor:
 def domain_mixture(statistics: Statistics, weights: torch.Tensor) -> torch.Tensor:
     """Weights of the Gram matrices `[gram domains]` that sample weights amount to: their mean per domain."""
     if len(statistics.gram_domains) == 1:
-        return torch.ones(1)
+        return weights.float().mean()[None]
     counts = torch.bincount(statistics.domain, minlength=len(statistics.domains)).clamp(min=1)
     return torch.zeros(len(counts)).index_add(0, statistics.domain, weights.float()) / counts
 
@@ -256,7 +256,7 @@ def covariance(site: Site, statistics: Statistics, weights: torch.Tensor) -> tup
     gram = _need(kept.gram, "Gram matrices", site)
     mixture = domain_mixture(statistics, weights)
     mixed = torch.einsum("d,d...->...", mixture.to(gram.device), gram) if len(gram) > 1 else gram[0] * float(mixture[0])
-    per_sample = mixture[statistics.domain] if len(mixture) > 1 else torch.ones(len(statistics.tokens))
+    per_sample = mixture[statistics.domain if len(mixture) > 1 else torch.zeros_like(statistics.domain)]
     tokens = float((statistics.tokens * per_sample).sum())
     second = mixed.double() / max(tokens, 1.0)
     if site.kind == "experts":
@@ -279,15 +279,33 @@ def ridge_diagonal(matrix: torch.Tensor, damping: float, scale: str) -> torch.Te
 def damped_inverse(matrix: torch.Tensor, damping: float, scale: str = "mean") -> torch.Tensor:
     """Inverse `[..., n, n]` of moments after adding a ridge (see [`ridge_diagonal`])."""
     ridge = torch.diag_embed(ridge_diagonal(matrix, damping, scale))
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + ridge))
+    return torch.cholesky_inverse(cholesky(matrix + ridge))
+
+
+def cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """Lower factor `[..., n, n]` of moments that rounding may have left a little short of positive definite.
+
+    Sums of products are float32: with hardly any damping and fewer tokens than columns (or a column that is nearly
+    constant) an eigenvalue can come out below zero. The diagonal then grows, tenfold each time, until a factor exists.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    scale = matrix.diagonal(dim1=-2, dim2=-1).abs().mean(-1, keepdim=True).clamp(min=1e-12)
+    ridge = 1e-6
+    while bool(failed.any()):
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed((ridge * scale).expand(matrix.shape[:-1])))
+        ridge *= 10
+        if ridge > 1e3:
+            raise StatisticsError("moments of a reader's inputs are not finite. Check the calibration text.")
+    return factor
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def _random(site: Site, kind: str, context: Context) -> torch.Tensor:
-    # A stable hash of the name: one site's numbers do not depend on which other sites there are.
-    generator = torch.Generator().manual_seed(context.seed * 2**32 + zlib.crc32(site.name.encode()))
+    # A stable hash of the name: one site's numbers do not depend on which other sites there are. The seed goes into it,
+    # because torch's CPU generator reads the lower 32 bits only.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{context.seed}:{site.name}".encode()))
     return torch.rand(site.units(kind), generator=generator)
 
 
@@ -328,7 +346,9 @@ def _taylor(term: str) -> MetricFunction:
     def metric(site: Site, kind: str, context: Context) -> torch.Tensor:
         elements = context.of(site).elements
         if not elements:
-            raise StatisticsError(f"{site.name}: the statistics hold no element-wise terms. Collect them with needs_of(config).")
+            raise StatisticsError(
+                f"{site.name}: the statistics hold no element-wise terms. Collect them with needs_of(config)."
+            )
         statistics = context.statistics
         chosen = statistics.domain[statistics.gradient_index]
         mixture = torch.zeros(len(statistics.domains)).index_add(0, chosen, context.gradient_weights.float())
@@ -406,7 +426,8 @@ def greedy_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> tor
 
     After every removal weights and inverse moments are down-dated (ZipLM, 2302.04089, algorithm 1), so the sum over the
     units removed so far is the exact error of removing them together. Single columns leave in small batches whose
-    error is shared out in the order of the batch. Never decreasing along the order, so that it can be ranked.
+    error is shared out in the order of the batch. Always increasing along the order, so that ranking keeps it; where
+    the error of a unit is lower than one before it, the sum is an upper bound.
 
     Args:
         weight (`torch.Tensor`): `[outputs, columns]`, or `[experts, outputs, channels]`.
@@ -417,33 +438,35 @@ def greedy_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> tor
         per_expert = max(1, units // len(weight))
         costs = torch.cat([greedy_costs(w, i, per_expert) for w, i in zip(weight, inverse, strict=True)])
         return costs.reshape(units, -1).sum(1)
-    weight, inverse = weight.clone(), inverse.clone()
     size = weight.shape[1] // units
     batch = max(1, units // 48) if size == 1 else 1
     added = torch.zeros(units, dtype=torch.float64)
-    alive = torch.ones(units, dtype=torch.bool)
+    left = torch.arange(units)
     highest = 0.0
-    while bool(alive.any()):
-        costs = block_costs(weight, inverse, units).double()
-        costs[~alive] = torch.inf
-        chosen = costs.topk(min(batch, int(alive.sum())), largest=False).indices
-        columns = (chosen[:, None] * size + torch.arange(size)).flatten().to(weight.device)
+    while len(left):
+        costs = block_costs(weight, inverse, len(left)).double()
+        chosen = costs.topk(min(batch, len(left)), largest=False).indices
+        columns = _unit_columns(chosen, size).to(weight.device)
         factor = torch.linalg.cholesky(inverse[columns][:, columns])
         weights = torch.linalg.solve_triangular(factor, weight[:, columns].T, upper=False)
-        rows = torch.linalg.solve_triangular(factor, inverse[columns], upper=False)
         errors = weights.square().sum(1).reshape(len(chosen), size).sum(1).cpu()
-        for unit, error in zip(chosen.tolist(), errors.tolist(), strict=True):
-            highest = max(highest, error)
+        for unit, error in zip(left[chosen].tolist(), errors.tolist(), strict=True):
+            # A hair above the last one, or sorting would change the order of units that share a cost.
+            highest = max(highest * (1 + 1e-9), error)
             added[unit] = highest
-        weight -= weights.T @ rows
-        inverse -= rows.T @ rows
-        # What is gone costs nothing and touches nothing: zero weights, unit variance.
-        weight[:, columns] = 0
-        inverse[columns] = 0
-        inverse[:, columns] = 0
-        inverse[columns, columns] = 1
-        alive[chosen] = False
+        stays = torch.ones(len(left), dtype=torch.bool)
+        stays[chosen] = False
+        left = left[stays]
+        rest = _unit_columns(torch.where(stays)[0], size).to(weight.device)
+        rows = torch.linalg.solve_triangular(factor, inverse[columns][:, rest], upper=False)
+        # What is gone is cut out, so the matrices shrink as the list grows.
+        weight = weight[:, rest] - weights.T @ rows
+        inverse = inverse[rest][:, rest] - rows.T @ rows
     return added
+
+
+def _unit_columns(units: torch.Tensor, size: int) -> torch.Tensor:
+    return (units[:, None] * size + torch.arange(size)).flatten()
 
 
 def _obs(site: Site, kind: str, context: Context) -> torch.Tensor:

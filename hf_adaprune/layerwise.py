@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from .calibration import TokenBlocks
 from .compensation import Moments, Repair, repair_from_moments
 from .config import RepairConfig
+from .errors import CalibrationError
 from .masking import masked
 from .plan import PruningPlan, SitePlan, split_site_name
 from .sites import ModelSites, Site
@@ -65,7 +66,12 @@ def sequential_repairs(
 
 
 def regional_weights(
-    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], blocks: TokenBlocks, config: RepairConfig, seed: int
+    sites: ModelSites,
+    plan: PruningPlan,
+    repairs: Mapping[str, Repair],
+    blocks: TokenBlocks,
+    config: RepairConfig,
+    seed: int,
 ) -> tuple[dict[int, dict[str, torch.Tensor]], list[tuple[str, float, float]]]:
     """Optimise all matrices of each cut block against the dense block's output (regional optimisation).
 
@@ -119,6 +125,11 @@ class _Walk:
 
     def __init__(self, sites: ModelSites, blocks: TokenBlocks) -> None:
         whole = torch.where(blocks.attention_mask.all(1))[0]
+        if not len(whole):
+            raise CalibrationError(
+                "a repair that walks layer after layer needs calibration windows without padding, and there is none. "
+                "Give more text, lower calibration.sequence_length, or set repair.schedule='cached'."
+            )
         calls = layer_calls(sites, blocks.select(whole))
         self.sites = sites
         self.arguments = calls.arguments

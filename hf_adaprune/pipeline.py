@@ -21,7 +21,6 @@ from .model_config import PROVENANCE_KEY, known_architecture
 from .plan import PruningPlan
 from .sites import ModelSites, find_sites
 from .stages import (
-    Candidate,
     Clock,
     RepairReport,
     check_reachable,
@@ -76,7 +75,6 @@ class PruningResult:
         before, after ([`Sizes`]): the model's sizes.
         repairs (`tuple[RepairReport, ...]`): per site, where held-out windows were measured.
         repair_schedule (`str`): `cached`, `sequential` or `none`: what the repair came to.
-        candidates (`tuple[Candidate, ...]`): the plans tried, where the config has alternatives.
         evaluation (`dict[str, dict[str, Measurement]]`): per report source, `dense` and `pruned` perplexity.
         calibration (`dict[str, Any]`): tokens, windows, digest and domains of the pool.
         seconds (`dict[str, float]`): time per stop.
@@ -90,7 +88,6 @@ class PruningResult:
     after: Sizes
     repairs: tuple[RepairReport, ...] = ()
     repair_schedule: str = "none"
-    candidates: tuple[Candidate, ...] = ()
     evaluation: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -98,7 +95,7 @@ class PruningResult:
     @property
     def pruning_ratio(self) -> float:
         """Decoder-layer parameters removed, over those there were."""
-        return 1 - self.after.decoder / self.before.decoder
+        return (self.before.decoder - self.after.decoder) / self.before.decoder
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but model and tokenizer, as JSON types."""
@@ -114,7 +111,6 @@ class PruningResult:
                 "dropped": [report.name for report in self.repairs if not report.kept],
                 "sites": [vars(report) for report in self.repairs],
             },
-            "candidates": [vars(candidate) for candidate in self.candidates],
             "evaluation": {
                 source: {which: vars(value) for which, value in pair.items()} for source, pair in self.evaluation.items()
             },
@@ -193,9 +189,7 @@ def prune(
 
     folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
     with folder as place:
-        plan, statistics, candidates = decide(
-            sites, blocks, config, held_out=held_out, plan=plan, needs=needs, folder=place, clock=clock
-        )
+        plan, statistics = decide(sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock)
         if plan_path is not None:
             plan.save(plan_path)
         repairs, schedule, reports_of_repair, blockwise = choose_repairs(
@@ -226,7 +220,6 @@ def prune(
         after,
         reports_of_repair,
         schedule,
-        candidates,
         evaluation,
         facts,
         clock.seconds,

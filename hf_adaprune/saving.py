@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["check_output", "check_round_trip", "save_pruned"]
 
 PLAN_NAME = "pruning_plan.json"
+_PROBE = "A tokenizer that reloads gives 1,234 equal ids: naïve, 日本語.\n\tdone"
 _SPARE = 64 * 2**20  # bytes beside the weights: tokenizer, configs, and room for the file system
 
 
@@ -119,7 +120,7 @@ def check_round_trip(
     Raises:
         CheckpointError: what differs.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from .evaluation import eval_mode
     from .loading import install
@@ -150,8 +151,8 @@ def check_round_trip(
         expected, found = _generate(model, ids), _generate(again, ids)
     if expected != found:
         raise CheckpointError(f"the reloaded model generates other tokens with its cache: {found}, expected {expected}.")
-    if tokenizer is not None and len(AutoTokenizer.from_pretrained(folder)) != len(tokenizer):
-        raise CheckpointError("the tokenizer does not reload to the same vocabulary.")
+    if tokenizer is not None and type(tokenizer).from_pretrained(folder).encode(_PROBE) != tokenizer.encode(_PROBE):
+        raise CheckpointError("the tokenizer does not reload to the same token ids. Save the one the model came with.")
 
 
 def _generate(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:

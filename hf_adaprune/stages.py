@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,11 +22,10 @@ from .importance import Scores, covariance, needs_of, score_units, unit_of
 from .layerwise import regional_weights, sequential_repairs
 from .masking import masked
 from .plan import PruningPlan, SitePlan
-from .sites import ModelSites
+from .sites import ModelSites, Site
 from .statistics import Needs, Statistics, collect_statistics
 
 __all__ = [
-    "Candidate",
     "Clock",
     "RepairReport",
     "check_reachable",
@@ -57,23 +56,6 @@ class RepairReport:
     kept: bool
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A plan that was tried on held-out calibration windows.
-
-    Args:
-        changes (`dict`): how its config differs from the run's.
-        digest (`str`): of the plan.
-        loss (`float`): mean loss per token, pruned and repaired.
-        chosen (`bool`): whether it won.
-    """
-
-    changes: Mapping[str, Any]
-    digest: str
-    loss: float
-    chosen: bool
-
-
 class Clock:
     """Counts the seconds of every stop."""
 
@@ -93,20 +75,18 @@ def decide(
     blocks: TokenBlocks | None,
     config: PruningConfig,
     *,
-    held_out: TokenBlocks | None = None,
     plan: PruningPlan | None = None,
     needs: Needs | None = None,
     statistics: Statistics | None = None,
     folder: str | None = None,
     clock: Clock | None = None,
-) -> tuple[PruningPlan, Statistics | None, tuple[Candidate, ...]]:
+) -> tuple[PruningPlan, Statistics | None]:
     """Collect statistics and decide a plan; the model is not changed.
 
     Args:
         sites ([`ModelSites`]): the dense model.
         blocks ([`TokenBlocks`], *optional*): calibration windows; `None` where nothing is measured.
         config ([`PruningConfig`]): how.
-        held_out ([`TokenBlocks`], *optional*): calibration windows that decide between the config's alternatives.
         plan ([`PruningPlan`], *optional*): a plan that stands already.
         needs ([`Needs`], *optional*): what to collect; from the config where not given.
         statistics ([`Statistics`], *optional*): of the dense model, where they were collected before.
@@ -114,7 +94,7 @@ def decide(
         clock ([`Clock`], *optional*): counts seconds.
 
     Returns:
-        `tuple`: the plan, the statistics of the dense model, and the candidates that were tried.
+        `tuple`: the plan, and the statistics of the dense model.
     """
     clock = clock or Clock()
     needs = what_to_collect(config, plan) if needs is None else needs
@@ -122,7 +102,7 @@ def decide(
         if statistics is None and needs is not None and blocks is not None:
             statistics = _collect(sites, blocks, needs, config, folder)
         clock.stop("statistics")
-        return plan, statistics, ()
+        return plan, statistics
     steps = config.allocation.steps
     current: PruningPlan | None = None
     cosines: list[torch.Tensor] = []
@@ -140,35 +120,10 @@ def decide(
         if statistics is not None and statistics.cosine is not None:
             cosines.append(_mean_cosine(statistics, statistics.sample_weights(config.calibration.domain_weights)))
         part = _part_of(config, sites, step / steps)
-        current = allocate(sites, scores, part, torch.stack(cosines) if cosines else None)
+        current = allocate(sites, scores, part, torch.stack(cosines) if cosines else None, start=current)
         clock.stop("plan")
     assert current is not None
-    if not config.alternatives or held_out is None or dense_statistics is None:
-        return current, dense_statistics, ()
-    candidates = _try_alternatives(sites, current, dense_statistics, held_out, config)
-    clock.stop("candidates")
-    winner, plan = min(candidates, key=lambda pair: pair[0].loss)
-    return plan, dense_statistics, tuple(replace(tried, chosen=tried is winner) for tried, _ in candidates)
-
-
-def _try_alternatives(
-    sites: ModelSites, own: PruningPlan, statistics: Statistics, held_out: TokenBlocks, config: PruningConfig
-) -> list[tuple[Candidate, PruningPlan]]:
-    """Loss of the config's plan and of its alternatives on held-out windows, each repaired from the same moments."""
-    weights = statistics.sample_weights(config.calibration.domain_weights)
-    cosine = _mean_cosine(statistics, weights)[None] if statistics.cosine is not None else None
-    repair = replace(config.repair, intercept=config.repair.intercept and not config.uniform)
-    tried: list[tuple[Candidate, PruningPlan]] = []
-    for changes in ({}, *config.alternatives):
-        other = config.with_changes(alternatives=(), **changes)
-        plan = allocate(sites, _scores(sites, other, statistics), other, cosine) if changes else own
-        if any(plan.digest == candidate.digest for candidate, _ in tried):
-            continue
-        with masked(sites, plan, repair_plan(sites, plan, statistics, weights, repair)):
-            sums = per_window_loss(sites.model, held_out).sum(0)
-        tried.append((Candidate(changes, plan.digest, float(sums[0] / sums[1]), False), plan))
-        logger.info("plan %s: held-out loss %.4f", changes or "as configured", tried[-1][0].loss)
-    return tried
+    return current, dense_statistics
 
 
 def needs_text(config: PruningConfig) -> bool:
@@ -199,14 +154,9 @@ def check_weights(sites: ModelSites) -> None:
 
 
 def _scoring_needs(config: PruningConfig) -> Needs | None:
-    needs = Needs()
-    metrics: set[str] = set()
-    for changes in ({}, *config.alternatives):
-        other = config.with_changes(alternatives=(), **changes)
-        needs = needs | needs_of(other.importance) | Needs(cosine=other.allocation.method == "similarity")
-        metrics |= set(other.importance.metrics)
+    needs = needs_of(config.importance) | Needs(cosine=config.allocation.method == "similarity")
     # Random and magnitude scores read weights only.
-    return None if metrics <= {"random", "magnitude"} and needs == Needs() else needs
+    return None if set(config.importance.metrics) <= {"random", "magnitude"} and needs == Needs() else needs
 
 
 def what_to_collect(config: PruningConfig, plan: PruningPlan | None) -> Needs | None:
@@ -286,7 +236,7 @@ def gather_texts(
         if config.repair.method == "least_squares" and config.repair.holdout > 0 and len(blocks) > 1:
             blocks, held_out = blocks.split(config.repair.holdout, config.seed)
         widest = {site.name: site.whole for site in sites if unit_of(site, config.units)}
-        check_enough_tokens(sites, blocks.tokens * (1 - 0.5 * config.pruning_ratio), config.repair, widest)
+        check_enough_tokens(sites, blocks.tokens, config.repair, widest)
     reports = {
         documents.name: report_blocks(
             documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length
@@ -428,22 +378,37 @@ def _better(
     return ("cached", cached) if losses["cached"] <= losses["sequential"] else ("sequential", walked)
 
 
+def _parts(sites: list[Site]) -> Iterator[list[Site]]:
+    """Sites in runs whose Gram matrices take a quarter of what all take: the check must not set the peak of memory."""
+    room = max(2**25, sum(site.columns**2 for site in sites) // 4)
+    part: list[Site] = []
+    for site in sites:
+        if part and sum(other.columns**2 for other in part) + site.columns**2 > room:
+            yield part
+            part = []
+        part.append(site)
+    if part:
+        yield part
+
+
 def _check_repairs(
     sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], held_out: TokenBlocks, config: PruningConfig
 ) -> tuple[RepairReport, ...]:
     """Output errors with and without each repair, on moments of windows that no repair has seen."""
-    statistics = collect_statistics(sites, held_out, Needs(gram=True), gram_place=config.gram_place)
     weights = torch.ones(len(held_out))
     reports = []
-    for name, repair in repairs.items():
-        site = sites.by_name[name]
-        if site.kind == "experts":
-            continue
-        kept: SitePlan = plan.sites[name]
-        matrix, mean, _ = covariance(site, statistics, weights)
-        moments = Moments(matrix, mean)
-        before, after = output_error(site, kept, moments, None), output_error(site, kept, moments, repair)
-        reports.append(RepairReport(name, before, after, after < before))
+    own = [sites.by_name[name] for name in repairs if sites.by_name[name].kind != "experts"]
+    for part in _parts(own):
+        statistics = collect_statistics(
+            replace(sites, sites=tuple(part)), held_out, Needs(gram=True), gram_place=config.gram_place
+        )
+        for site in part:
+            kept: SitePlan = plan.sites[site.name]
+            matrix, mean, _ = covariance(site, statistics, weights)
+            moments = Moments(matrix, mean)
+            before = output_error(site, kept, moments, None)
+            after = output_error(site, kept, moments, repairs[site.name])
+            reports.append(RepairReport(site.name, before, after, after < before))
     dropped = [report.name for report in reports if not report.kept]
     if dropped:
         logger.warning(

@@ -40,7 +40,7 @@ __all__ = ["Needs", "SiteStatistics", "Statistics", "collect_statistics"]
 ELEMENT_TERMS = ("first", "second", "mixed", "vector")
 _FORWARD_TOKENS = 2048  # per batch: large enough for efficient products, small beside the Gram matrices
 SEGMENT = 64  # tokens; first-order terms are summed over segments, which measure scatter better than whole windows
-_LOGIT_ROWS = 256  # positions whose float32 logits exist at the same time
+_LOGIT_ROWS = 64  # positions whose float32 logits exist at the same time
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ class Statistics:
         gradient_index (`torch.Tensor`): samples that had a backward pass, `[gradient samples]`.
         cosine (`torch.Tensor`, *optional*): summed cosine of input and output per decoder layer, `[samples, layers]`.
         digest (`str`): digest of the token blocks.
-        cache (`dict`): scores taken from these statistics, so that trying another mixture repeats no metric.
     """
 
     sites: Mapping[str, SiteStatistics]
@@ -117,7 +116,6 @@ class Statistics:
     gradient_index: torch.Tensor
     cosine: torch.Tensor | None
     digest: str
-    cache: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def sample_weights(self, domain_weights: tuple[float, ...] = ()) -> torch.Tensor:
         """One weight per sample, `[samples]`: a domain's weight shared by its samples, with mean 1 over the pool."""
@@ -177,12 +175,16 @@ def _quiet_model(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products of values that came from bfloat16 use bfloat16 units: the products are exact either way."""
+    """Let float32 products of values that came from bfloat16 use bfloat16 units: the products are exact either way.
+
+    Products of other values are taken in full float32, whatever the caller (or an outer context) allows. To be opened
+    around products only, never around a model: a rotary embedding needs all bits of its positions.
+    """
     backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
-    if dtype == torch.bfloat16:
-        backends[0].fp32_precision = "bf16"
-        backends[1].fp32_precision = "tf32"
+    fast = dtype == torch.bfloat16
+    backends[0].fp32_precision = "bf16" if fast else "ieee"
+    backends[1].fp32_precision = "tf32" if fast else "ieee"
     try:
         yield
     finally:
@@ -203,7 +205,6 @@ class _Recorder:
         folder: str | Path | None,
     ) -> None:
         self.sites, self.blocks, self.needs = sites, blocks, needs
-        self.dtype = next(sites.model.parameters()).dtype
         backward = needs.gradients or needs.elements
         self.gradient_index = _spread(blocks.domain, gradient_samples if backward else 0)
         self.position = {int(sample): number for number, sample in enumerate(self.gradient_index)}
@@ -218,8 +219,8 @@ class _Recorder:
                 "counts": torch.zeros(shape),
             }
             if needs.gram:
-                inner = (site.groups, site.group_size, site.group_size) if site.kind == "experts" else (site.columns,) * 2
-                kept["gram"] = _allocate((domains, *inner), gram_place, folder, site)
+                matrices = (site.groups, site.group_size) if site.kind == "experts" else (site.columns,)
+                kept["gram"] = _allocate((domains, *matrices, matrices[-1]), gram_place, folder, site)
             if needs.gradients:
                 segments = math.ceil(blocks.input_ids.shape[1] / SEGMENT)
                 kept["first_order"] = torch.zeros(len(self.gradient_index), segments, site.columns)
@@ -259,7 +260,7 @@ class _Recorder:
             with torch.no_grad():
                 model.base_model(**inputs)
             return
-        with torch.enable_grad():
+        with torch.enable_grad(), _narrow_saved_tensors(next(model.parameters()).dtype):
             logits = model(**inputs).logits
         scored = mask[:, 1:].to(device)
         logits.backward(_loss_gradient(logits.detach(), ids, scored))
@@ -288,7 +289,6 @@ class _Recorder:
             if self.elements is not None:
                 stack.enter_context(self.elements.hooks())
             stack.enter_context(tapped_experts(self.sites.model.config, taps))
-            stack.enter_context(exact_products(self.dtype))
             yield
 
     def _starts_graph(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
@@ -306,7 +306,7 @@ class _Recorder:
             kept["squares"][self.samples] = values.square().sum(1).cpu()
             kept["counts"][self.samples] = self.blocks.attention_mask[self.samples].sum(1).float()
             if self.needs.gram:
-                _add_product(kept["gram"][self._gram_slot()], values.flatten(0, 1))
+                _add_product(kept["gram"][self._gram_slot()], values.flatten(0, 1), args[0].dtype)
             if self.backward and self.needs.gradients:
                 _on_gradient(args[0], self._keeps_first_order(site, args[0].detach()))
 
@@ -377,9 +377,8 @@ class _Recorder:
             served = values.new_zeros(len(self.samples)).index_add(0, sample, seen.float())
             kept["counts"][self.samples, expert] = served.cpu()
             if self.needs.gram:
-                # Gates are no bfloat16 numbers, so these products are taken in full float32.
-                with exact_products(torch.float32):
-                    _add_product(kept["gram"][self._gram_slot(), expert], values)
+                # Channels times gates are no bfloat16 numbers, so these products are taken in full float32.
+                _add_product(kept["gram"][self._gram_slot(), expert], values, torch.float32)
             if self.backward and self.needs.gradients:
                 rows, target, own = self._gradient_rows(), kept["first_order"], channels.detach()
                 segments = target.shape[1]
@@ -400,13 +399,17 @@ class _Recorder:
         found = {}
         for site in self.sites:
             kept = self.keep[site.name]
-            for name in ("squares", "first_order", "output_gradients"):
-                if name in kept and not torch.isfinite(kept[name]).all():
-                    raise StatisticsError(
-                        f"{site.name}: {name.replace('_', ' ')} are not finite. Weights or activations overflow; load the "
-                        "model in bfloat16 or float32 (float16 overflows on massive activations) and check its weights."
-                    )
             elements = self.elements.of(site) if self.elements is not None else {}
+            names = ("squares", "first_order", "output_gradients")
+            checked = {name.replace("_", " "): kept[name] for name in names if name in kept}
+            checked.update({f"element terms of {path}": terms for path, terms in elements.items()})
+            for name, values in checked.items():
+                if not torch.isfinite(values).all():
+                    raise StatisticsError(
+                        f"{site.name}: {name} are not finite. Weights or activations overflow; load "
+                        "the model in bfloat16 or float32 (float16 overflows on massive activations) and check its "
+                        "weights."
+                    )
             found[site.name] = SiteStatistics(**kept, elements=elements)
         return Statistics(
             found,
@@ -449,14 +452,17 @@ class _Elements:
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
-        for matrix, _ in self.matrices.values():
-            matrix.parameter.requires_grad_(True)
+        # A training step under way has gradients of its own; they neither count here nor get lost.
+        own = [(matrix.parameter, matrix.parameter.grad) for matrix, _ in self.matrices.values()]
+        for parameter, _ in own:
+            parameter.grad = None
+            parameter.requires_grad_(True)
         try:
             yield
         finally:
-            for matrix, _ in self.matrices.values():
-                matrix.parameter.grad = None
-                matrix.parameter.requires_grad_(False)
+            for parameter, gradient in own:
+                parameter.grad = gradient
+                parameter.requires_grad_(False)
 
     def close_sample(self, scored: int) -> None:
         self.samples += 1
@@ -493,8 +499,8 @@ class _Elements:
 
 def _spread(domain: torch.Tensor, count: int) -> torch.Tensor:
     """The first samples of every domain in turn, `count` in all, ascending."""
-    order = sorted(range(len(domain)), key=lambda sample: (int((domain[:sample] == domain[sample]).sum()), int(domain[sample])))
-    return torch.tensor(sorted(order[:count]), dtype=torch.long)
+    turns = [(int((domain[:sample] == own).sum()), int(own), sample) for sample, own in enumerate(domain)]
+    return torch.tensor(sorted(sample for _, _, sample in sorted(turns)[:count]), dtype=torch.long)
 
 
 def _on_gradient(tensor: torch.Tensor, keep: Callable[[torch.Tensor], None]) -> None:
@@ -502,9 +508,28 @@ def _on_gradient(tensor: torch.Tensor, keep: Callable[[torch.Tensor], None]) -> 
         tensor.register_hook(lambda gradient: keep(gradient.detach()))
 
 
-def _add_product(gram: torch.Tensor, rows: torch.Tensor) -> None:
-    product = rows.T @ rows
+def _add_product(gram: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> None:
+    with exact_products(dtype):
+        product = rows.T @ rows
     gram += product.to(gram.device)
+
+
+def _narrow_saved_tensors(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """In a half-precision model, keep what backward needs of float32 (norms compute in it) in bfloat16.
+
+    Half of the memory of a backward pass goes there; the activations these tensors came from were no wider.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        narrow = tensor.dtype == torch.float32 and tensor.dim() > 2
+        return (tensor.to(torch.bfloat16) if narrow else tensor), narrow
+
+    def unpack(packed: tuple[torch.Tensor, bool]) -> torch.Tensor:
+        return packed[0].float() if packed[1] else packed[0]
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _loss_gradient(logits: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:

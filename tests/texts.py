@@ -1,12 +1,15 @@
-"""Texts, a tokenizer and a model that reads its tokens, all made in memory."""
+"""Texts, token blocks, a tokenizer and a model that reads its tokens, all made in memory."""
 
 from __future__ import annotations
 
 import random
 
 import torch
+from conftest import tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_adaprune.calibration import TokenBlocks
 
 SENTENCE = "the model reads a river of words and every head keeps what it learned about rain stone light and time"
 WORDS = SENTENCE.split()
@@ -47,3 +50,15 @@ def text_model() -> LlamaForCausalLM:
         num_key_value_heads=1, max_position_embeddings=48, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def random_blocks(
+    samples: int = 4, length: int = 11, domains: int = 1, padding: tuple[int, ...] = (), seed: int = 0
+) -> TokenBlocks:
+    """Windows of random tokens; domains take turns, and the first windows are padded by so many tokens."""
+    ids = tokens(samples, length, seed)
+    mask = torch.ones(samples, length, dtype=torch.bool)
+    for window, pad in enumerate(padding):
+        mask[window, length - pad :] = False
+    names = tuple("abcdef"[:domains])
+    return TokenBlocks(ids, mask, torch.arange(samples) % domains, names)

@@ -1,0 +1,514 @@
+"""The command line: prune, evaluate, show, demo.
+
+Results go to standard output, everything else to standard error. torch and transformers are imported by the commands
+that need them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import RECIPES, UNITS, PruningConfig
+from .errors import AdaPruneError, ConfigError, MissingDependencyError, UnsupportedModelError
+from .plan import PruningPlan
+
+__all__ = ["build_config", "main"]
+
+BAD, INTERRUPTED = 2, 130
+# Options of `prune` and the fields of PruningConfig that they set.
+FIELDS = {
+    "target_parameters": ("target_parameters",),
+    "target_bytes": ("target_bytes",),
+    "pruning_ratio": ("pruning_ratio",),
+    "units": ("units",),
+    "uniform": ("uniform",),
+    "channel_multiple": ("channel_multiple",),
+    "layer_by_layer": ("layer_by_layer",),
+    "seed": ("seed",),
+    "calibration": ("calibration", "sources"),
+    "selection": ("calibration", "selection"),
+    "report": ("calibration", "report"),
+    "samples": ("calibration", "samples"),
+    "sequence_length": ("calibration", "sequence_length"),
+}
+SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv (sequence of `str`, *optional*): arguments; those of the process where not given.
+
+    Returns:
+        `int`: 0; 2 for what the user can mend, told in one line on standard error; 130 after an interruption.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(words)
+    with _manners(arguments.quiet):
+        try:
+            arguments.run(arguments, words)
+        except AdaPruneError as error:
+            _complain(str(error))
+            return BAD
+        except KeyboardInterrupt:
+            _complain("interrupted.")
+            return INTERRUPTED
+    return 0
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"hf-adaprune: {' '.join(text.split())}\n")
+
+
+def _answer(arguments: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
+    _write(json.dumps(_finite(data), sort_keys=True) if arguments.json else text)
+
+
+def _finite(value: Any) -> Any:
+    """The value with `None` for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _manners(quiet: bool) -> Iterator[None]:
+    """This package's log on standard error, progress bars unless quiet; everything as it was afterwards."""
+    log = logging.getLogger("hf_adaprune")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("hf-adaprune: %(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    bars = None
+    if quiet:
+        from transformers.utils import logging as transformers_logging
+
+        bars = transformers_logging.is_progress_bar_enabled()
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        if quiet:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _count(text: str) -> int:
+    """A whole number, with k, M or G for thousands, millions and thousand millions."""
+    scale = SUFFIXES.get(text[-1:].lower(), 1)
+    try:
+        return round(float(text[:-1]) * scale) if scale > 1 else int(text)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number such as 110000000 or 110M") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(prog="hf-adaprune", description="Structured pruning of causal language models.")
+    parser.add_argument("--version", action="version", version=f"hf_adaprune {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_argument("--quiet", action="store_true", help="no progress bars and no notes")
+    loads = argparse.ArgumentParser(add_help=False)
+    loads.add_argument("model", metavar="MODEL", help="folder or id on the Hub")
+    loads.add_argument("--gguf-file", metavar="NAME", help="a GGUF file in MODEL, which is dequantised")
+    loads.add_argument("--revision", help="of MODEL on the Hub")
+    loads.add_argument("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")
+    loads.add_argument("--device", help="where to work, such as cuda (default: cpu)")
+    loads.add_argument("--trust-remote-code", action="store_true", help="run code that MODEL brings")
+    _prune_arguments(commands.add_parser("prune", parents=[loads, common], help="prune a model and save it"))
+    source: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "SOURCE"}
+
+    evaluate = commands.add_parser("evaluate", parents=[loads, common], help="perplexity, tasks and speed of a model")
+    evaluate.add_argument("--report", **source, help="texts to measure perplexity on (alone: python)")
+    evaluate.add_argument(
+        "--tasks", nargs="+", action="extend", metavar="NAME", default=[],
+        help="multiple-choice rows (FILE.jsonl), or tasks of lm-eval by name",
+    )  # fmt: skip
+    evaluate.add_argument("--latency", action="store_true", help="tokens per second, prefill and decode")
+    evaluate.add_argument("--tokens", type=_count, help="tokens of every report source")
+    evaluate.add_argument("--sequence-length", type=int, help="window of perplexity")
+    evaluate.set_defaults(run=_evaluate)
+
+    show = commands.add_parser("show", parents=[common], help="what a plan or a checkpoint keeps of every layer")
+    show.add_argument("path", metavar="PLAN|CHECKPOINT", help="a plan (JSON) or the folder of a checkpoint")
+    show.add_argument("--plot", metavar="FILE", help="draw it, too: .png, .svg or .pdf")
+    show.set_defaults(run=_show)
+
+    demo = commands.add_parser("demo", parents=[common], help="prune a small model and compare it with itself")
+    demo.add_argument("--model", metavar="MODEL", help="folder or id on the Hub (default: SmolLM2-135M from PyPI)")
+    demo.add_argument("--output", metavar="DIR", help="keep the pruned model there")
+    demo.add_argument("--pruning-ratio", type=float, metavar="R", help="share of decoder-layer parameters to remove")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _prune_arguments(prune: argparse.ArgumentParser) -> None:
+    # Defaults are PruningConfig's and its recipes' own: an option that is not given says nothing.
+    default = PruningConfig()
+    source: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "SOURCE"}
+    add = prune.add_argument
+    add("--output", metavar="DIR", help="folder of the pruned model; new or empty")
+    budget = prune.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--pruning-ratio", type=float, metavar="R",
+        help=f"share of decoder-layer parameters to remove ({default.pruning_ratio})",
+    )  # fmt: skip
+    budget.add_argument("--target-parameters", type=_count, metavar="N", help="parameters to keep in all, such as 110M")
+    budget.add_argument("--target-bytes", type=_count, metavar="N", help="bytes of the weights to keep, such as 220M")
+    add("--recipe", metavar="NAME", help=f"how: {', '.join(RECIPES)} (default)")
+    add("--config", metavar="FILE.json", help="fields of PruningConfig, or the pruning_config.json of another run")
+    add("--plan", metavar="FILE", help="carry out this plan instead of deciding one")
+    add("--calibration", **source, help="texts to measure on: files, data sets (name:config:split), self or python")
+    add("--selection", **source, help="texts that choices are made on")
+    add("--report", **source, help="texts to report perplexity on, dense and pruned")
+    add("--samples", type=int, metavar="N", help=f"calibration windows ({default.calibration.samples})")
+    add("--sequence-length", type=int, metavar="N", help=f"tokens per window ({default.calibration.sequence_length})")
+    add("--units", nargs="+", action="extend", metavar="UNIT", help=f"what may go, of {', '.join(UNITS)}")
+    add("--uniform", action="store_true", default=None, help="every layer equally wide: loads without this package")
+    add("--channel-multiple", type=int, metavar="N", help="keep MLP widths multiples of N")
+    add("--layer-by-layer", action="store_true", default=None, help="hold the moments of one layer at a time")
+    add("--seed", type=int, metavar="N", help="of everything drawn at random")
+    add("--dry-run", action="store_true", help="check everything and estimate size, memory and time; write nothing")
+    prune.set_defaults(run=_prune)
+
+
+def build_config(arguments: argparse.Namespace) -> PruningConfig:
+    """The config of a command line: options override `--config`, which overrides the recipe.
+
+    Args:
+        arguments (`argparse.Namespace`): of `prune`.
+
+    Raises:
+        ConfigError: unknown names, values out of range, or a file that is no config.
+    """
+    changes: dict[str, Any] = {}
+    for option, (name, *inner) in FIELDS.items():
+        value = getattr(arguments, option)
+        if value is None:
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if inner:
+            changes.setdefault(name, {})[inner[0]] = value
+        else:
+            changes[name] = value
+    if {"pruning_ratio", "target_parameters", "target_bytes"} & set(changes):
+        # One budget replaces another that a config file sets.
+        changes = {"target_parameters": None, "target_bytes": None, **changes}
+    asked = _config_file(Path(arguments.config)) if arguments.config else {}
+    if "version" in asked:
+        # Written by a run: every field is in it, and a recipe beside it has nothing left to say.
+        return PruningConfig.from_dict(asked).with_changes(**changes)
+    recipe = arguments.recipe or asked.pop("recipe_name", "default")
+    return PruningConfig.recipe(recipe).with_changes(**asked).with_changes(**changes)
+
+
+def _config_file(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no config at {path}. Check the path.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no JSON file: {error}.") from error
+    if not isinstance(data, dict) or not isinstance(data.get("config", {}), dict):
+        raise ConfigError(f"{path} should hold a JSON object with fields of PruningConfig.")
+    return dict(data.get("config", data))
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Where a model comes from, and how it is opened."""
+
+    name: str
+    dtype: Any
+    device: str | None
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> _Loader:
+        import torch
+
+        dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype, None)
+        if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(
+                f"`--dtype` should be auto, bfloat16, float16 or float32. Found {arguments.dtype!r}."
+            )
+        options = {"revision": arguments.revision, "gguf_file": arguments.gguf_file}
+        options["trust_remote_code"] = arguments.trust_remote_code or None
+        return cls(arguments.model, dtype, arguments.device, {k: v for k, v in options.items() if v is not None})
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except AdaPruneError:
+            raise
+        except ImportError as error:
+            raise MissingDependencyError(f"{what} of {self.name} needs a library that is missing: {error}") from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UnsupportedModelError(f"{what} of {self.name} could not be loaded: {error}") from error
+
+    def config(self) -> Any:
+        """The model's config, refused where no pruning could follow."""
+        from transformers import AutoConfig
+
+        with self._told("the config"):
+            config = AutoConfig.from_pretrained(self.name, **self.options)
+        if getattr(config, "quantization_config", None) and "gguf_file" not in self.options:
+            raise UnsupportedModelError(
+                f"{self.name} holds quantised weights. Prune first and quantise the result: name the "
+                "checkpoint with the original weights, or a GGUF file with --gguf-file."
+            )
+        return config
+
+    def skeleton(self, config: Any) -> Any:
+        """The model's sites, without weights."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        from .estimate import bound_skeleton
+
+        named = list(getattr(config, "architectures", None) or ())
+        known: set[str] = set()
+        for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            known.update([entry] if isinstance(entry, str) else entry)
+        if named and not known & set(named) and "auto_map" not in config.__dict__:
+            raise UnsupportedModelError(
+                f"{self.name} is a {named[0]}, which is no causal language model (an encoder, or a decoder without its "
+                "head). Name a decoder that AutoModelForCausalLM loads."
+            )
+        remote = {"trust_remote_code": True} if self.options.get("trust_remote_code") else {}
+        with self._told("the model"):
+            return bound_skeleton(config, None if self.dtype == "auto" else self.dtype, **remote)
+
+    def model(self) -> Any:
+        """The model with its weights."""
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        options = dict(self.options)
+        if "gguf_file" in options:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        with self._told("the model"):
+            model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **options)
+            return model if self.device is None else model.to(self.device)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        with self._told("the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **self.options)
+            # Without its files some classes make an empty tokenizer, which turns every text into nothing.
+            if len(tokenizer) <= len(tokenizer.all_special_ids):
+                raise UnsupportedModelError(f"the tokenizer of {self.name} could not be loaded: its files are missing.")
+            return tokenizer
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _prune(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    config = build_config(arguments)
+    if arguments.output is None and not arguments.dry_run:
+        raise ConfigError("`--output` is missing: the folder of the pruned model. To write nothing, add --dry-run.")
+    plan = PruningPlan.load(arguments.plan) if arguments.plan else None
+    from .estimate import estimate
+    from .reporting import size_table
+    from .saving import check_output
+
+    output = None if arguments.output is None else Path(arguments.output)
+    if output is not None:
+        check_output(output)
+    loader = _Loader.of(arguments)
+    sites = loader.skeleton(loader.config())
+    if plan is not None:
+        sites.check(plan)
+    expected = estimate(sites, config)
+    if output is not None:
+        check_output(output, expected.after.bytes)
+    if arguments.dry_run:
+        _answer(arguments, expected.to_dict(), f"{size_table(expected.before, expected.after)}\n\n{expected}")
+        return
+    assert output is not None
+    if not arguments.quiet:
+        _complain(f"about {expected.seconds:.0f} s and {expected.peak_bytes / 2**20:,.0f} MiB of memory.")
+    _prune_and_save(arguments, words, loader, config, plan, output, sites)
+
+
+def _prune_and_save(
+    arguments: argparse.Namespace,
+    words: Sequence[str],
+    loader: _Loader,
+    config: PruningConfig,
+    plan: PruningPlan | None,
+    output: Path,
+    dense: Any,
+) -> None:
+    from .pipeline import prune
+    from .reporting import evaluation_table, plan_table, size_table
+    from .sites import find_sites
+    from .stages import needs_text
+
+    kept_plan = output.with_name(output.name + ".plan.json")
+    try:
+        # A plan left by an earlier run must not pass for this one's.
+        if plan is None:
+            kept_plan.unlink(missing_ok=True)
+        tokenizer = _tokenizer(loader, needed=needs_text(config))
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        result = prune(loader.model(), tokenizer, config, plan=plan, plan_path=None if plan else kept_plan)
+        result.save_pretrained(output)
+    except (AdaPruneError, KeyboardInterrupt) as error:
+        if plan is None and kept_plan.is_file():
+            again = shlex.join([*words, "--plan", str(kept_plan)])
+            _complain(f"the plan is kept in {kept_plan}; to carry it out: hf-adaprune {again}")
+        elif isinstance(error, KeyboardInterrupt):
+            _complain("nothing was written; to start again, run the same command.")
+        raise
+    if plan is None or Path(arguments.plan).resolve() == kept_plan.resolve():
+        kept_plan.unlink(missing_ok=True)
+    after = find_sites(result.model).layer_parameters
+    parts = [
+        f"{loader.name} -> {output}, recipe {config.recipe_name}, pruning ratio {result.pruning_ratio:.4f}",
+        size_table(result.before, result.after),
+        plan_table(result.plan, dense, after),
+        evaluation_table(result),
+        f"repair: {result.repair_schedule}" + "".join(f"; {k} {s:.0f} s" for k, s in result.seconds.items() if s >= 1),
+    ]
+    _answer(arguments, {**result.to_dict(), "output": str(output)}, "\n\n".join(part for part in parts if part))
+
+
+def _tokenizer(loader: _Loader, needed: bool) -> Any:
+    try:
+        return loader.tokenizer()
+    except AdaPruneError:
+        if needed:
+            raise
+        logging.getLogger(__name__).warning("no tokenizer was found; the pruned model is saved without one.")
+        return None
+
+
+def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    from .calibration import report_blocks
+    from .documents import read_source
+    from .evaluation import multiple_choice, perplexity, read_rows, throughput
+    from .reporting import text_table
+
+    own = PruningConfig().calibration
+    sources: Sequence[Any] = arguments.report or (own.sources if not arguments.tasks and not arguments.latency else ())
+    named = [task for task in arguments.tasks if not Path(task).is_file()]
+    missing = [task for task in named if task.endswith((".jsonl", ".json"))]
+    if missing:
+        raise ConfigError(f"there is no file of multiple-choice rows at {missing[0]}. Check the path.")
+    if named:
+        _lm_eval()
+    rows = {Path(task).stem: read_rows(task) for task in arguments.tasks if task not in named}
+    loader = _Loader.of(arguments)
+    loader.config()
+    model, tokenizer = loader.model(), loader.tokenizer()
+    found: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        # The same third of the texts of CPython that `prune` reports on.
+        part = (2, 3) if source.split(":")[0] == "python" else None
+        documents = read_source(source, tokenizer=tokenizer, model=model, part=part)
+        blocks = report_blocks(
+            documents,
+            tokenizer,
+            tokens=arguments.tokens or own.evaluation_tokens,
+            sequence_length=arguments.sequence_length or own.evaluation_length,
+        )
+        found[documents.name] = {"perplexity": vars(perplexity(model, blocks))}
+    for name, questions in rows.items():
+        found[name] = {key: vars(value) for key, value in multiple_choice(model, tokenizer, questions).items()}
+    found.update(_named_tasks(model, tokenizer, named) if named else {})
+    speed = throughput(model) if arguments.latency else {}
+    lines = [
+        (name, key, f"{value['value']:.4f}", f"{value['standard_error']:.4f}", str(value["samples"] or "-"))
+        for name, measured in found.items()
+        for key, value in measured.items()
+    ]
+    header = ("text or task", "measure", "value", "± standard error", "windows or rows")
+    parts = [text_table(header, lines)] if lines else []
+    parts += [f"{key.removesuffix('_tokens_per_second')}: {value:,.1f} tokens/s" for key, value in speed.items()]
+    _answer(arguments, {"model": loader.name, "results": found, "speed": speed}, "\n".join(parts))
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface
+    except ImportError as error:
+        raise MissingDependencyError(
+            "tasks by name are lm-evaluation-harness's, which the extra `eval` brings: pip install hf_adaprune[eval]. "
+            "Without it, give a file of multiple-choice rows."
+        ) from error
+    return lm_eval
+
+
+def _named_tasks(model: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    harness = _lm_eval()
+    wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
+    try:
+        answer = harness.simple_evaluate(model=wrapped, tasks=list(names))
+    except (KeyError, ValueError, OSError) as error:
+        raise ConfigError(f"lm-eval could not run {', '.join(names)}: {error}") from error
+    found: dict[str, dict[str, Any]] = {}
+    for task, values in answer["results"].items():
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if isinstance(value, (int, float)) and kind and not metric.endswith("_stderr"):
+                spread = values.get(f"{metric}_stderr,{kind}")
+                spread = float(spread) if isinstance(spread, (int, float)) else math.nan
+                found.setdefault(task, {})[metric] = {
+                    "name": metric, "value": float(value), "standard_error": spread, "tokens": 0,
+                    "samples": int(answer.get("n-samples", {}).get(task, {}).get("effective", 0)),
+                }  # fmt: skip
+    return found
+
+
+def _show(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    from .reporting import describe, plot_widths
+
+    description = describe(arguments.path)
+    if arguments.plot:
+        plot_widths(description.layers, arguments.plot, description.title)
+    _answer(arguments, description.to_dict(), str(description))
+
+
+def _demo(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    from .demo import run_demo
+
+    ratio = PruningConfig().pruning_ratio if arguments.pruning_ratio is None else arguments.pruning_ratio
+    report = run_demo(arguments.model, arguments.output, ratio)
+    _answer(arguments, report.to_dict(), str(report))

@@ -1,0 +1,276 @@
+"""What a run will take and leave, told before any weights are loaded: sizes, memory, arithmetic and time.
+
+Sizes are exact to within one unit, for budgets are met by construction. Memory and time are estimates: they follow from
+shapes and one short measurement of this machine, and are meant to tell minutes from hours and 2 GB from 20.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .allocation import allocate
+from .config import PruningConfig
+from .importance import Scores, unit_of
+from .pipeline import Sizes
+from .plan import PruningPlan
+from .reporting import text_table
+from .sites import GROUP_UNITS, ModelSites, Site, find_sites
+from .stages import what_to_collect
+from .statistics import SEGMENT, Needs
+
+__all__ = ["Estimate", "Speed", "bound_skeleton", "estimate", "even_plan", "measure_speed"]
+
+BASELINE_BYTES = 400 * 2**20  # resident size of Python with torch and transformers imported
+_WIDE = 4  # bytes of a float32, which statistics are
+_ANY_UNIT = {"attention": "kv_group", "mlp": "channel", "experts": "expert"}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Arithmetic of this machine, in floating-point operations per second.
+
+    Args:
+        model (`float`): matrix products in the model's dtype.
+        double (`float`): matrix products in float64, which repairs and scores are made of.
+    """
+
+    model: float
+    double: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take and leave.
+
+    Args:
+        before, after ([`Sizes`]): of the model.
+        gram_place (`str`): where Gram matrices live: `model`, `cpu` or `disk`.
+        gram_bytes (`int`): of the Gram matrices there.
+        peak_bytes (`int`): main memory at the peak, Python included (with Gram matrices where they are not on disk).
+        calibration_flops (`float`): of the calibration pass.
+        repair_flops (`float`): of scores and repair.
+        report_flops (`float`): of perplexity on the report sources, dense and pruned.
+        seconds (`float`): of the whole run, loading apart.
+    """
+
+    before: Sizes
+    after: Sizes
+    gram_place: str
+    gram_bytes: int
+    peak_bytes: int
+    calibration_flops: float
+    repair_flops: float
+    report_flops: float
+    seconds: float
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Decoder-layer parameters that go, over those there are."""
+        return 1 - self.after.decoder / self.before.decoder
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {**asdict(self), "pruning_ratio": self.pruning_ratio}
+
+    def __str__(self) -> str:
+        """A table."""
+        flops = self.calibration_flops + self.repair_flops + self.report_flops
+        minutes, seconds = divmod(round(self.seconds), 60)
+        rows = [
+            ("Gram matrices", f"{self.gram_bytes / 2**20:,.0f} MiB ({self.gram_place})" if self.gram_bytes else "none"),
+            ("peak memory, about", f"{self.peak_bytes / 2**20:,.0f} MiB"),
+            ("arithmetic, about", f"{flops / 1e12:,.2f} TFLOP"),
+            ("time, about", f"{minutes} min {seconds:02d} s"),
+        ]
+        return text_table(("this run will take", ""), rows)
+
+
+def bound_skeleton(config: Any, dtype: torch.dtype | None = None, **options: Any) -> ModelSites:
+    """The sites of a model that has shapes and no weights, from its config alone.
+
+    Args:
+        config (`PreTrainedConfig`): the model's config; it is copied.
+        dtype (`torch.dtype`, *optional*): of the weights; the config's where not given.
+        **options: of `AutoModelForCausalLM.from_config`, such as `trust_remote_code`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be pruned.
+    """
+    from transformers import AutoModelForCausalLM
+
+    own = copy.deepcopy(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(own, dtype=dtype or own.dtype or torch.float32, **options)
+    return find_sites(model)
+
+
+def even_plan(sites: ModelSites, config: PruningConfig) -> PruningPlan:
+    """The plan of scores that are alike everywhere per parameter: its size is that of any plan, to within a unit.
+
+    Args:
+        sites ([`ModelSites`]): the model, on the meta device too.
+        config ([`PruningConfig`]): the budget and its rules.
+
+    Raises:
+        BudgetError: the rules do not let enough go.
+        ConfigError: nothing in the model may go.
+    """
+    kinds = {site.name: unit_of(site, config.units) for site in sites}
+    units = {site.name: _even(site, kinds[site.name] or _ANY_UNIT[site.kind]) for site in sites}
+    scores = Scores(
+        units,
+        {name: kind or "" for name, kind in kinds.items()},
+        {name: float(own.sum()) for name, own in units.items()},
+        torch.tensor(sites.layer_parameters, dtype=torch.float64) / 2,
+    )
+    return allocate(sites, scores, config, torch.linspace(0.5, 0.6, len(sites.layers)))
+
+
+def _even(site: Site, unit: str) -> torch.Tensor:
+    count = site.units(unit)
+    width = count if unit in GROUP_UNITS or site.groups == 1 else site.group_size
+    ramp = (torch.arange(width, dtype=torch.float64) + 0.5) / width * site.unit_parameters(unit)
+    return ramp.repeat(count // width)
+
+
+def measure_speed(dtype: torch.dtype, seconds: float = 0.2) -> Speed:
+    """Time matrix products on the CPU for a moment.
+
+    Args:
+        dtype (`torch.dtype`): the model's.
+        seconds (`float`, *optional*, defaults to 0.2): how long, in all.
+    """
+    return Speed(_product_speed(dtype, seconds / 2), _product_speed(torch.float64, seconds / 2))
+
+
+def _product_speed(dtype: torch.dtype, seconds: float) -> float:
+    size = 512
+    left = torch.full((size, size), 0.5).to(dtype)
+    left @ left  # the first product of a dtype compiles its kernel
+    done, started = 0, time.perf_counter()
+    while not done or time.perf_counter() - started < seconds:
+        left @ left
+        done += 1
+    return 2 * size**3 * done / (time.perf_counter() - started)
+
+
+def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = None) -> Estimate:
+    """Estimate what pruning a model takes and leaves.
+
+    Args:
+        sites ([`ModelSites`]): the model, live or from [`bound_skeleton`].
+        config ([`PruningConfig`]): what to do.
+        speed ([`Speed`], *optional*): of the machine; measured for 0.2 s where not given.
+
+    Returns:
+        [`Estimate`]: of a run on the CPU; sizes hold everywhere.
+
+    Raises:
+        BudgetError, ConfigError: the run would be refused.
+    """
+    plan, before = even_plan(sites, config), Sizes.of(sites)
+    dtype = next(sites.model.parameters()).dtype
+    removed = sites.removed_parameters(plan, _added_biases(sites, plan, config))
+    after = Sizes(before.decoder - removed, before.total - removed, before.bytes - removed * dtype.itemsize)
+    needs = what_to_collect(config, None) or Needs()
+    measures = what_to_collect(config, None) is not None
+    speed = measure_speed(dtype) if speed is None else speed
+    own = config.calibration
+    gram = _gram_bytes(sites, config, needs)
+    walks = config.repair.method == "least_squares" and (config.repair.schedule != "cached" or config.layer_by_layer)
+    tokens = own.samples * own.sequence_length if measures or walks else 0
+    backward = min(own.gradient_samples, own.samples) * own.sequence_length
+    backward = backward if needs.gradients or needs.elements else 0
+    forward = _forward_flops(sites, own.sequence_length)
+    head = 2 * _head_elements(sites)
+    # Going back costs what going forward did, and as much again where weight gradients are wanted.
+    calibration = tokens * (forward + (_gram_elements(sites) * 2 if needs.gram else 0)) * config.allocation.steps
+    calibration += backward * (forward * (2 if needs.elements else 1) + 2 * head)
+    walked = 3 * tokens * forward if walks else 0.0
+    report = 2 * len(own.report) * own.evaluation_tokens * (_forward_flops(sites, own.evaluation_length) + head)
+    solving = _solve_flops(sites, config, needs)
+    seconds = (calibration + walked + report) / speed.model + solving / speed.double
+    peak = _peak_bytes(sites, config, needs, before, after, gram if config.gram_place != "disk" else 0)
+    flops = (float(calibration + walked), float(solving), float(report))
+    return Estimate(before, after, config.gram_place, gram, peak, *flops, seconds)
+
+
+def _added_biases(sites: ModelSites, plan: PruningPlan, config: PruningConfig) -> list[str]:
+    repair = config.repair
+    adds = repair.method == "bias" or (repair.method == "least_squares" and repair.intercept)
+    if not adds or config.uniform:
+        return []
+    changed = ((sites.by_name[name], kept) for name, kept in plan.changed())
+    return [s.name for s, kept in changed if s.reader.bias is None and s.kind != "experts" and not kept.is_empty]
+
+
+def _gram_elements(sites: ModelSites) -> int:
+    """Elements of one set of Gram matrices."""
+    return sum(s.groups * s.group_size**2 if s.kind == "experts" else s.columns**2 for s in sites)
+
+
+def _gram_bytes(sites: ModelSites, config: PruningConfig, needs: Needs) -> int:
+    sources = len(config.calibration.sources)
+    domains = sources if needs.per_domain or config.calibration.domain_weights else 1
+    if config.repair.method == "least_squares" and config.layer_by_layer:
+        widest = max((site.columns**2 for site in sites if site.kind != "experts"), default=0)
+        return 2 * widest * 2 * _WIDE  # inputs and cross moments of one site, in float64
+    return domains * _gram_elements(sites) * _WIDE if needs.gram else 0
+
+
+def _head_elements(sites: ModelSites) -> int:
+    head = sites.model.get_output_embeddings().weight  # type: ignore[operator]
+    return int(head.numel())
+
+
+def _forward_flops(sites: ModelSites, length: int) -> float:
+    """Per token, head apart: two operations per weight that a token meets, and attention over half the window."""
+    flops = 2.0 * sites.decoder_parameters
+    for site in sites:
+        if site.kind == "experts":
+            flops -= 2.0 * site.sublayer_parameters * (1 - sites.top_k(site) / site.groups)
+        elif site.kind == "attention":
+            flops += 2.0 * length * site.columns
+    return flops
+
+
+def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs) -> float:
+    """Inverses for scores that read Gram matrices, and one regression per site and repair."""
+    flops = 0.0
+    for site in sites:
+        matrices, columns = (site.groups, site.group_size) if site.kind == "experts" else (1, site.columns)
+        if needs.gram and any(name.startswith("obs") for name in config.importance.metrics):
+            flops += matrices * 2.0 * columns**3
+        if config.repair.method == "least_squares":
+            rounds = 1 + (config.repair.schedule == "best")
+            flops += rounds * matrices * (columns**3 / 3 + 4.0 * columns**2 * site.outputs)
+    return flops
+
+
+def _peak_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, before: Sizes, after: Sizes, gram: int) -> int:
+    own, size = config.calibration, next(sites.model.parameters()).element_size()
+    vocabulary, hidden = sites.model.get_output_embeddings().weight.shape  # type: ignore[operator]
+    gradients = min(own.gradient_samples, own.samples) if needs.gradients or needs.elements else 0
+    kept = 0
+    for site in sites:
+        kept += 2 * own.samples * site.columns
+        if needs.gradients:
+            kept += gradients * (-(-own.sequence_length // SEGMENT) * site.columns + site.outputs)
+    # What a backward pass keeps of every layer, in the model's dtype: its norms' and residuals' inputs, the heads
+    # before and after rotation, gate, up and their product.
+    states = sum(4 * hidden + 4 * site.columns + (2 * site.groups * site.columns_per_unit) for site in sites)
+    window = own.sequence_length * (states + 3 * vocabulary) * size if gradients else 0
+    longest = own.evaluation_length if own.report else own.sequence_length
+    window = max(window, longest * (2 * vocabulary + 8 * hidden) * size)
+    widest = max((site.columns for site in sites if site.kind != "experts"), default=0)
+    refits = config.repair.method == "least_squares"
+    solving = 6 * widest**2 * 8 if needs.gram or refits else 0
+    readers = sum(site.columns * site.outputs for site in sites) * _WIDE if refits else 0
+    pruning = before.bytes + gram + kept * _WIDE + max(window, solving + readers)
+    # The round-trip check holds the pruned model twice, when the statistics are gone.
+    return BASELINE_BYTES + max(pruning, before.bytes + after.bytes)

@@ -1,0 +1,523 @@
+"""Tables and plots: what a plan, a run or a checkpoint comes to, for people.
+
+Everything here reads plans, configs and the headers of weight files; no weights and, plots aside, no heavy library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .architectures import ARCHITECTURES, Architecture
+from .config import CONFIG_NAME
+from .errors import CheckpointError, ConfigError, MissingDependencyError, PlanError
+from .plan import PruningPlan
+
+if TYPE_CHECKING:
+    from .pipeline import PruningResult, Sizes
+    from .sites import ModelSites
+
+__all__ = [
+    "Description",
+    "LayerWidths",
+    "describe",
+    "describe_checkpoint",
+    "evaluation_table",
+    "layer_widths",
+    "plan_table",
+    "plot_widths",
+    "size_table",
+    "text_table",
+]
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """What stays of one decoder layer. Pairs are (kept, dense); `None` where there are no such units, or nobody knows.
+
+    Args:
+        layer (`int`): its number before pruning.
+        heads, groups (`tuple[int, int]`, *optional*): query heads and KV heads; nothing kept is a removed attention.
+        channels (`tuple[int, int]`, *optional*): MLP channels, in a mixture of experts those of one expert.
+        experts (`tuple[int, int]`, *optional*): experts.
+        dropped (`bool`, *optional*): the whole layer goes.
+        before, after (`int`, *optional*): parameters.
+    """
+
+    layer: int
+    heads: Pair | None = None
+    groups: Pair | None = None
+    channels: Pair | None = None
+    experts: Pair | None = None
+    dropped: bool = False
+    before: int | None = None
+    after: int | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a plan or a checkpoint is, without loading it.
+
+    Args:
+        path (`str`): where it lies.
+        kind (`str`): `plan` or `checkpoint`.
+        model_type (`str`): the family.
+        layers (`tuple[LayerWidths, ...]`): by layer; empty for families that are unknown here.
+        parameters, bytes (`int`, *optional*): of the weights in the files.
+        dense_parameters (`int`, *optional*): before pruning.
+        dtypes (`tuple[str, ...]`): of the weights, the most frequent first.
+        provenance (`dict[str, Any]`): recipe, ratio, versions and measurements, as far as they are known.
+    """
+
+    path: str
+    kind: str
+    model_type: str
+    layers: tuple[LayerWidths, ...] = ()
+    parameters: int | None = None
+    bytes: int | None = None
+    dense_parameters: int | None = None
+    dtypes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def title(self) -> str:
+        """One line: name, family, ratio and parameters."""
+        parts = [f"{Path(self.path).resolve().name} ({self.model_type})"]
+        if self.provenance.get("pruning_ratio") is not None:
+            parts.append(f"pruning ratio {self.provenance['pruning_ratio']:.3f}")
+        if self.parameters is not None:
+            dense = "" if self.dense_parameters is None else f" of {_millions(self.dense_parameters)}"
+            parts.append(f"{_millions(self.parameters)}{dense} parameters")
+        return " · ".join(parts)
+
+    def __str__(self) -> str:
+        """The title, the layers and where it came from."""
+        facts = [("recipe", "recipe"), ("units", "units"), ("plan", "plan"), ("version", "hf_adaprune")]
+        lines = [self.title]
+        if self.bytes is not None:
+            lines.append(f"{_size(self.bytes)} in {', '.join(self.dtypes)}")
+        lines += [f"{label}: {self.provenance[key]}" for key, label in facts if self.provenance.get(key)]
+        for source, pair in self.provenance.get("evaluation", {}).items():
+            dense, pruned = (pair[which]["value"] for which in ("dense", "pruned"))
+            lines.append(f"perplexity on {source}: {dense:.2f} dense, {pruned:.2f} pruned")
+        return "\n".join([*lines, "", _layer_table(self.layers)] if self.layers else lines)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A plain table: the first column to the left, the others to the right.
+
+    Args:
+        header (sequence of `str`): titles of the columns.
+        rows (iterable of sequences of `str`): cells.
+    """
+    cells = [tuple(header), *map(tuple, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+    rule = "  ".join("-" * width for width in widths).rstrip()
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def size_table(before: Sizes, after: Sizes) -> str:
+    """Parameters and bytes before and after, and the share removed.
+
+    Args:
+        before ([`Sizes`]): of the dense model.
+        after ([`Sizes`]): of the pruned one.
+    """
+    rows = [
+        ("decoder layers", f"{before.decoder:,}", f"{after.decoder:,}", _share(after.decoder, before.decoder)),
+        ("parameters", f"{before.total:,}", f"{after.total:,}", _share(after.total, before.total)),
+        ("bytes", _size(before.bytes), _size(after.bytes), _share(after.bytes, before.bytes)),
+    ]
+    return text_table(("", "dense", "pruned", "removed"), rows)
+
+
+def plan_table(plan: PruningPlan, sites: ModelSites | None = None, after: Sequence[int] | None = None) -> str:
+    """What a plan keeps of every layer.
+
+    Args:
+        plan ([`PruningPlan`]): the plan.
+        sites ([`ModelSites`], *optional*): the dense model, on the meta device too, for widths of what stays whole and
+            for parameters.
+        after (sequence of `int`, *optional*): parameters of the layers that stay, as they are after the cut, where a
+            repair has added biases.
+    """
+    return _layer_table(layer_widths(plan, sites, after))
+
+
+def evaluation_table(result: PruningResult) -> str:
+    """Perplexity on every report source, dense and pruned; empty where nothing was measured.
+
+    Args:
+        result ([`PruningResult`]): of a run.
+    """
+    if not result.evaluation:
+        return ""
+    rows = []
+    for source, pair in result.evaluation.items():
+        dense, pruned = pair["dense"], pair["pruned"]
+        cells = [f"{value.value:.3f} ± {value.standard_error:.3f}" for value in (dense, pruned)]
+        rows.append((source, *cells, f"{pruned.value / dense.value:.3f}", f"{dense.tokens:,}"))
+    return text_table(("perplexity", "dense", "pruned", "ratio", "tokens"), rows)
+
+
+def _layer_table(layers: Sequence[LayerWidths]) -> str:
+    mixed = any(row.experts for row in layers)
+    known = any(row.before is not None for row in layers)
+    sizes = known or any(row.after is not None for row in layers)
+    header = ["layer", "query heads", "KV heads", *(["experts", "width"] if mixed else ["MLP width"])]
+    header += ["dense", "pruned", "removed"] if known else ["parameters"] if sizes else []
+    rows = []
+    for row in layers:
+        pairs = [row.heads, row.groups, *([row.experts, row.channels] if mixed else [row.channels])]
+        cells = [str(row.layer), *("-" if row.dropped else _kept(pair) for pair in pairs)]
+        after = 0 if row.dropped else row.after
+        if sizes:
+            cells += [_number(row.before), _number(after), _share(after, row.before)] if known else [_number(after)]
+        rows.append([*cells, "layer removed" if row.dropped else ""])
+    if sizes:
+        # A sum over rows of which some are unknown would pass for the whole.
+        before = sum(row.before or 0 for row in layers) if all(row.before is not None for row in layers) else None
+        after = sum(row.after or 0 for row in layers if not row.dropped)
+        totals = [_number(before), _number(after), _share(after, before)] if known else [_number(after)]
+        rows.append(["all", *[""] * (len(header) - 1 - len(totals)), *totals, ""])
+    return text_table([*header, ""], rows)
+
+
+def _kept(pair: Pair | None) -> str:
+    if pair is None:
+        return "-"
+    return "removed" if not pair[0] else f"{pair[0]}/{pair[1]}"
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _share(after: int | None, before: int | None) -> str:
+    return "-" if after is None or not before else f"{100 * (1 - after / before):.1f} %"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+# -- widths -----------------------------------------------------------------------------------------------------------
+
+
+def layer_widths(
+    plan: PruningPlan, sites: ModelSites | None = None, after: Sequence[int] | None = None
+) -> tuple[LayerWidths, ...]:
+    """What a plan keeps of every layer, as numbers; arguments as in [`plan_table`].
+
+    A plan alone does not name what stays whole: such a site is taken to be as wide as the others of its kind were.
+    """
+    dense: dict[str, Pair] = {name: (site.groups, site.group_size) for name, site in plan.sites.items()}
+    if sites is not None:
+        dense.update({site.name: (site.groups, site.group_size) for site in sites})
+    kinds = ("attention", "mlp")
+    usual = {kind: Counter(size for name, size in dense.items() if name.endswith(kind)) for kind in kinds}
+    mixture = any(name.endswith("experts") for name in dense)
+    positions = {old: new for new, old in enumerate(plan.kept_layers())}
+    rows = []
+    for layer in range(plan.num_layers):
+        pairs: dict[str, Pair] = {}
+        for kind in ("attention", "mlp", "experts"):
+            name = f"layers.{layer}.{kind}"
+            size = dense.get(name)
+            if size is None and sites is None and usual.get(kind) and not (kind == "mlp" and mixture):
+                size = usual[kind].most_common(1)[0][0]
+            if size is None:
+                continue
+            kept = plan.sites.get(name)
+            groups, per_group = (len(kept.kept_groups), kept.kept_per_group) if kept is not None else size
+            if kind == "attention":
+                pairs |= {"heads": (groups * per_group, size[0] * size[1]), "groups": (groups, size[0])}
+            elif kind == "mlp":
+                pairs["channels"] = (per_group, size[1])
+            else:
+                pairs |= {"experts": (groups, size[0]), "channels": (per_group, size[1])}
+        before = own = None
+        if sites is not None:
+            named = [n for n in plan.sites if n.startswith(f"layers.{layer}.")]
+            before = sites.layer_parameters[layer]
+            own = before - sum(sites.by_name[name].removed_parameters(plan.sites[name]) for name in named)
+        if after is not None and layer in positions:
+            own = after[positions[layer]]
+        dropped = layer in plan.dropped_layers
+        sizes = LayerWidths(layer, dropped=dropped, before=before, after=0 if dropped and sites is not None else own)
+        rows.append(replace(sizes, **pairs))  # type: ignore[arg-type]
+    return tuple(rows)
+
+
+def describe(path: str | os.PathLike[str]) -> Description:
+    """Describe a plan file or a checkpoint folder.
+
+    Raises:
+        PlanError: the file is no plan.
+        CheckpointError: the folder is no checkpoint, or nothing is there.
+    """
+    where = Path(path)
+    if where.is_dir():
+        return describe_checkpoint(where)
+    if not where.is_file():
+        raise CheckpointError(f"there is nothing at {where}. Name a plan (a JSON file) or a checkpoint (a folder).")
+    try:
+        plan = PruningPlan.load(where)
+    except (PlanError, UnicodeDecodeError) as error:
+        raise PlanError(f"{where} is no plan: {error} Name a plan (JSON) or a checkpoint (a folder).") from error
+    return Description(str(where), "plan", plan.model_type, layer_widths(plan), provenance={"plan": plan.digest})
+
+
+def describe_checkpoint(path: str | os.PathLike[str]) -> Description:
+    """Describe a checkpoint from config.json, the headers of its weight files and, if any, pruning_config.json.
+
+    Args:
+        path (`str`): a folder with a checkpoint in safetensors.
+
+    Raises:
+        CheckpointError: no config.json, or a file that cannot be read.
+    """
+    folder = Path(path)
+    config = _json_object(folder / "config.json")
+    tensors: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(_header(file))
+    run = _json_object(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    plan = PruningPlan.from_dict(run["plan"]) if run.get("plan") else None
+    # JSON numbers multiply exactly; a scalar has the empty shape and one element.
+    counts = {name: _product(entry["shape"]) for name, entry in tensors.items()}
+    dtypes = Counter(entry["dtype"] for entry in tensors.values())
+    return Description(
+        str(folder),
+        "checkpoint",
+        str(config.get("model_type", "unknown")),
+        _config_widths(config, counts, plan),
+        sum(counts.values()) if tensors else None,
+        sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in tensors.values()) if tensors else None,
+        run.get("before", {}).get("total"),
+        tuple(name for name, _ in dtypes.most_common()),
+        _provenance(config, run),
+    )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}. Name another folder.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Is the download complete?") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} should hold a JSON object. Found {type(data).__name__}.")
+    return data
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is no safetensors file ({error}). Is the download complete?") from error
+
+
+def _product(shape: Iterable[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _provenance(config: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    short = dict(config.get("adaprune") or {})
+    short.pop("architecture", None)
+    asked = run.get("config", {})
+    long = {
+        "recipe": asked.get("recipe_name"),
+        "units": ", ".join(asked.get("units", ())),
+        "pruning_ratio": run.get("pruning_ratio"),
+        "plan": run.get("plan_digest"),
+        "version": asked.get("version"),
+        "evaluation": run.get("evaluation"),
+    }
+    return short | {name: value for name, value in long.items() if value}
+
+
+def _config_widths(
+    config: Mapping[str, Any], counts: Mapping[str, int], plan: PruningPlan | None
+) -> tuple[LayerWidths, ...]:
+    family = _family(config)
+    if family is None or not isinstance(config.get(family.layers_field), int):
+        return ()
+    count = config[family.layers_field]
+    known = plan is not None and plan.model_type == family.model_type and len(plan.kept_layers()) == count
+    by_old = {row.layer: row for row in layer_widths(plan)} if plan is not None and known else {}
+    numbers = plan.kept_layers() if plan is not None and known else tuple(range(count))
+    prefix = re.compile(rf"(?:^|\.){re.escape(family.layers.rsplit('.', 1)[-1])}\.(\d+)\.(.*)")
+    sizes: Counter[int] = Counter()
+    sparse: set[int] = set()
+    for name, numel in counts.items():
+        if found := prefix.search(name):
+            sizes[int(found[1])] += numel
+            if ".experts." in f".{found[2]}":
+                sparse.add(int(found[1]))
+    rows = {old: row for old, row in by_old.items() if row.dropped}
+    for layer, old in enumerate(numbers):
+        pairs = _layer_pairs(config, family, layer, layer in sparse)
+        measured = by_old.get(old)
+        if measured is not None:  # what a plan says of the dense model is surer than the config's global values
+            for name, pair in pairs.items():
+                dense = getattr(measured, name)
+                pairs[name] = (pair[0], dense[1]) if dense is not None else pair
+        rows[old] = replace(LayerWidths(old, after=sizes.get(layer)), **pairs)  # type: ignore[arg-type]
+    return tuple(rows[old] for old in sorted(rows))
+
+
+def _family(config: Mapping[str, Any]) -> Architecture | None:
+    carried = (config.get("adaprune") or {}).get("architecture")
+    if carried:
+        from .model_config import architecture_from_dict
+
+        return architecture_from_dict(carried)
+    return ARCHITECTURES.get(str(config.get("model_type")))
+
+
+def _layer_pairs(config: Mapping[str, Any], family: Architecture, layer: int, sparse: bool) -> dict[str, Pair]:
+    own = (config.get("per_layer_config") or {}).get(str(layer), {})
+    skip = own.get("skip", ())
+
+    def pair(*names: str, gone: bool) -> Pair | None:
+        wide = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+        kept = 0 if gone else next((own[name] for name in names if name in own), wide)
+        return None if wide is None or kept is None else (kept, wide)
+
+    attention, mlp = "attention" in skip, "mlp" in skip
+    found = {
+        "heads": pair(family.heads_field, gone=attention),
+        "groups": pair(*filter(None, (family.kv_heads_field,)), family.heads_field, gone=attention),
+    }
+    if sparse:
+        found["experts"] = pair(family.experts_field, "num_local_experts", "num_experts", gone=mlp)
+        found["channels"] = pair(family.expert_width_field, gone=mlp)
+    elif family.width_field:
+        found["channels"] = pair(family.width_field, gone=mlp)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+_CROSS = "$\\times$"
+_DENSE, _KEPT, _GROUPS, _GONE = "#dfe3e8", "#2f6fa7", "#3d8f6d", "#c0392b"
+
+
+def plot_widths(layers: Sequence[LayerWidths], file: str | os.PathLike[str], title: str = "") -> Path:
+    """Draw what stays of every layer: MLP widths above, KV heads below, the dense widths as outlines behind.
+
+    Args:
+        layers (sequence of [`LayerWidths`]): from [`layer_widths`] or a [`Description`].
+        file (`str`): ends in .png, .svg or .pdf.
+        title (`str`, *optional*): above the picture.
+
+    Raises:
+        ConfigError: another ending, or nothing to draw.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    target = Path(file)
+    if target.suffix.lower() not in PLOT_SUFFIXES:
+        raise ConfigError(f"a picture should end in {', '.join(PLOT_SUFFIXES)}. Found {target.name!r}.")
+    if not layers:
+        raise ConfigError("there are no layer widths to draw: the model's family is unknown here.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib, which the extra `report` brings: pip install hf_adaprune[report]"
+        ) from error
+    figure = Figure(figsize=(max(6.4, min(16.0, 2.2 + 0.26 * len(layers))), 4.8), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.4])
+    mixed = any(row.experts for row in layers)
+    wide = {row.layer: _volume(row) for row in layers}
+    _bars(upper, layers, wide, _KEPT)
+    _bars(lower, layers, {row.layer: row.groups for row in layers}, _GROUPS)
+    upper.set_ylabel("channels of all experts" if mixed else "MLP channels")
+    lower.set_ylabel("KV heads")
+    lower.set_xlabel("decoder layer")
+    lower.yaxis.get_major_locator().set_params(integer=True)
+    step = 1 if len(layers) <= 40 else 5
+    lower.set_xticks([row.layer for row in layers if row.layer % step == 0])
+    lower.tick_params(axis="x", labelsize=8)
+    lower.set_xlim(layers[0].layer - 0.7, layers[-1].layer + 0.7)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    _legend(figure, layers)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=150)
+    return target
+
+
+def _volume(row: LayerWidths) -> Pair | None:
+    if row.channels is None or row.experts is None:
+        return row.channels
+    return row.experts[0] * row.channels[0], row.experts[1] * row.channels[1]
+
+
+def _bars(axes: Any, layers: Sequence[LayerWidths], pairs: Mapping[int, Pair | None], colour: str) -> None:
+    drawn = {layer: pair for layer, pair in pairs.items() if pair is not None}
+    top = max((pair[1] for pair in drawn.values()), default=1)
+    numbers = list(drawn)
+    axes.bar(numbers, [drawn[n][1] for n in numbers], 0.82, color=_DENSE, edgecolor="#aab2bd", linewidth=0.7)
+    gone = {row.layer for row in layers if row.dropped}
+    kept = [0 if n in gone else drawn[n][0] for n in numbers]
+    axes.bar(numbers, kept, 0.82, color=colour)
+    for row in layers:
+        pair = drawn.get(row.layer)
+        if row.dropped:
+            axes.axvspan(row.layer - 0.5, row.layer + 0.5, color=_GONE, alpha=0.16, linewidth=0)
+        if row.dropped or (pair is not None and not pair[0]):
+            axes.text(row.layer, top / 2, _CROSS, ha="center", va="center", color=_GONE, fontsize=13, fontweight="bold")
+    axes.set_ylim(0, top * 1.04)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _legend(figure: Any, layers: Sequence[LayerWidths]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Patch(facecolor=_KEPT, label="MLP kept"),
+        Patch(facecolor=_GROUPS, label="KV heads kept"),
+        Patch(facecolor=_DENSE, edgecolor="#aab2bd", label="dense"),
+    ]
+    if any(not row.dropped and 0 in {pair[0] for pair in (row.groups, row.channels) if pair} for row in layers):
+        handles.append(Line2D([], [], marker=_CROSS, color=_GONE, linestyle="none", label="sublayer removed"))
+    if any(row.dropped for row in layers):
+        handles.append(Patch(facecolor=_GONE, alpha=0.3, label="layer removed"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)

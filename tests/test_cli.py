@@ -1,0 +1,263 @@
+"""The command line: end to end on tiny models, and every mistake told in one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+from texts import calibration_make_tokenizer, calibration_prose
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM
+
+from hf_adaprune import PruningPlan, cli, pipeline, saving
+from hf_adaprune.cli import main
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    tiny_model("llama", vocab_size=330).save_pretrained(folder)
+    calibration_make_tokenizer(eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with two disjoint texts."""
+    (tmp_path / "calibration.txt").write_text(calibration_prose(1, 3000))
+    (tmp_path / "report.txt").write_text(calibration_prose(2, 600))
+    return tmp_path
+
+
+def prune_words(dense: Path, work: Path, *more: str) -> list[str]:
+    text = ["--calibration", str(work / "calibration.txt"), "--samples", "8", "--sequence-length", "32"]
+    return ["prune", str(dense), "--output", str(work / "out"), *text, "--quiet", *more]
+
+
+def left_in(work: Path) -> list[str]:
+    return sorted(path.name for path in work.iterdir() if path.suffix != ".txt")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that a refused command says."""
+    capsys.readouterr()
+    assert main(list(words)) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("hf-adaprune: ")]
+    assert not out and "Traceback" not in err and len(lines) == 1
+    return lines[0]
+
+
+def test_prune_then_reload_show_and_evaluate(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(prune_words(dense, work, "--pruning-ratio", "0.3", "--report", str(work / "report.txt"), "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pruning_ratio"] == pytest.approx(0.3, abs=0.03)
+    assert found["evaluation"]["report"]["pruned"]["value"] > 0
+    assert left_in(work) == ["out"]
+    model = AutoModelForCausalLM.from_pretrained(work / "out")
+    assert sum(p.numel() for p in model.parameters()) == found["after"]["total"]
+
+    assert main(["show", str(work / "out"), "--plot", str(work / "widths.svg")]) == 0
+    shown = capsys.readouterr().out
+    assert "pruning ratio 0.3" in shown and "recipe: default" in shown and "perplexity on report" in shown
+    assert (work / "widths.svg").read_text().lstrip().startswith("<?xml")
+    assert main(["show", str(work / "out" / "pruning_plan.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "plan"
+
+    rows = [{"id": i, "task": "t", "context": "the model", "choices": ["reads", "rain and light"], "label": i % 2} for i in range(4)]
+    (work / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["evaluate", str(work / "out"), "--report", str(work / "report.txt"), "--tasks", str(work / "rows.jsonl")]
+    size = ["--tokens", "96", "--sequence-length", "32", "--quiet"]
+    assert main([*words, *size, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert set(results["rows"]) == {"acc", "acc_norm"} and results["report"]["perplexity"]["samples"] == 3
+    assert main([*words, *size]) == 0
+    assert "± standard error" in capsys.readouterr().out
+
+
+def test_summary_says_what_went(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(prune_words(dense, work, "--recipe", "magnitude", "--target-parameters", "34k")) == 0
+    out, err = capsys.readouterr()
+    assert "recipe magnitude" in out and "MLP width" in out and "removed" in out
+    assert "%|" not in err  # no progress bar with --quiet
+    assert not logging.getLogger("hf_adaprune").handlers
+
+
+def test_dry_run_writes_nothing(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(work.rglob("*"))
+    assert main(prune_words(dense, work, "--dry-run", "--json")) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert expected["after"]["decoder"] < expected["before"]["decoder"] and expected["gram_bytes"] > 0
+    assert main(["prune", str(dense), "--dry-run"]) == 0
+    assert "peak memory" in capsys.readouterr().out
+    assert sorted(work.rglob("*")) == before
+
+
+def test_options_override_the_file_and_the_file_the_recipe(tmp_path: Path) -> None:
+    def config_of(*words: str) -> object:
+        return cli.build_config(cli._parser().parse_args(["prune", "m", "--output", "o", *words]))
+
+    partial = tmp_path / "part.json"
+    partial.write_text(json.dumps({"target_parameters": 10**6, "seed": 3, "calibration": {"samples": 9}}))
+    words = ["--recipe", "flap", "--config", str(partial), "--seed", "4", "--units", "channel", "--calibration", "a.txt", "b.txt"]
+    config = config_of(*words)
+    assert (config.recipe_name, config.seed, config.units, config.calibration.samples) == ("flap", 4, ("channel",), 9)
+    assert config.calibration.sources == ("a.txt", "b.txt") and config.target_parameters == 10**6
+    assert config.importance.metrics == {"wifv": 1.0}
+    assert config_of(*words, "--pruning-ratio", "0.4").target_parameters is None
+    config.save_pretrained(tmp_path)
+    assert config_of("--config", str(tmp_path / "pruning_config.json")) == config
+    assert config_of() == config_of("--recipe", "default")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pruning-ratio", "-0.1"], r"should be in \[0, 1\).*Found -0.1"),
+        (["--pruning-ratio", "20"], r"For 20 percent write 0.2"),
+        (["--recipe", "best"], "`recipe` should be one of default"),
+        (["--units", "neuron"], "`units` should be one of channel"),
+        (["--target-parameters", "9G"], "above the model's"),
+        (["--target-parameters", "1"], "at most|budget|reach"),
+        (["--config", "nowhere.json"], "there is no config at nowhere.json"),
+        (["--plan", "nowhere.json"], "there is no plan at nowhere.json"),
+        (["--dtype", "int8"], "`--dtype` should be auto"),
+        (["--report", "CALIBRATION"], "overlap"),
+        (["--samples", "4000"], "were asked for"),
+        (["--calibration", "nowhere.txt"], "there is no file at nowhere.txt"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    words: list[str], message: str, dense: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(work / "calibration.txt") if word == "CALIBRATION" else word for word in words]
+    line = refused(capsys, *prune_words(dense, work, *words))
+    assert re.search(message, line), line
+    assert left_in(work) == []
+
+
+def test_text_too_short(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "calibration.txt").write_text("the model")
+    assert "too" in refused(capsys, *prune_words(dense, work))
+    assert left_in(work) == []
+
+
+def test_output_is_checked_first(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "`--output` is missing" in refused(capsys, "prune", str(dense))
+    (work / "out").mkdir()
+    (work / "out" / "mine").touch()
+    assert "not empty" in refused(capsys, *prune_words(Path("no-model-is-read"), work))
+    shutil.rmtree(work / "out")
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+        assert "0 MiB free" in refused(capsys, *prune_words(dense, work))
+
+    def read_only(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(saving.tempfile, "TemporaryFile", read_only)
+    assert "is not writable (Permission denied)" in refused(capsys, *prune_words(dense, work))
+    assert left_in(work) == []
+
+
+def test_models_that_cannot_be_pruned(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "could not be loaded" in refused(capsys, *prune_words(work / "nothing-here", work))
+    quantised = work.parent / f"{work.name}-quantised"
+    shutil.copytree(dense, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (quantised / "config.json").write_text(json.dumps(config))
+    assert "quantised weights" in refused(capsys, *prune_words(quantised, work))
+    small = {"vocab_size": 330, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(**small)).save_pretrained(quantised.with_name("bert"))
+    assert "no causal language model" in refused(capsys, *prune_words(quantised.with_name("bert"), work))
+    gptj = GPTJConfig(vocab_size=330, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    GPTJForCausalLM(gptj).save_pretrained(quantised.with_name("gptj"))
+    assert "No architecture for model_type 'gptj'" in refused(capsys, *prune_words(quantised.with_name("gptj"), work))
+    assert left_in(work) == []
+
+
+def test_interrupted_while_measuring(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "decide", interrupted)
+    assert main(prune_words(dense, work)) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert left_in(work) == []
+
+
+def test_interrupted_while_saving_goes_on_with_the_plan(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "check_round_trip", interrupted)
+        assert main(prune_words(dense, work)) == 130
+    err = capsys.readouterr().err
+    assert left_in(work) == ["out.plan.json"]
+    plan = PruningPlan.load(work / "out.plan.json")
+    words = err.split("to carry it out: hf-adaprune ")[1].split("\n")[0].split()
+    assert words[-2:] == ["--plan", str(work / "out.plan.json")]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan_digest"] == plan.digest
+    assert left_in(work) == ["out"]
+
+
+def test_a_model_without_tokenizer(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("qwen2").save_pretrained(work.parent / f"{work.name}-bare")
+    bare = work.parent / f"{work.name}-bare"
+    assert main(prune_words(bare, work, "--recipe", "magnitude", "--uniform")) == 0
+    assert "the tokenizer of" in refused(capsys, "prune", str(bare), "--output", str(work / "other"), "--quiet")
+
+
+def test_show_refuses_garbage(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is no plan" in refused(capsys, "show", str(work / "report.txt"))
+    assert "it has no config.json" in refused(capsys, "show", str(work))
+    assert "there is nothing at" in refused(capsys, "show", str(work / "nowhere"))
+
+
+def test_tasks_by_name_are_lm_evals(
+    dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "hf_adaprune[eval]" in refused(capsys, "evaluate", str(dense), "--tasks", "piqa", "--quiet")
+    assert "no file of multiple-choice rows" in refused(capsys, "evaluate", str(dense), "--tasks", "x.jsonl", "--quiet")
+    harness = ModuleType("lm_eval")
+    harness.models = SimpleNamespace(huggingface=SimpleNamespace(HFLM=lambda pretrained, tokenizer: pretrained))
+    values = {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.6, "acc_norm_stderr,none": "N/A"}
+    harness.simple_evaluate = lambda model, tasks: {"results": {"piqa": values}, "n-samples": {"piqa": {"effective": 7}}}
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    monkeypatch.setitem(sys.modules, "lm_eval.models", harness.models)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", harness.models.huggingface)
+    assert main(["evaluate", str(dense), "--tasks", "piqa", "--json", "--quiet"]) == 0
+    piqa = json.loads(capsys.readouterr().out)["results"]["piqa"]
+    assert piqa["acc"]["standard_error"] == 0.1 and piqa["acc"]["samples"] == 7
+    assert piqa["acc_norm"]["standard_error"] is None
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys, hf_adaprune.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "prune" in ran.stdout
+    assert torch.get_num_threads() == 1
+    shown = subprocess.run([sys.executable, "-m", "hf_adaprune", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("hf_adaprune ")

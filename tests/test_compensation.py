@@ -1,0 +1,335 @@
+"""Laws of repairs: each equals an explicit regression, and none raises the output error on its own data."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from conftest import logits_of, tiny_model, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import plan_of_kind, site_plans
+from texts import random_blocks
+
+from hf_adaprune.compensation import (
+    Moments,
+    bias_repair,
+    check_enough_tokens,
+    output_error,
+    repair_from_moments,
+    repair_plan,
+)
+from hf_adaprune.config import DAMPING_SCALES, RepairConfig
+from hf_adaprune.errors import CalibrationError
+from hf_adaprune.importance import covariance
+from hf_adaprune.layerwise import regional_weights, sequential_repairs
+from hf_adaprune.masking import masked
+from hf_adaprune.plan import PruningPlan, SitePlan
+from hf_adaprune.sites import ModelSites, Site, find_sites
+from hf_adaprune.statistics import Needs, Statistics, collect_statistics, watched_inputs
+from hf_adaprune.surgery import apply_plan, assign_layer
+
+BLOCKS = random_blocks(8, 40)
+
+
+@functools.cache
+def dense(family: str) -> tuple[ModelSites, Statistics]:
+    """A model nobody changes, and its moments."""
+    sites = find_sites(tiny_model(family, attention_bias=True) if family == "llama" else tiny_model(family))
+    return sites, collect_statistics(sites, BLOCKS, Needs(gram=True))
+
+
+@functools.cache
+def inputs_of(family: str, name: str) -> dict[int, torch.Tensor]:
+    """What a reader reads on the blocks, by expert (0 elsewhere), float64; experts' rows are weighted by the gate."""
+    sites, _ = dense(family)
+    rows: dict[int, list[torch.Tensor]] = {}
+    with watched_inputs(sites, sites.by_name[name], lambda expert, own: rows.setdefault(expert, []).append(own)):
+        logits_of(sites.model, BLOCKS.input_ids)
+    return {expert: torch.cat(own).double() for expert, own in rows.items()}
+
+
+def moments_of(family: str, site: Site) -> Moments:
+    """Covariance and mean of a reader's inputs, as the pipeline takes them."""
+    matrix, mean, _ = covariance(site, dense(family)[1], torch.ones(len(BLOCKS)))
+    return Moments(matrix, mean)
+
+
+def some_units(site: Site, keep: float = 0.6, seed: int = 0) -> SitePlan:
+    """A random narrow site; whole KV groups where the site has them."""
+    generator = torch.Generator().manual_seed(seed)
+    if site.kind == "attention":
+        return SitePlan(site.groups, site.group_size, tuple(range(site.group_size, 2 * site.group_size)))
+    per_group = max(1, int(keep * site.group_size))
+    kept = [
+        group * site.group_size + int(unit)
+        for group in range(site.groups)
+        for unit in torch.randperm(site.group_size, generator=generator)[:per_group].sort().values
+    ]
+    return SitePlan(site.groups, site.group_size, tuple(kept))
+
+
+CASES = [("llama", "layers.1.mlp"), ("llama", "layers.0.attention"), ("gpt2", "layers.2.mlp"), ("opt", "layers.1.mlp")]
+
+
+def test_the_bias_is_the_mean_of_what_went() -> None:
+    """`b = W[:, removed] mu[removed]`, added to a bias that is there (FLAP's card)."""
+    for family, name in CASES:
+        sites, statistics = dense(family)
+        site = sites.by_name[name]
+        kept = some_units(site)
+        plan = PruningPlan(sites.architecture.model_type, 3, {name: kept})
+        repair = repair_plan(sites, plan, statistics, torch.ones(len(BLOCKS)), RepairConfig("bias"))[name]
+        rows, weight = inputs_of(family, name)[0], site.reader.weight.double()
+        gone = [column for column in range(site.columns) if column not in site.column_index(kept).tolist()]
+        expected = (rows[:, gone] @ weight[:, gone].T).mean(0)
+        if site.reader.bias is not None:
+            expected = expected + site.reader.bias.detach().double()
+        torch.testing.assert_close(repair.bias.double(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(repair.weight, site.reader.weight[:, site.column_index(kept)])
+        again = bias_repair(site, kept, rows.mean(0))
+        torch.testing.assert_close(again.bias, repair.bias, rtol=1e-4, atol=1e-5)
+
+
+def explicit(
+    rows: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, config: RepairConfig, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ridge regression by `lstsq`: the ridge is extra data, whose target is what the old weights make of it."""
+    inner = rows[:, columns]
+    goal = rows @ weight.T
+    centred = inner - inner.mean(0) if config.intercept else inner
+    own = centred.square().mean(0)
+    scale = {"mean": own.mean().expand_as(own), "column": own, "median": own.median().expand_as(own)}
+    ridge = config.damping * scale[config.damping_scale] + 1e-6 * own.mean()
+    pull = torch.diag((ridge * len(rows)).sqrt())
+    one = torch.ones(len(rows), int(config.intercept), dtype=torch.float64)
+    none = torch.zeros(len(columns), int(config.intercept), dtype=torch.float64)
+    data = torch.cat([torch.cat([inner, one], 1), torch.cat([pull, none], 1)])
+    solution = torch.linalg.lstsq(data, torch.cat([goal, pull @ weight[:, columns].T])).solution.T
+    if not config.intercept:
+        return solution, None
+    return solution[:, :-1], solution[:, -1] + (0 if bias is None else bias.detach().double())
+
+
+@pytest.mark.parametrize("scale", DAMPING_SCALES)
+@pytest.mark.parametrize("intercept", [True, False])
+def test_least_squares_equals_lstsq(intercept: bool, scale: str) -> None:
+    for damping in (0.05, 5.0):
+        config = RepairConfig(intercept=intercept, damping=damping, damping_scale=scale)
+        for family, name in CASES:
+            site = dense(family)[0].by_name[name]
+            kept = some_units(site)
+            repair = repair_from_moments(site, kept, moments_of(family, site), config)
+            weight, bias = explicit(
+                inputs_of(family, name)[0], site.reader.weight.double(), site.column_index(kept), config, site.reader.bias
+            )
+            torch.testing.assert_close(repair.weight.double(), weight, rtol=1e-3, atol=1e-4)
+            assert (repair.bias is None) == (bias is None)
+            if bias is not None:
+                torch.testing.assert_close(repair.bias.double(), bias, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", DAMPING_SCALES)
+@pytest.mark.parametrize("kind", ["expert", "expert_channel"])
+def test_experts_are_regressed_one_by_one_without_a_bias(kind: str, scale: str) -> None:
+    sites, _ = dense("mixtral")
+    site = sites.by_name["layers.1.experts"]
+    kept = some_units(site) if kind == "expert_channel" else SitePlan(4, 24, tuple(range(24, 72)))
+    config = RepairConfig(damping=0.05, damping_scale=scale)
+    repair = repair_from_moments(site, kept, moments_of("mixtral", site), config)
+    assert repair.bias is None and repair.weight.shape == (len(kept.kept_groups), 32, kept.kept_per_group)
+    for number, expert in enumerate(kept.kept_groups):
+        own = torch.tensor([unit % 24 for unit in kept.kept if unit // 24 == expert])
+        plain = RepairConfig(damping=0.05, damping_scale=scale, intercept=False)
+        weight = site.reader.weight[expert].double()
+        expected, _ = explicit(inputs_of("mixtral", site.name)[expert], weight, own, plain, None)
+        torch.testing.assert_close(repair.weight[number].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(site_plans(groups=1, group_size=48), st.booleans(), st.sampled_from(DAMPING_SCALES), st.floats(0, 100))
+def test_a_repair_never_raises_the_error_on_its_own_data(
+    kept: SitePlan, intercept: bool, scale: str, damping: float
+) -> None:
+    if kept.is_empty:
+        return
+    site = dense("llama")[0].by_name["layers.1.mlp"]
+    moments = moments_of("llama", site)
+    config = RepairConfig(intercept=intercept, damping=damping, damping_scale=scale)
+    before = output_error(site, kept, moments, None)
+    after = output_error(site, kept, moments, repair_from_moments(site, kept, moments, config))
+    assert after <= before * (1 + 1e-5) + 1e-9
+    bias = output_error(site, kept, moments, bias_repair(site, kept, moments.mean))
+    assert bias <= before * (1 + 1e-5) + 1e-9
+    if intercept:
+        assert after <= bias * (1 + 1e-5) + 1e-9
+
+
+def test_the_output_error_is_the_output_error() -> None:
+    for family, name in CASES:
+        site = dense(family)[0].by_name[name]
+        kept, moments, rows = some_units(site), moments_of(family, site), inputs_of(family, name)[0]
+        weight, columns = site.reader.weight.double(), site.column_index(kept)
+        old_bias = 0.0 if site.reader.bias is None else site.reader.bias.detach().double()
+        goal = rows @ weight.T + old_bias
+        fitted = repair_from_moments(site, kept, moments, RepairConfig())
+        for repair in (None, fitted, repair_from_moments(site, kept, moments, RepairConfig(intercept=False))):
+            own = weight[:, columns] if repair is None else repair.weight.double()
+            bias = old_bias if repair is None or repair.bias is None else repair.bias.double()
+            expected = (rows[:, columns] @ own.T + bias - goal).square().sum(1).mean()
+            assert output_error(site, kept, moments, repair) == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+
+
+def test_few_tokens_are_refused_with_the_number_that_would_do() -> None:
+    sites, _ = dense("llama")
+    kept = {"layers.0.mlp": some_units(sites.by_name["layers.0.mlp"])}  # 28 of 48 channels
+    config = RepairConfig(min_tokens_per_column=2.5)
+    with pytest.raises(CalibrationError, match=r"69 calibration tokens.*with 28 inputs: at least 70 are"):
+        check_enough_tokens(sites, 69, config, kept)
+    check_enough_tokens(sites, 70, config, kept)
+    check_enough_tokens(sites, 0, RepairConfig("bias"), kept)
+    check_enough_tokens(sites, 0, RepairConfig(min_tokens_per_column=0), kept)
+    experts = dense("mixtral")[0]
+    check_enough_tokens(experts, 0, config, {"layers.0.experts": experts.by_name["layers.0.experts"].whole})
+
+
+def narrow_plan(sites: ModelSites) -> PruningPlan:
+    """Every site that may be cut loses some of its units."""
+    cuts = {site.name: some_units(site) for site in sites if not site.refusal}
+    if sites.architecture.experts is not None:  # 16 of 24 channels: whole 16 bytes
+        cuts.update({s.name: some_units(s, keep=0.67) for s in sites if s.kind == "experts"})
+    return PruningPlan(sites.architecture.model_type, len(sites.layers), cuts)
+
+
+# -- layer after layer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_sequential_equals_cached_where_nothing_was_cut_before(family: str, mix: float) -> None:
+    """On an unpruned prefix both streams are one, so the target does not matter either."""
+    sites, statistics = dense(family)
+    plan = narrow_plan(sites)
+    first = next(iter(dict(plan.changed())))
+    walked = sequential_repairs(sites, plan, BLOCKS, RepairConfig(target_mix=mix))
+    cached = repair_plan(sites, plan, statistics, torch.ones(len(BLOCKS)), RepairConfig())
+    assert set(walked) == set(cached) == set(plan.sites)
+    torch.testing.assert_close(walked[first].weight, cached[first].weight, rtol=1e-3, atol=1e-4)
+    if cached[first].bias is not None:
+        torch.testing.assert_close(walked[first].bias, cached[first].bias, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(walked["layers.2.mlp" if family != "mixtral" else "layers.2.attention"].weight,
+                              cached["layers.2.mlp" if family != "mixtral" else "layers.2.attention"].weight, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_sequential_regresses_the_mixed_target(intercept: bool, mix: float) -> None:
+    """The second site, by lstsq on what the pruned model feeds it and what the dense model fed it."""
+    sites, _ = dense("llama")
+    plan = PruningPlan("llama", 3, {name: some_units(sites.by_name[name]) for name in ("layers.0.mlp", "layers.1.mlp")})
+    config = RepairConfig(target_mix=mix, intercept=intercept, damping=0.0)
+    repairs = sequential_repairs(sites, plan, BLOCKS, config)
+    site, rows = sites.by_name["layers.1.mlp"], []
+    before = PruningPlan("llama", 3, {"layers.0.mlp": plan.sites["layers.0.mlp"]})
+    with masked(sites, before, repairs), watched_inputs(sites, site, lambda _, own: rows.append(own.double())):
+        logits_of(sites.model, BLOCKS.input_ids)
+    pruned, full = rows[0], inputs_of("llama", site.name)[0]
+    goal = (mix * full + (1 - mix) * pruned) @ site.reader.weight.double().T
+    inner = pruned[:, site.column_index(plan.sites[site.name])]
+    data = torch.cat([inner, torch.ones(len(inner), int(intercept), dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(data, goal).solution.T
+    made = repairs[site.name].weight.double()
+    torch.testing.assert_close(made, solution[:, : made.shape[1]], rtol=2e-2, atol=2e-3)
+
+
+def test_the_dense_model_is_untouched_and_dropped_layers_are_skipped() -> None:
+    sites, _ = dense("llama")
+    plan = PruningPlan("llama", 3, {"layers.2.mlp": some_units(sites.by_name["layers.2.mlp"])}, (1,))
+    before = {name: value.clone() for name, value in sites.model.state_dict().items()}
+    repairs = sequential_repairs(sites, plan, BLOCKS, RepairConfig(target_mix=0.5))
+    assert set(repairs) == {"layers.2.mlp"}
+    weights, report = regional_weights(sites, plan, repairs, BLOCKS, RepairConfig(regional_steps=2), 0)
+    assert [name for name, _, _ in report] == ["layers.2"] and set(weights) <= {2}
+    assert all(torch.equal(value, before[name]) for name, value in sites.model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in sites.model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in sites.model.modules())
+
+
+def test_windows_with_padding_are_left_out_of_the_walk() -> None:
+    sites, _ = dense("llama")
+    plan = PruningPlan("llama", 3, {"layers.0.mlp": some_units(sites.by_name["layers.0.mlp"])})
+    whole = sequential_repairs(sites, plan, random_blocks(5, 40).select([2, 3, 4]), RepairConfig())
+    padded = sequential_repairs(sites, plan, random_blocks(5, 40, padding=(3, 1)), RepairConfig())
+    assert torch.equal(whole["layers.0.mlp"].weight, padded["layers.0.mlp"].weight)
+    with pytest.raises(CalibrationError, match="windows without padding"):
+        sequential_repairs(sites, plan, random_blocks(1, 40, padding=(3,)), RepairConfig())
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1.0])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_regional_weights_lower_the_held_out_error_or_are_dropped(family: str, rate: float) -> None:
+    sites, statistics = dense(family)
+    plan = narrow_plan(sites)
+    repairs = repair_plan(sites, plan, statistics, torch.ones(len(BLOCKS)), RepairConfig())
+    config = RepairConfig(regional_steps=4, regional_learning_rate=rate)
+    blocks = random_blocks(9, 24, seed=5)
+    weights, report = regional_weights(sites, plan, repairs, blocks, config, seed=0)
+    assert [name for name, _, _ in report] == [f"layers.{layer}" for layer in range(3)]
+    assert {int(name.split(".")[1]) for name, before, after in report if after < before} == set(weights)
+    if rate == 1.0:
+        return
+    assert weights
+    again, _ = regional_weights(sites, plan, repairs, blocks, config, seed=0)
+    assert all(torch.equal(value, again[n][name]) for n, own in weights.items() for name, value in own.items())
+    # What comes back is what the cut model's first block needs: its held-out error is the reported one.
+    model = copy.deepcopy(sites.model)
+    full = layer_outputs(find_sites(model), blocks.input_ids[::8])
+    cut = apply_plan(find_sites(model), plan, repairs)
+    for number, state in weights.items():
+        assign_layer(cut.layers[number], state)
+    error = (layer_outputs(cut, blocks.input_ids[::8]) - full).square().mean()
+    first = report[0]
+    assert float(error) == pytest.approx(first[2] if 0 in weights else first[1], rel=1e-3)
+
+
+def layer_outputs(sites: ModelSites, ids: torch.Tensor) -> torch.Tensor:
+    """What the first decoder layer returns."""
+    seen = []
+    hook = sites.layers[0].register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    logits_of(sites.model, ids)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", ["channel", "kv_group", "query_head"])
+@pytest.mark.parametrize("config", [RepairConfig("bias"), RepairConfig(), RepairConfig(intercept=False)],
+                         ids=["bias", "affine", "linear"])  # fmt: skip
+def test_masked_and_repaired_equals_cut_and_repaired(config: RepairConfig, kind: str) -> None:
+    model = tiny_model("llama")
+    sites = find_sites(model)
+    plan = plan_of_kind(sites, kind)
+    statistics = collect_statistics(sites, BLOCKS, Needs(gram=True))
+    repairs = repair_plan(sites, plan, statistics, torch.ones(len(BLOCKS)), config)
+    assert set(repairs) == {name for name, _ in plan.changed()}
+    ids = tokens()
+    with masked(sites, plan, repairs):
+        expected = logits_of(model, ids)
+    apply_plan(sites, plan, repairs)
+    torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_domains_choose_the_moments() -> None:
+    """Weight 0 on a domain repairs as if it had not been there."""
+    sites, _ = dense("llama")
+    blocks = random_blocks(8, 40, domains=2)
+    plan = PruningPlan("llama", 3, {"layers.0.mlp": some_units(sites.by_name["layers.0.mlp"])})
+    both = collect_statistics(sites, blocks, Needs(gram=True, per_domain=True))
+    alone = collect_statistics(sites, blocks.select(torch.where(blocks.domain == 1)[0]), Needs(gram=True))
+    for config in (RepairConfig(), RepairConfig("bias")):
+        weighted = repair_plan(sites, plan, both, both.sample_weights((0.0, 1.0)), config)["layers.0.mlp"]
+        expected = repair_plan(sites, plan, alone, torch.ones(4), config)["layers.0.mlp"]
+        torch.testing.assert_close(weighted.weight, expected.weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weighted.bias, expected.bias, rtol=1e-3, atol=1e-5)
+    assert repair_plan(sites, plan, both, torch.ones(8), RepairConfig("none")) == {}

@@ -1,0 +1,81 @@
+"""Estimates: sizes are exact to within a unit, from a config alone, and the rest grows with what it depends on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from texts import calibration_make_tokenizer, calibration_prose
+
+from hf_adaprune import PruningConfig, TextSource, find_sites, prune
+from hf_adaprune.errors import BudgetError, UnsupportedModelError
+from hf_adaprune.estimate import Speed, bound_skeleton, estimate, even_plan, measure_speed
+
+SPEED = Speed(1e9, 1e8)
+# Wide enough that one unit is less than a hundredth of the model.
+WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("budget", [{"pruning_ratio": 0.35}, {"target_parameters": 250_000}, {"target_bytes": 1_000_000}])
+@pytest.mark.parametrize("recipe", ["default", "magnitude", "flap"])
+def test_bytes_are_those_after_pruning(recipe: str, budget: dict) -> None:
+    model = tiny_model("llama", **WIDE, vocab_size=330)
+    text = TextSource("text", [calibration_prose(1, 3000)])
+    own = {"sources": (text,), "samples": 12, "sequence_length": 64, "gradient_samples": 2}
+    config = PruningConfig.recipe(recipe, calibration=own, **budget)
+    expected = estimate(bound_skeleton(model.config), config, SPEED)
+    result = prune(model, calibration_make_tokenizer(eos_token="<eos>"), config)
+    assert expected.before == result.before
+    assert expected.after.bytes == pytest.approx(result.after.bytes, rel=0.01)
+    assert expected.after.total == pytest.approx(result.after.total, rel=0.01)
+    assert expected.pruning_ratio == pytest.approx(result.pruning_ratio, abs=0.02)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_config_is_enough(family: str) -> None:
+    model = tiny_model(family)
+    config = PruningConfig(units=("channel", "kv_group", "expert"))
+    bare = bound_skeleton(model.config)
+    assert all(parameter.is_meta for parameter in bare.model.parameters())
+    assert estimate(bare, config, SPEED) == estimate(find_sites(model), config, SPEED)
+    assert not even_plan(bare, config).is_whole
+
+
+def test_gram_matrices_count_where_they_live() -> None:
+    sites = bound_skeleton(tiny_model("llama").config)
+    config = PruningConfig.recipe("default")
+    here = estimate(sites, config, SPEED)
+    elements = sum(site.columns**2 for site in sites)
+    assert here.gram_bytes == 4 * elements
+    away = estimate(sites, config.with_changes(gram_place="disk"), SPEED)
+    assert away.gram_bytes == here.gram_bytes and away.peak_bytes == here.peak_bytes - here.gram_bytes
+    assert estimate(sites, PruningConfig.recipe("magnitude"), SPEED).gram_bytes == 0
+    two = {"sources": ("python:prose", "python:code"), "domain_weights": (1.0, 2.0)}
+    assert estimate(sites, config.with_changes(calibration=two), SPEED).gram_bytes == 2 * here.gram_bytes
+
+
+def test_more_work_takes_longer() -> None:
+    sites = bound_skeleton(tiny_model("llama").config)
+    config = PruningConfig.recipe("default")
+    once = estimate(sites, config, SPEED)
+    twice = estimate(sites, config.with_changes(calibration={"samples": 256}), SPEED)
+    assert twice.seconds > once.seconds and twice.calibration_flops > 1.3 * once.calibration_flops
+    assert estimate(sites, config, Speed(2e9, 2e8)).seconds == pytest.approx(once.seconds / 2)
+    reported = estimate(sites, config.with_changes(calibration={"report": ("python:prose",)}), SPEED)
+    assert reported.report_flops > 0 == once.report_flops
+    assert "peak memory" in str(once) and once.to_dict()["pruning_ratio"] == once.pruning_ratio
+
+
+def test_refused_as_the_run_would_be() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(BudgetError):
+        estimate(bound_skeleton(model.config), PruningConfig(pruning_ratio=0.99), SPEED)
+    with pytest.raises(UnsupportedModelError, match="No architecture"):
+        from transformers import GPTJConfig
+
+        bound_skeleton(GPTJConfig(vocab_size=96, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
+
+
+def test_speed_is_measured() -> None:
+    speed = measure_speed(torch.float32, seconds=0.02)
+    assert speed.model > 0 and speed.double > 0

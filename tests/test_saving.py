@@ -1,0 +1,119 @@
+"""Checkpoints reload to the same model, or do not exist."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logits_of, tokens
+from test_pipeline import config_of, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_adaprune import PruningConfig, PruningPlan, prune, saving
+from hf_adaprune.errors import CheckpointError
+
+
+def test_save_load_bit_equal(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    units = ("channel", "expert", "kv_group")
+    result = prune(model, tiny_tokenizer(), config_of(units=units, repair={"intercept": family == "llama"}))
+    folder = result.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits_of(again, tokens()), logits_of(model, tokens()))
+    assert PruningPlan.load(folder / "pruning_plan.json") == result.plan
+    again = type(tiny_tokenizer()).from_pretrained(folder)
+    assert again.encode("a river") == tiny_tokenizer().encode("a river")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_folder_tells_where_the_model_came_from(tmp_path: Path) -> None:
+    config = config_of("magnitude", calibration={"sources": ("python",)})
+    result = prune(tiny_model("llama"), None, config)
+    folder = result.save_pretrained(tmp_path / "out")
+    assert PruningConfig.from_pretrained(folder) == config
+    data = json.loads((folder / "pruning_config.json").read_text())
+    assert data["plan_digest"] == result.plan.digest
+    assert data["after"]["total"] == result.after.total
+    assert "pruning_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_the_uniform_form_leaves_no_trace_and_needs_no_plugin(tmp_path: Path) -> None:
+    dense = tiny_model("llama")
+    dense.save_pretrained(tmp_path / "dense")
+    result = prune(tiny_model("llama"), tiny_tokenizer(), config_of(uniform=True))
+    folder = result.save_pretrained(tmp_path / "out")
+    written = json.loads((folder / "config.json").read_text())
+    before = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert set(written) - set(before) <= {"head_dim"}
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        "assert not any(name.startswith('hf_adaprune') for name in sys.modules)\n"
+        "print(float(model(torch.arange(3, 12)[None]).logits.double().sum()))"
+    )
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    mine = float(logits_of(result.model, torch.arange(3, 12)[None]).double().sum())
+    assert float(out.stdout) == pytest.approx(mine, rel=1e-5)
+
+
+def test_a_checkpoint_that_does_not_reload_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = prune(tiny_model("llama"), None, config_of("magnitude"))
+    save = type(result.model).save_pretrained
+
+    def spoiled(self: object, folder: Path, **options: object) -> None:
+        weight = self.model.layers[0].mlp.down_proj.weight
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(2)
+        save(self, folder, **options)
+        with torch.no_grad():
+            weight.copy_(kept)
+
+    monkeypatch.setattr(type(result.model), "save_pretrained", spoiled)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.weight differs"):
+        result.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = prune(tiny_model("llama"), None, config_of("magnitude"))
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving, "check_round_trip", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        result.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_a_read_only_one_and_a_full_disk_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        saving.check_output(tmp_path / "full")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+        with pytest.raises(CheckpointError, match="1 MiB free"):
+            saving.check_output(tmp_path / "new", 2**30)
+
+    def refuses(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(saving.tempfile, "TemporaryFile", refuses)
+    with pytest.raises(CheckpointError, match=r"not writable \(Permission denied\)"):
+        saving.check_output(tmp_path / "new")
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    prune(tiny_model("llama"), None, config_of("magnitude")).save_pretrained(tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
