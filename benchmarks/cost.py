@@ -88,7 +88,9 @@ def main() -> None:
         repair_plan(sites, plan, measured, measured.sample_weights(), config.repair)
         taken.append(time.perf_counter() - start)
     found["cached repair of all layers, seconds"] = round(medians.median(taken), 2)
-    out = subprocess.run([sys.executable, "-c", PEAK, args.model, args.text], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, args.model, args.text], capture_output=True, text=True, check=True
+    )
     loaded, peak = (float(value) for value in out.stdout.split()[-2:])
     found["resident GiB after loading"] = round(loaded, 2)
     found["peak resident GiB of prune"] = round(peak, 2)

@@ -91,7 +91,15 @@ def main() -> None:
     reports = gather_texts(sites, tokenizer, PruningConfig.recipe("random", calibration=texts), False)[2]
     if ("dense", 0.0) not in done:
         measured = {name: perplexity(model, blocks).value for name, blocks in reports.items()}
-        keep({"recipe": "dense", "asked": 0.0, "ratio": 0.0, "parameters": sites.total_parameters, "perplexity": measured})
+        keep(
+            {
+                "recipe": "dense",
+                "asked": 0.0,
+                "ratio": 0.0,
+                "parameters": sites.total_parameters,
+                "perplexity": measured,
+            }
+        )
     for recipe in args.recipes:
         ratios = [ratio for ratio in args.ratios if (recipe, ratio) not in done]
         if not ratios:

@@ -1,6 +1,6 @@
 """Render a results file of `recipes.py` as a Markdown table.
 
-    python benchmarks/table.py [RESULTS.json]
+python benchmarks/table.py [RESULTS.json]
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def table(path: Path) -> str:
         for text, ratio in columns
     }
     lines = [
-        "| recipe | " + " | ".join(f"{text} {ratio:.0%}" if len(texts) > 1 else f"{ratio:.0%}" for text, ratio in columns) + " |",
+        "| recipe | "
+        + " | ".join(f"{text} {ratio:.0%}" if len(texts) > 1 else f"{ratio:.0%}" for text, ratio in columns)
+        + " |",
         "|---|" + "---|" * len(columns),
     ]
     order = sorted(recipes, key=lambda r: rows.get((r, 0.2), {"perplexity": {texts[0]: 1e99}})["perplexity"][texts[0]])

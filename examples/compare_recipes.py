@@ -1,6 +1,6 @@
 """What would each recipe cut? Plans of several recipes side by side, without changing the model.
 
-    python examples/compare_recipes.py MODEL TEXT.txt
+python examples/compare_recipes.py MODEL TEXT.txt
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Prune a model by a fifth, save it, and load it with plain transformers.
 
-    python examples/prune_in_ten_lines.py MODEL OUTPUT [TEXT.txt ...]
+python examples/prune_in_ten_lines.py MODEL OUTPUT [TEXT.txt ...]
 """
 
 import sys
@@ -19,7 +19,9 @@ def main(name: str, output: str, texts: list[str]) -> None:
     result = hf_adaprune.prune(model, tokenizer, config)
     result.save_pretrained(output)
     again = AutoModelForCausalLM.from_pretrained(output)
-    print(f"{result.before.total:,} -> {again.num_parameters():,} parameters ({result.pruning_ratio:.1%} of the layers)")
+    print(
+        f"{result.before.total:,} -> {again.num_parameters():,} parameters ({result.pruning_ratio:.1%} of the layers)"
+    )
 
 
 if __name__ == "__main__":

@@ -321,9 +321,7 @@ def _whole_steps(
                 yield _Step(value / removes if per_parameter else value, removes, layer=layer)
 
 
-def _take(
-    sites: ModelSites, config: PruningConfig, state: _State, steps: Sequence[_Step], target: int
-) -> PruningPlan:
+def _take(sites: ModelSites, config: PruningConfig, state: _State, steps: Sequence[_Step], target: int) -> PruningPlan:
     """Take steps from the cheapest on until the target is met, then give back what was not needed."""
     taken: list[_Step] = []
     for step in sorted(steps, key=lambda s: (s.value, s.offer if s.offer is not None else -1, s.level)):

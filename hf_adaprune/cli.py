@@ -262,9 +262,7 @@ class _Loader:
 
         dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype, None)
         if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ConfigError(
-                f"`--dtype` should be auto, bfloat16, float16 or float32. Found {arguments.dtype!r}."
-            )
+            raise ConfigError(f"`--dtype` should be auto, bfloat16, float16 or float32. Found {arguments.dtype!r}.")
         options = {"revision": arguments.revision, "gguf_file": arguments.gguf_file}
         options["trust_remote_code"] = arguments.trust_remote_code or None
         return cls(arguments.model, dtype, arguments.device, {k: v for k, v in options.items() if v is not None})
@@ -280,9 +278,12 @@ class _Loader:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UnsupportedModelError(f"{what} of {self.name} could not be loaded: {error}") from error
 
-    def config(self) -> Any:
-        """The model's config, refused where no pruning could follow."""
+    def skeleton(self) -> Any:
+        """The model's sites, without weights; refused where no pruning could follow."""
         from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        from .estimate import bound_skeleton
 
         with self._told("the config"):
             config = AutoConfig.from_pretrained(self.name, **self.options)
@@ -291,14 +292,6 @@ class _Loader:
                 f"{self.name} holds quantised weights. Prune first and quantise the result: name the "
                 "checkpoint with the original weights, or a GGUF file with --gguf-file."
             )
-        return config
-
-    def skeleton(self, config: Any) -> Any:
-        """The model's sites, without weights."""
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        from .estimate import bound_skeleton
-
         named = list(getattr(config, "architectures", None) or ())
         known: set[str] = set()
         for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -351,7 +344,7 @@ def _prune(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     if output is not None:
         check_output(output)
     loader = _Loader.of(arguments)
-    sites = loader.skeleton(loader.config())
+    sites = loader.skeleton()
     if plan is not None:
         sites.check(plan)
     expected = estimate(sites, config)
@@ -435,7 +428,6 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
         _lm_eval()
     rows = {Path(task).stem: read_rows(task) for task in arguments.tasks if task not in named}
     loader = _Loader.of(arguments)
-    loader.config()
     model, tokenizer = loader.model(), loader.tokenizer()
     found: dict[str, dict[str, Any]] = {}
     for source in sources:

@@ -198,6 +198,6 @@ def check_enough_tokens(sites: ModelSites, tokens: float, config: RepairConfig, 
     if tokens < needed:
         raise CalibrationError(
             f"{int(tokens)} calibration tokens are too few to repair matrices with {widest} inputs: at least "
-            f"{math.ceil(needed)} are needed ({config.min_tokens_per_column:g} per input). Raise calibration.samples or "
-            "calibration.sequence_length, give more text, or set repair.method='none'."
+            f"{math.ceil(needed)} are needed ({config.min_tokens_per_column:g} per input). Raise calibration.samples "
+            "or calibration.sequence_length, give more text, or set repair.method='none'."
         )

@@ -21,11 +21,11 @@ from typing import Any
 from .errors import ConfigError
 
 __all__ = [
+    "RECIPES",
     "AllocationConfig",
     "CalibrationConfig",
     "ImportanceConfig",
     "PruningConfig",
-    "RECIPES",
     "RepairConfig",
     "TextSource",
 ]
@@ -122,7 +122,7 @@ class CalibrationConfig:
             where calibration text comes from; each source is one domain. A file (txt, jsonl, parquet), a data set name
             with `:config:split`, `self` (sampled from the model), or `python` (texts that come with CPython, so that a
             first run works on a machine without a hub; bring text like your model's own for a model you keep).
-        samples (`int`, *optional*, defaults to 128): windows in all, shared equally by the sources.
+        samples (`int`, *optional*, defaults to 256): windows in all, shared equally by the sources.
         sequence_length (`int`, *optional*, defaults to 512): tokens per window.
         gradient_samples (`int`, *optional*, defaults to 48): windows of these that also get a backward pass, where a
             metric needs gradients.
@@ -134,7 +134,7 @@ class CalibrationConfig:
     """
 
     sources: tuple[Source, ...] = ("python",)
-    samples: int = 128
+    samples: int = 256
     sequence_length: int = 512
     gradient_samples: int = 48
     domain_weights: tuple[float, ...] = ()
@@ -399,6 +399,17 @@ class PruningConfig:
                 "`uniform=True` means equal layers, which single removed sublayers contradict. Take `attention` and "
                 "`mlp` out of `units`; whole layers may go."
             )
+        if self.uniform and "layer" in units and len(units) > 1:
+            raise ConfigError(
+                "`uniform=True` shares widths or drops layers, one of the two in a run. Give `units` as ('layer',) or "
+                "leave `layer` out; a second run on the pruned model can do the other."
+            )
+        whole = {"attention", "mlp", "layer"} & set(units)
+        if whole and self.importance.normalization == "zscore" and set(self.importance.metrics) != {"block_influence"}:
+            raise ConfigError(
+                "`importance.normalization='zscore'` centres the scores of every site, so whole sublayers and layers cannot "
+                f"be compared by them. Take {', '.join(sorted(whole))} out of `units`, or normalise by mean, rank or log."
+            )
         object.__setattr__(self, "protected_layers", tuple(int(layer) for layer in self.protected_layers))
         _whole("channel_multiple", self.channel_multiple, 1, what="kept widths are multiples of it")
         _whole("min_channels", self.min_channels, 1, what="channels that every MLP keeps")
@@ -433,7 +444,9 @@ class PruningConfig:
         prepared: dict[str, Any] = {}
         for name, value in changes.items():
             if name not in {f.name for f in fields(self)}:
-                raise ConfigError(f"PruningConfig has no field {name!r}. It has: {', '.join(f.name for f in fields(self))}.")
+                raise ConfigError(
+                    f"PruningConfig has no field {name!r}. It has: {', '.join(f.name for f in fields(self))}."
+                )
             current = getattr(self, name)
             if is_dataclass(current) and not isinstance(current, type) and isinstance(value, Mapping):
                 unknown = set(value) - {f.name for f in fields(current)}
@@ -505,7 +518,9 @@ class PruningConfig:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise ConfigError(f"There is no {CONFIG_NAME} in {path.parent}. Was the model pruned by this package?") from error
+            raise ConfigError(
+                f"There is no {CONFIG_NAME} in {path.parent}. Was the model pruned by this package?"
+            ) from error
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is not JSON: {error}.") from error
         if not isinstance(data, Mapping):
@@ -558,9 +573,7 @@ def _recipes() -> dict[str, PruningConfig]:
             protected_layers=(0, 1, 2, 3, -1, -2),
             repair=none,
         ),
-        "shortgpt": PruningConfig(
-            units=("layer",), importance=ImportanceConfig({"block_influence": 1.0}), repair=none
-        ),
+        "shortgpt": PruningConfig(units=("layer",), importance=ImportanceConfig({"block_influence": 1.0}), repair=none),
         "adapt-pruner": PruningConfig(
             importance=ImportanceConfig({"taylor_element_first": 1.0}),
             allocation=AllocationConfig(method="similarity", amplitude=0.02),

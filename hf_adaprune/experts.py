@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ _open_taps: dict[int, list[ExpertTap]] = {}
 
 
 def _tapped_forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     output = torch.zeros_like(hidden_states)
     gate_up, down = module.gate_up_proj, module.down_proj
@@ -45,7 +46,7 @@ def _tapped_forward(
 
 
 @contextlib.contextmanager
-def tapped_experts(config: object, taps: Mapping[nn.Module, ExpertTap]) -> Iterator[None]:
+def tapped_experts(config: Any, taps: Mapping[nn.Module, ExpertTap]) -> Iterator[None]:
     """Run the experts modules of `taps` through their taps while the context is open.
 
     Args:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from .config import ImportanceConfig
+from .elements import ELEMENT_TERMS
 from .errors import ConfigError, StatisticsError
 from .sites import WIDTH_UNITS, ModelSites, Site
-from .statistics import ELEMENT_TERMS, Needs, SiteStatistics, Statistics
+from .statistics import Needs, SiteStatistics, Statistics
 
 __all__ = ["METRICS", "Metric", "Scores", "needs_of", "score_units", "unit_of"]
 
@@ -62,7 +63,6 @@ class Metric:
         level (`str`): `columns` (folded into units afterwards) or `units`.
         fold (`str`): how columns become units: `sum` or `mean`.
         needs ([`Needs`]): what it reads from the statistics.
-        additive (`bool`): unit scores estimate a loss, so a sublayer's score is the sum of its units'.
         source (`str`): paper and equation.
     """
 
@@ -70,7 +70,6 @@ class Metric:
     level: str = "units"
     fold: str = "sum"
     needs: Needs = NOTHING
-    additive: bool = True
     source: str = ""
 
 
@@ -225,7 +224,8 @@ def _variance(site: Site, context: Context) -> torch.Tensor:
     kept, weights = context.of(site), context.weights[:, None]
     tokens = _tokens(site, context)
     mean = (kept.sums * weights).sum(0).double() / tokens
-    return ((kept.squares * weights).sum(0).double() / tokens - mean.square()).clamp(min=0)
+    squares = _need(kept.squares, "sums of squares", site)
+    return ((squares * weights).sum(0).double() / tokens - mean.square()).clamp(min=0)
 
 
 def _tokens(site: Site, context: Context) -> torch.Tensor:
@@ -319,7 +319,8 @@ def _magnitude(site: Site, kind: str, context: Context) -> torch.Tensor:
 
 
 def _wanda(site: Site, kind: str, context: Context) -> torch.Tensor:
-    norms = (context.of(site).squares * context.weights[:, None]).sum(0) / context.weights.sum()
+    squares = _need(context.of(site).squares, "sums of squares", site)
+    norms = (squares * context.weights[:, None]).sum(0) / context.weights.sum()
     return site.reader.weight.float().abs().mean(-2).flatten().cpu() * norms.sqrt()
 
 
@@ -369,7 +370,9 @@ def _join(parts: list[torch.Tensor], reduction: str) -> torch.Tensor:
         return parts[0 if reduction == "first" else -1]
     if reduction == "max":
         return stacked.amax(0)
-    return {"sum": torch.sum, "mean": torch.mean, "prod": torch.prod}[reduction](stacked, 0)
+    if reduction == "prod":
+        return stacked.prod(0)
+    return stacked.sum(0) if reduction == "sum" else stacked.mean(0)
 
 
 def _unit_terms(site: Site, kind: str, context: Context) -> torch.Tensor:
@@ -509,15 +512,16 @@ def _influence_share(site: Site, kind: str, context: Context) -> torch.Tensor:
 
 _WITH_GRADIENTS = Needs(gradients=True)
 _WITH_ELEMENTS = Needs(elements=True)
+_WITH_SQUARES = Needs(squares=True)
 _PRUNER = "LLM-Pruner, 2305.11627, section 3.2"
 
 METRICS: dict[str, Metric] = {
-    "random": Metric(_random, additive=False),
-    "magnitude": Metric(_magnitude, additive=False, source="L2 norm of each coupled matrix's rows or columns"),
-    "wanda_sp": Metric(_wanda, "columns", source="Wanda-sp, in the code of 2312.11983"),
-    "ifv": Metric(_ifv, "columns", source="FLAP, 2312.11983, input feature variance"),
-    "wifv": Metric(_wifv, "columns", source="FLAP, 2312.11983, eq. 5"),
-    "wifn": Metric(_wifn, "columns", source="FLAP, 2312.11983, weighted input feature norm"),
+    "random": Metric(_random, source="uniform random numbers by seed and site"),
+    "magnitude": Metric(_magnitude, source="L2 norm of each coupled matrix's rows or columns"),
+    "wanda_sp": Metric(_wanda, "columns", needs=_WITH_SQUARES, source="Wanda-sp, in the code of 2312.11983"),
+    "ifv": Metric(_ifv, "columns", needs=_WITH_SQUARES, source="FLAP, 2312.11983, input feature variance"),
+    "wifv": Metric(_wifv, "columns", needs=_WITH_SQUARES, source="FLAP, 2312.11983, eq. 5"),
+    "wifn": Metric(_wifn, "columns", needs=_WITH_SQUARES, source="FLAP, 2312.11983, weighted input feature norm"),
     "taylor_vector": Metric(_taylor("vector"), needs=_WITH_ELEMENTS, source=_PRUNER),
     "taylor_element_first": Metric(_taylor("first"), needs=_WITH_ELEMENTS, source=_PRUNER),
     "taylor_element_second": Metric(_taylor("second"), needs=_WITH_ELEMENTS, source=_PRUNER),
@@ -538,4 +542,3 @@ METRICS: dict[str, Metric] = {
     ),
     "block_influence": Metric(_influence_share, needs=Needs(cosine=True), source="ShortGPT, 2403.03853, eq. 1"),
 }
-

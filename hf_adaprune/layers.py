@@ -55,7 +55,12 @@ class SkippedAttention(nn.Module):
         self.head_dim = head_dim
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, layer_past: Any = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Zeros `[batch, tokens, hidden]`, and no attention weights."""
         cache = past_key_values if past_key_values is not None else layer_past
@@ -81,7 +86,7 @@ class SkippedMlp(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-def bind_views(layers: Iterable[nn.Module], config: Any) -> None:
+def bind_views(layers: Iterable[Any], config: Any) -> None:
     """Let every module of every layer read its own layer's values from the model's config.
 
     Modules whose config is the model's own or a view already are bound; in a homogeneous model they get the plain

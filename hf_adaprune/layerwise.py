@@ -102,7 +102,8 @@ def regional_weights(
             walk.dense = target
             continue
         student = copy.deepcopy(sites.layers[number]).float()
-        cut_layer(student, number, sites.architecture, plan, repairs)
+        # Cutting may put a repair's own tensors into the layer, and the optimiser writes into what is there.
+        cut_layer(student, number, sites.architecture, plan, copy.deepcopy(_of_layer(repairs, number)))
         changed = any(split_site_name(name)[0] == number for name, _ in plan.changed())
         if changed:
             before = _block_error(walk, number, student, target, check)
@@ -193,6 +194,10 @@ def _collects(sites: ModelSites, site: Site, seen: dict[int, torch.Tensor]) -> A
     return watched_inputs(sites, site, sink)
 
 
+def _of_layer(repairs: Mapping[str, Repair], number: int) -> dict[str, Repair]:
+    return {name: repair for name, repair in repairs.items() if split_site_name(name)[0] == number}
+
+
 def _part(plan: PruningPlan, own: Mapping[str, SitePlan]) -> PruningPlan:
     return PruningPlan(plan.model_type, plan.num_layers, dict(own))
 
@@ -203,9 +208,7 @@ def _block_error(walk: _Walk, number: int, student: nn.Module, target: torch.Ten
 
 
 @torch.no_grad()
-def _batchwise(
-    walk: _Walk, number: int, student: nn.Module, windows: torch.Tensor
-) -> list[tuple[torch.Tensor, int]]:
+def _batchwise(walk: _Walk, number: int, student: nn.Module, windows: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
     call = _float_call(walk, number, student)
     return [(call(walk.pruned[int(w)][None])[0].cpu(), int(w)) for w in windows]
 

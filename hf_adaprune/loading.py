@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 __all__ = ["install", "result_of"]
 
 _MODULE = "transformers.modeling_utils"
-_TOKENIZER_KEYWORDS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code", "gguf_file")
+_TOKENIZER_KEYWORDS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "trust_remote_code",
+    "gguf_file",
+)
 _results: weakref.WeakKeyDictionary[Any, PruningResult] = weakref.WeakKeyDictionary()
 
 
@@ -121,4 +129,7 @@ def _prune_loaded(model: Any, tokenizer: Any, config: PruningConfig, name: Any, 
             )
         known = {key: kwargs[key] for key in _TOKENIZER_KEYWORDS if kwargs.get(key) is not None}
         tokenizer = AutoTokenizer.from_pretrained(name, **known)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            # What AutoTokenizer makes of a folder without tokenizer files.
+            raise ConfigError(f"{name} brings no tokenizer. Pass pruning_tokenizer= beside pruning_config=.")
     _results[model] = prune(model, tokenizer, config)

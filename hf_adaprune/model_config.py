@@ -30,7 +30,7 @@ def architecture_to_dict(architecture: Architecture) -> dict[str, Any]:
 
 def architecture_from_dict(data: Mapping[str, Any]) -> Architecture:
     """The architecture of [`architecture_to_dict`]'s mapping."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     values["attention"] = Attention(**values["attention"])
     mlp = dict(values["mlp"])
     mlp["up"] = tuple(mlp["up"])
@@ -80,7 +80,9 @@ def update_config(sites: ModelSites, added_biases: Mapping[int, Iterable[str]]) 
             provenance["architecture"] = architecture_to_dict(architecture)
         setattr(config, PROVENANCE_KEY, provenance)
         experts = architecture.experts_field
-        mixed_experts = bool(experts) and any(row.get(experts, getattr(config, experts)) != getattr(config, experts) for row in rows)
+        mixed_experts = bool(experts) and any(
+            row.get(experts, getattr(config, experts)) != getattr(config, experts) for row in rows
+        )
         heads_read = architecture.heads_must_divide_hidden or architecture.heads_read_globally
         if (mixed_heads and heads_read) or mixed_experts:
             config.allow_global_per_layer_attribute_access = True

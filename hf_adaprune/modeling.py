@@ -52,11 +52,12 @@ def _wrap(layer_class: type[nn.Module]) -> None:
     original = layer_class.__init__
 
     @functools.wraps(original)
-    def init(self: nn.Module, config: Any, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: Any, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> None:
         provenance = config.__dict__.get(PROVENANCE_KEY) or {}
         mixed = getattr(config, "is_heterogeneous", False)
         if not mixed and not provenance.get("added_biases"):
-            return original(self, config, layer_idx, *args, **kwargs)
+            original(self, config, layer_idx, *args, **kwargs)
+            return
         number = layer_idx or 0
         own = config.per_layer_config[number] if mixed and not _upstream_builds_layers() else config
         original(self, own, layer_idx, *args, **kwargs)

@@ -23,11 +23,12 @@ from .sites import ModelSites, find_sites
 from .stages import (
     Clock,
     RepairReport,
-    check_reachable,
     check_weights,
     choose_repairs,
     decide,
+    even_plan,
     gather_texts,
+    layer_by_layer_config,
     what_to_collect,
 )
 from .surgery import apply_plan, assign_layer
@@ -112,7 +113,8 @@ class PruningResult:
                 "sites": [vars(report) for report in self.repairs],
             },
             "evaluation": {
-                source: {which: vars(value) for which, value in pair.items()} for source, pair in self.evaluation.items()
+                source: {which: vars(value) for which, value in pair.items()}
+                for source, pair in self.evaluation.items()
             },
             "calibration": dict(self.calibration),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -172,6 +174,7 @@ def prune(
     config = PruningConfig.recipe("default") if config is None else config
     if calibration is not None:
         config = config.with_changes(calibration={"sources": _as_sources(calibration)})
+    config = layer_by_layer_config(config)
     sites = find_sites(model, known_architecture(model.config, architecture) if architecture else _carried(model))
     check_weights(sites)
     before = Sizes.of(sites)
@@ -179,7 +182,7 @@ def prune(
     if plan is not None:
         sites.check(plan)
     else:
-        check_reachable(sites, config)
+        even_plan(sites, config)  # what cannot be met fails before any text is read
     clock.stop("find sites")
 
     blocks, held_out, reports = gather_texts(sites, tokenizer, config, needs is not None)
@@ -203,13 +206,17 @@ def prune(
     after = Sizes.of(cut)
     pruned = {name: perplexity(model, report) for name, report in reports.items()}
     clock.stop("report pruned")
-    facts = {} if blocks is None else {
-        "tokens": blocks.tokens,
-        "windows": len(blocks),
-        "sequence_length": blocks.input_ids.shape[1],
-        "domains": list(blocks.domains),
-        "sha256": blocks.digest,
-    }
+    facts = (
+        {}
+        if blocks is None
+        else {
+            "tokens": blocks.tokens,
+            "windows": len(blocks),
+            "sequence_length": blocks.input_ids.shape[1],
+            "domains": list(blocks.domains),
+            "sha256": blocks.digest,
+        }
+    )
     evaluation = {name: {"dense": dense[name], "pruned": pruned[name]} for name in reports}
     return PruningResult(
         model,

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ class SitePlan:
             raise PlanError(f"a site has at least one group of one unit. Found {self.groups} x {self.group_size}.")
         kept = tuple(int(unit) for unit in self.kept)
         object.__setattr__(self, "kept", kept)
-        if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(kept)):
             raise PlanError("kept units should be ascending without repeats.")
-        if kept and not (0 <= kept[0] and kept[-1] < self.units):
+        if kept and not (kept[0] >= 0 and kept[-1] < self.units):
             raise PlanError(f"kept units should be in [0, {self.units}). Found {kept[0]} to {kept[-1]}.")
         counts: dict[int, int] = {}
         for unit in kept:
@@ -119,7 +120,7 @@ class PruningPlan:
         """Check names and layers, and sort the sites so that equal plans have equal digests."""
         dropped = tuple(sorted({int(layer) for layer in self.dropped_layers}))
         object.__setattr__(self, "dropped_layers", dropped)
-        if dropped and not (0 <= dropped[0] and dropped[-1] < self.num_layers):
+        if dropped and not (dropped[0] >= 0 and dropped[-1] < self.num_layers):
             raise PlanError(f"dropped layers should be in [0, {self.num_layers}). Found {list(dropped)}.")
         if len(dropped) >= self.num_layers:
             raise PlanError("a plan should leave at least one layer.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ class Matrix:
     """
 
     path: str
-    module: nn.Module
+    module: Any
     name: str = "weight"
     transposed: bool = False
 
@@ -242,7 +243,7 @@ class ModelSites:
     """
 
     architecture: Architecture
-    model: nn.Module
+    model: Any
     layers: nn.ModuleList
     sites: tuple[Site, ...]
 
@@ -325,7 +326,7 @@ class ModelSites:
         """
         for flag, reason in self.architecture.layer_refusals:
             value = getattr(self.model.config, flag, None)
-            if value and value != 1 or value is True:
+            if value is True or (value and value != 1):
                 raise UnsupportedModelError(f"layers of this model cannot be dropped: {reason}.")
 
     def top_k(self, site: Site) -> int:
@@ -345,7 +346,7 @@ class ModelSites:
         return removed - sum(self.by_name[name].outputs for name in added_biases)
 
 
-def model_architecture(model: nn.Module, own: Iterable[Architecture] = ()) -> Architecture:
+def model_architecture(model: Any, own: Iterable[Architecture] = ()) -> Architecture:
     """The architecture of a live model.
 
     Raises:
@@ -376,7 +377,7 @@ def model_architecture(model: nn.Module, own: Iterable[Architecture] = ()) -> Ar
     return architecture_for(config.model_type, own)
 
 
-def find_sites(model: nn.Module, architecture: Architecture | None = None) -> ModelSites:
+def find_sites(model: Any, architecture: Architecture | None = None) -> ModelSites:
     """Find the sites of a model.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,21 +18,22 @@ from .config import PruningConfig, Source
 from .documents import Documents, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError, UnsupportedModelError
 from .evaluation import per_window_loss
-from .importance import Scores, covariance, needs_of, score_units, unit_of
+from .importance import METRICS, Scores, covariance, needs_of, score_units, unit_of
 from .layerwise import regional_weights, sequential_repairs
 from .masking import masked
 from .plan import PruningPlan, SitePlan
-from .sites import ModelSites, Site
+from .sites import GROUP_UNITS, ModelSites, Site
 from .statistics import Needs, Statistics, collect_statistics
 
 __all__ = [
     "Clock",
     "RepairReport",
-    "check_reachable",
     "check_weights",
     "choose_repairs",
     "decide",
+    "even_plan",
     "gather_texts",
+    "layer_by_layer_config",
     "needs_text",
     "what_to_collect",
 ]
@@ -168,27 +169,63 @@ def what_to_collect(config: PruningConfig, plan: PruningPlan | None) -> Needs | 
         needs = (needs or Needs()) | Needs(gram=True)
     elif repair.method == "bias":
         needs = needs or Needs()
-    if config.layer_by_layer and needs is not None and needs.gram:
-        raise ConfigError(
-            "`layer_by_layer` holds the moments of one layer at a time, but a metric of `importance.metrics` reads those of "
-            "all layers. Use fisher or wifv, or gram_place='disk'."
-        )
     return needs
 
 
-def check_reachable(sites: ModelSites, config: PruningConfig) -> None:
-    """Allocate once with even scores: what cannot be met fails before any text is read."""
+def layer_by_layer_config(config: PruningConfig) -> PruningConfig:
+    """The config that a run with `layer_by_layer` walks by: metrics that read the moments of all layers are left out.
+
+    Raises:
+        ConfigError: no other metric is left.
+    """
+    if not config.layer_by_layer:
+        return config
+    metrics = config.importance.metrics
+    left = {name: weight for name, weight in metrics.items() if not METRICS[name].needs.gram}
+    if not any(left.values()):
+        raise ConfigError(
+            "`layer_by_layer` holds the moments of one layer at a time, but every metric of `importance.metrics` reads "
+            "those of all layers. Use fisher or wifv, or keep the moments on disk with gram_place='disk'."
+        )
+    if left != metrics:
+        logger.warning(
+            "layer by layer: scored by %s alone, %s would need all moments.",
+            *map(_names, (left, set(metrics) - set(left))),
+        )
+    return config.with_changes(importance={"metrics": left})
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def even_plan(sites: ModelSites, config: PruningConfig) -> PruningPlan:
+    """The plan of scores that are alike everywhere per parameter: its size is that of any plan, to within a unit.
+
+    Args:
+        sites ([`ModelSites`]): the model, on the meta device too.
+        config ([`PruningConfig`]): the budget and its rules.
+
+    Raises:
+        BudgetError: the rules do not let enough go.
+        ConfigError: nothing in the model may go.
+    """
     kinds = {site.name: unit_of(site, config.units) for site in sites}
-    units = {
-        site.name: torch.arange(site.units(kinds[site.name] or _any_unit(site.kind)), dtype=torch.float64) for site in sites
-    }
+    units = {site.name: _even(site, kinds[site.name] or _any_unit(site.kind)) for site in sites}
     scores = Scores(
         units,
         {name: kind or "" for name, kind in kinds.items()},
         {name: float(own.sum()) for name, own in units.items()},
-        torch.arange(len(sites.layers), dtype=torch.float64),
+        torch.tensor(sites.layer_parameters, dtype=torch.float64) / 2,
     )
-    allocate(sites, scores, config, torch.linspace(0.5, 0.6, len(sites.layers)))
+    return allocate(sites, scores, config, torch.linspace(0.5, 0.6, len(sites.layers)))
+
+
+def _even(site: Site, unit: str) -> torch.Tensor:
+    count = site.units(unit)
+    width = count if unit in GROUP_UNITS or site.groups == 1 else site.group_size
+    ramp = (torch.arange(width, dtype=torch.float64) + 0.5) / width * site.unit_parameters(unit)
+    return ramp.repeat(count // width)
 
 
 def _any_unit(kind: str) -> str:
@@ -274,9 +311,7 @@ def _scores(sites: ModelSites, config: PruningConfig, statistics: Statistics | N
         statistics = Statistics({}, nothing, nothing.long(), ("none",), ("all",), nothing[:0].long(), None, "")
     else:
         weights = statistics.sample_weights(config.calibration.domain_weights)
-    return score_units(
-        sites, config.units, config.importance, statistics, weights=weights, seed=config.seed
-    )
+    return score_units(sites, config.units, config.importance, statistics, weights=weights, seed=config.seed)
 
 
 def _mean_cosine(statistics: Statistics, weights: torch.Tensor) -> torch.Tensor:
@@ -347,7 +382,9 @@ def choose_repairs(
     del statistics
     if own.method == "least_squares" and schedule in ("sequential", "best"):
         walked = sequential_repairs(sites, plan, blocks, own)
-        schedule, repairs = _better(sites, plan, repairs, walked, held_out) if schedule == "best" else (schedule, walked)
+        schedule, repairs = (
+            _better(sites, plan, repairs, walked, held_out) if schedule == "best" else (schedule, walked)
+        )
         clock.stop("repair")
     reports: tuple[RepairReport, ...] = ()
     if own.method == "least_squares" and held_out is not None and repairs:
@@ -365,7 +402,11 @@ def choose_repairs(
 
 
 def _better(
-    sites: ModelSites, plan: PruningPlan, cached: dict[str, Repair], walked: dict[str, Repair], held_out: TokenBlocks | None
+    sites: ModelSites,
+    plan: PruningPlan,
+    cached: dict[str, Repair],
+    walked: dict[str, Repair],
+    held_out: TokenBlocks | None,
 ) -> tuple[str, dict[str, Repair]]:
     if held_out is None:
         raise ConfigError("`repair.schedule='best'` compares on held-out windows; set `repair.holdout` above 0.")

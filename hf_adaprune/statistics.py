@@ -31,13 +31,13 @@ from transformers.utils import logging as transformers_logging
 
 from .calibration import TokenBlocks
 from .documents import eval_mode
+from .elements import Elements
 from .errors import StatisticsError
 from .experts import ExpertTap, tapped_experts
-from .sites import Matrix, ModelSites, Site
+from .sites import ModelSites, Site
 
 __all__ = ["Needs", "SiteStatistics", "Statistics", "collect_statistics"]
 
-ELEMENT_TERMS = ("first", "second", "mixed", "vector")
 _FORWARD_TOKENS = 2048  # per batch: large enough for efficient products, small beside the Gram matrices
 SEGMENT = 64  # tokens; first-order terms are summed over segments, which measure scatter better than whole windows
 _LOGIT_ROWS = 64  # positions whose float32 logits exist at the same time
@@ -53,6 +53,7 @@ class Needs:
         elements (`bool`): element-wise Taylor terms, on the same samples.
         cosine (`bool`): cosine between input and output of every decoder layer.
         per_domain (`bool`): one Gram matrix per domain instead of one in all.
+        squares (`bool`): sums of squares per sample.
     """
 
     gram: bool = False
@@ -60,6 +61,7 @@ class Needs:
     elements: bool = False
     cosine: bool = False
     per_domain: bool = False
+    squares: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         """Both together."""
@@ -72,8 +74,8 @@ class SiteStatistics:
 
     Args:
         sums (`torch.Tensor`): activations summed over tokens, `[samples, columns]`; for experts weighted by the gate.
-        squares (`torch.Tensor`): their squares, `[samples, columns]`.
         counts (`torch.Tensor`): tokens, `[samples]`; for experts the tokens each expert served, `[samples, experts]`.
+        squares (`torch.Tensor`, *optional*): their squares, `[samples, columns]`.
         gram (`torch.Tensor`, *optional*): sums of products, `[domains, columns, columns]`; for experts
             `[domains, experts, channels, channels]`.
         first_order (`torch.Tensor`, *optional*): activation times gradient of the summed loss,
@@ -81,12 +83,12 @@ class SiteStatistics:
         output_gradients (`torch.Tensor`, *optional*): squared gradient at the reader's outputs,
             `[gradient samples, outputs]`.
         elements (`dict[str, torch.Tensor]`, *optional*): by matrix path, `[domains, 4, rows]` (for the reader:
-            columns) of `ELEMENT_TERMS`, of the mean gradient over the domain's samples.
+            columns) of `elements.ELEMENT_TERMS`, of the mean gradient over the domain's samples.
     """
 
     sums: torch.Tensor
-    squares: torch.Tensor
     counts: torch.Tensor
+    squares: torch.Tensor | None = None
     gram: torch.Tensor | None = None
     first_order: torch.Tensor | None = None
     output_gradients: torch.Tensor | None = None
@@ -180,7 +182,8 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     Products of other values are taken in full float32, whatever the caller (or an outer context) allows. To be opened
     around products only, never around a model: a rotary embedding needs all bits of its positions.
     """
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    modules: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cuda)
+    backends = [module.matmul for module in modules]
     before = [backend.fp32_precision for backend in backends]
     fast = dtype == torch.bfloat16
     backends[0].fp32_precision = "bf16" if fast else "ieee"
@@ -215,9 +218,10 @@ class _Recorder:
             shape = (samples, site.groups) if site.kind == "experts" else (samples,)
             kept = {
                 "sums": torch.zeros(samples, site.columns),
-                "squares": torch.zeros(samples, site.columns),
                 "counts": torch.zeros(shape),
             }
+            if needs.squares:
+                kept["squares"] = torch.zeros(samples, site.columns)
             if needs.gram:
                 matrices = (site.groups, site.group_size) if site.kind == "experts" else (site.columns,)
                 kept["gram"] = _allocate((domains, *matrices, matrices[-1]), gram_place, folder, site)
@@ -227,7 +231,7 @@ class _Recorder:
                 kept["output_gradients"] = torch.zeros(len(self.gradient_index), site.outputs)
             self.keep[site.name] = kept
         self.cosine = torch.zeros(samples, len(sites.layers)) if needs.cosine else None
-        self.elements = _Elements(sites, blocks) if needs.elements else None
+        self.elements = Elements(sites, len(blocks.domains)) if needs.elements else None
         self.samples = torch.empty(0, dtype=torch.long)
         self.mask: torch.Tensor | None = None
         self.backward = False
@@ -287,7 +291,7 @@ class _Recorder:
                 embedding = self.sites.model.get_input_embeddings()
                 stack.callback(embedding.register_forward_hook(self._starts_graph).remove)
             if self.elements is not None:
-                stack.enter_context(self.elements.hooks())
+                stack.enter_context(self.elements.recording())
             stack.enter_context(tapped_experts(self.sites.model.config, taps))
             yield
 
@@ -303,7 +307,8 @@ class _Recorder:
             if self.mask is not None:
                 values = values * self.mask[..., None]
             kept["sums"][self.samples] = values.sum(1).cpu()
-            kept["squares"][self.samples] = values.square().sum(1).cpu()
+            if self.needs.squares:
+                kept["squares"][self.samples] = values.square().sum(1).cpu()
             kept["counts"][self.samples] = self.blocks.attention_mask[self.samples].sum(1).float()
             if self.needs.gram:
                 _add_product(kept["gram"][self._gram_slot()], values.flatten(0, 1), args[0].dtype)
@@ -373,7 +378,8 @@ class _Recorder:
                 seen = torch.ones_like(tokens)
             empty = values.new_zeros(len(self.samples), width)
             kept["sums"][self.samples, columns] = empty.index_add(0, sample, values).cpu()
-            kept["squares"][self.samples, columns] = empty.index_add(0, sample, values.square()).cpu()
+            if self.needs.squares:
+                kept["squares"][self.samples, columns] = empty.index_add(0, sample, values.square()).cpu()
             served = values.new_zeros(len(self.samples)).index_add(0, sample, seen.float())
             kept["counts"][self.samples, expert] = served.cpu()
             if self.needs.gram:
@@ -400,7 +406,7 @@ class _Recorder:
         for site in self.sites:
             kept = self.keep[site.name]
             elements = self.elements.of(site) if self.elements is not None else {}
-            names = ("squares", "first_order", "output_gradients")
+            names = ("sums", "squares", "first_order", "output_gradients")
             checked = {name.replace("_", " "): kept[name] for name in names if name in kept}
             checked.update({f"element terms of {path}": terms for path, terms in elements.items()})
             for name, values in checked.items():
@@ -421,80 +427,6 @@ class _Recorder:
             self.cosine,
             self.blocks.digest,
         )
-
-
-class _Elements:
-    """Weight gradients, sample by sample, reduced to element-wise Taylor terms at the end of each domain.
-
-    LLM-Pruner (2305.11627): `first` is |w g| and `second` |w F w|, `mixed` |w g - w F w / 2|, summed over the row, with
-    g the mean gradient of the samples' mean loss and F the mean of its squares; `vector` is |sum of w g|.
-    """
-
-    def __init__(self, sites: ModelSites, blocks: TokenBlocks) -> None:
-        self.matrices: dict[tuple[str, str], tuple[Matrix, bool]] = {}
-        for site in sites:
-            for writer in site.writers:
-                self.matrices[site.name, writer.path] = (writer, False)
-            self.matrices[site.name, site.reader.path] = (site.reader, True)
-        self.terms = {
-            key: torch.zeros(len(blocks.domains), len(ELEMENT_TERMS), *self._rows(matrix, reader))
-            for key, (matrix, reader) in self.matrices.items()
-        }
-        self.total: dict[tuple[str, str], torch.Tensor] = {}
-        self.square: dict[tuple[str, str], torch.Tensor] = {}
-        self.samples = 0
-
-    @staticmethod
-    def _rows(matrix: Matrix, reader: bool) -> tuple[int, ...]:
-        weight = matrix.weight
-        lead = weight.shape[:-2]
-        return (*lead, weight.shape[-1] if reader else weight.shape[-2])
-
-    @contextlib.contextmanager
-    def hooks(self) -> Iterator[None]:
-        # A training step under way has gradients of its own; they neither count here nor get lost.
-        own = [(matrix.parameter, matrix.parameter.grad) for matrix, _ in self.matrices.values()]
-        for parameter, _ in own:
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter, gradient in own:
-                parameter.grad = gradient
-                parameter.requires_grad_(False)
-
-    def close_sample(self, scored: int) -> None:
-        self.samples += 1
-        for key, (matrix, _) in self.matrices.items():
-            gradient = matrix.parameter.grad
-            if gradient is None:
-                continue
-            value = gradient.float() / max(1, scored)
-            matrix.parameter.grad = None
-            if key in self.total:
-                self.total[key] += value
-                self.square[key] += value.square()
-            else:
-                self.total[key], self.square[key] = value, value.square()
-
-    def close_domain(self, domain: int) -> None:
-        for key, total in self.total.items():
-            matrix, reader = self.matrices[key]
-            weight = matrix.parameter.detach().float()
-            first = weight * total / self.samples
-            second = weight.square() * self.square[key] / self.samples
-            dimension = -1 if reader != matrix.transposed else -2
-            # Rows of a writer are structures, so the terms are summed over its inputs; columns of a reader likewise.
-            over = -2 if dimension == -1 else -1
-            terms = (first.abs(), second.abs(), (first - second / 2).abs())
-            for number, term in enumerate(terms):
-                self.terms[key][domain, number] = term.sum(over).cpu()
-            self.terms[key][domain, 3] = first.sum(over).abs().cpu()
-        self.total, self.square, self.samples = {}, {}, 0
-
-    def of(self, site: Site) -> dict[str, torch.Tensor]:
-        return {path: terms for (name, path), terms in self.terms.items() if name == site.name}
 
 
 def _spread(domain: torch.Tensor, count: int) -> torch.Tensor:

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["add_bias", "apply_plan", "assign_layer", "assign_repair", "cut_layer", "skip_sublayers"]
 
 
-def apply_plan(
-    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair] | None = None
-) -> ModelSites:
+def apply_plan(sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair] | None = None) -> ModelSites:
     """Cut a model in place, and regenerate its config.
 
     Args:
@@ -69,7 +67,9 @@ def apply_plan(
     return cut
 
 
-def cut_layer(layer: nn.Module, number: int, architecture: Architecture, plan: PruningPlan, repairs: Mapping[str, Repair]) -> None:
+def cut_layer(
+    layer: nn.Module, number: int, architecture: Architecture, plan: PruningPlan, repairs: Mapping[str, Repair]
+) -> None:
     """Cut one decoder layer that belongs to no model (a copy), in place. Sublayers that go whole are replaced.
 
     Args:
@@ -121,7 +121,9 @@ def assign_repair(site: Site, repair: Repair) -> bool:
     return added
 
 
-def skip_sublayers(layer: nn.Module, number: int, skip: Iterable[str], architecture: Architecture, head_dim: int) -> None:
+def skip_sublayers(
+    layer: nn.Module, number: int, skip: Iterable[str], architecture: Architecture, head_dim: int
+) -> None:
     """Replace sublayers of a decoder layer, in place, by modules that add nothing.
 
     Args:
@@ -164,7 +166,8 @@ def _put(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
 def _assign(matrix: Matrix, weight: torch.Tensor) -> None:
     parameter = matrix.parameter
     stored = weight.T if matrix.transposed else weight
-    _put(parameter, stored.to(parameter.device, parameter.dtype).contiguous())
+    # A tensor of its own: the repair stays the caller's.
+    _put(parameter, stored.to(parameter.device, parameter.dtype, copy=True).contiguous())
 
 
 def _select(matrix: Matrix, dimension: int, index: torch.Tensor) -> None:

@@ -122,9 +122,8 @@ def test_least_squares_equals_lstsq(intercept: bool, scale: str) -> None:
             site = dense(family)[0].by_name[name]
             kept = some_units(site)
             repair = repair_from_moments(site, kept, moments_of(family, site), config)
-            weight, bias = explicit(
-                inputs_of(family, name)[0], site.reader.weight.double(), site.column_index(kept), config, site.reader.bias
-            )
+            rows, dense_weight = inputs_of(family, name)[0], site.reader.weight.double()
+            weight, bias = explicit(rows, dense_weight, site.column_index(kept), config, site.reader.bias)
             torch.testing.assert_close(repair.weight.double(), weight, rtol=1e-3, atol=1e-4)
             assert (repair.bias is None) == (bias is None)
             if bias is not None:
@@ -219,8 +218,8 @@ def test_sequential_equals_cached_where_nothing_was_cut_before(family: str, mix:
     torch.testing.assert_close(walked[first].weight, cached[first].weight, rtol=1e-3, atol=1e-4)
     if cached[first].bias is not None:
         torch.testing.assert_close(walked[first].bias, cached[first].bias, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(walked["layers.2.mlp" if family != "mixtral" else "layers.2.attention"].weight,
-                              cached["layers.2.mlp" if family != "mixtral" else "layers.2.attention"].weight, atol=1e-4)  # fmt: skip
+    last = "layers.2.attention" if family == "mixtral" else "layers.2.mlp"
+    assert not torch.allclose(walked[last].weight, cached[last].weight, atol=1e-4)
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
@@ -296,11 +295,11 @@ def test_regional_weights_lower_the_held_out_error_or_are_dropped(family: str, r
 
 def layer_outputs(sites: ModelSites, ids: torch.Tensor) -> torch.Tensor:
     """What the first decoder layer returns."""
-    seen = []
-    hook = sites.layers[0].register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    seen: list = []
+    hook = sites.layers[0].register_forward_hook(lambda _, args, output: seen.append(output))
     logits_of(sites.model, ids)
     hook.remove()
-    return seen[0]
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
 
 
 @pytest.mark.parametrize("kind", ["channel", "kv_group", "query_head"])

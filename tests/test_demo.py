@@ -142,7 +142,8 @@ def test_dense_and_pruned_side_by_side(
     tiny_model("llama", vocab_size=330, max_position_embeddings=256).save_pretrained(tmp_path / "dense")
     calibration_make_tokenizer(eos_token="<eos>").save_pretrained(tmp_path / "dense")
     texts = {
-        "sources": (TextSource("a", [calibration_prose(1, 2000)]),), "report": (TextSource("b", [calibration_prose(2, 400)]),),
+        "sources": (TextSource("a", [calibration_prose(1, 2000)]),),
+        "report": (TextSource("b", [calibration_prose(2, 400)]),),
         "samples": 8, "sequence_length": 32, "gradient_samples": 2, "evaluation_tokens": 256, "evaluation_length": 64,
     }  # fmt: skip
     report = demo.run_demo(tmp_path / "dense", tmp_path / "out", 0.3, calibration=texts)

@@ -9,14 +9,18 @@ from texts import calibration_make_tokenizer, calibration_prose
 
 from hf_adaprune import PruningConfig, TextSource, find_sites, prune
 from hf_adaprune.errors import BudgetError, UnsupportedModelError
-from hf_adaprune.estimate import Speed, bound_skeleton, estimate, even_plan, measure_speed
+from hf_adaprune.estimate import Speed, bound_skeleton, estimate, measure_speed
+from hf_adaprune.stages import even_plan
 
 SPEED = Speed(1e9, 1e8)
 # Wide enough that one unit is less than a hundredth of the model.
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_key_value_heads": 4}
 
 
-@pytest.mark.parametrize("budget", [{"pruning_ratio": 0.35}, {"target_parameters": 250_000}, {"target_bytes": 1_000_000}])
+BUDGETS = [{"pruning_ratio": 0.35}, {"target_parameters": 250_000}, {"target_bytes": 1_000_000}]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("recipe", ["default", "magnitude", "flap"])
 def test_bytes_are_those_after_pruning(recipe: str, budget: dict) -> None:
     model = tiny_model("llama", **WIDE, vocab_size=330)

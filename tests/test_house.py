@@ -22,6 +22,7 @@ ORDER = [
     "experts",
     "layers",
     "model_config",
+    "elements",
     "statistics",
     "importance",
     "allocation",

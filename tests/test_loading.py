@@ -65,7 +65,9 @@ def test_a_recipe_name_or_a_mapping_will_do(given: object, dense: Path) -> None:
 
 def test_anything_else_is_refused_before_the_model_loads() -> None:
     with pytest.raises(ConfigError, match="pruning_config"):
-        AutoModelForCausalLM.from_pretrained("there/is-no-such-model", pruning_config=3, config=tiny_model("llama").config)
+        AutoModelForCausalLM.from_pretrained(
+            "there/is-no-such-model", pruning_config=3, config=tiny_model("llama").config
+        )
 
 
 def test_without_the_keyword_nothing_changes(dense: Path) -> None:

@@ -119,9 +119,7 @@ def test_the_model_is_untouched_and_hooks_are_gone(sites: ModelSites, fails: boo
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_an_exception_inside_the_router_closes_nothing_for_good(
-    mixture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_inside_the_router_closes_nothing_for_good(mixture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sites = find_sites(tiny_model(mixture))
     plan = plan_of_kind(sites, "expert")
     assert plan is not None

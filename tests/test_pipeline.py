@@ -220,8 +220,11 @@ def test_an_unreachable_ratio_is_refused_before_text_is_read(monkeypatch: pytest
 
 
 def test_layer_by_layer_refuses_metrics_that_need_all_moments() -> None:
+    only = {"metrics": {"obs": 1.0}, "normalization": "none"}
     with pytest.raises(ConfigError, match="layer_by_layer"):
-        prune(tiny_model("llama"), tiny_tokenizer(), config_of(layer_by_layer=True))
+        prune(tiny_model("llama"), tiny_tokenizer(), config_of(layer_by_layer=True, importance=only))
+    result = prune(tiny_model("llama"), tiny_tokenizer(), config_of(layer_by_layer=True))
+    assert result.config.importance.metrics == {"fisher": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from hf_adaprune.experts import tapped_experts
 from hf_adaprune.sites import ModelSites, Site, find_sites
 from hf_adaprune.statistics import Needs, Statistics, collect_statistics, exact_products, watched_inputs
 
-EVERYTHING = Needs(gram=True, gradients=True, elements=True, cosine=True)
+EVERYTHING = Needs(gram=True, gradients=True, elements=True, cosine=True, squares=True)
 
 
 def window_loss(model: PreTrainedModel, blocks: TokenBlocks, window: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ def expert_rows(layer: nn.Module, site: Site, hidden: torch.Tensor) -> list[tupl
 
 
 def activations(sites: ModelSites, blocks: TokenBlocks, window: int) -> dict[str, torch.Tensor]:
-    """Reader inputs of one unpadded window by site, `[tokens, columns]`; zero where an expert does not serve a token."""
+    """Reader inputs of one window by site, `[tokens, columns]`; zero where an expert does not serve a token."""
     found: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
     ids = blocks.input_ids[window][blocks.attention_mask[window]][None]
     with contextlib.ExitStack() as stack, torch.no_grad():
@@ -80,7 +80,7 @@ def activations(sites: ModelSites, blocks: TokenBlocks, window: int) -> dict[str
 def test_sums_equal_torch_on_the_activations(sites: ModelSites, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_FORWARD_TOKENS", batch)
     blocks = random_blocks(5, padding=(0, 4, 1))
-    found = collect_statistics(sites, blocks, Needs(gram=True, cosine=True))
+    found = collect_statistics(sites, blocks, Needs(gram=True, cosine=True, squares=True))
     rows = [activations(sites, blocks, window) for window in range(5)]
     for site in sites:
         kept = found.sites[site.name]
@@ -107,7 +107,8 @@ def test_cosine_equals_torch(sites: ModelSites) -> None:
         streams: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def reads(module: nn.Module, args: tuple, kwargs: dict, output: object, streams: list = streams) -> None:
-            streams.append((args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output))
+            after = output[0] if isinstance(output, tuple) else output
+            streams.append((args[0] if args else kwargs["hidden_states"], after))
 
         ids = blocks.input_ids[window][blocks.attention_mask[window]][None]
         with contextlib.ExitStack() as stack, torch.no_grad():
@@ -179,9 +180,8 @@ def test_output_gradients_and_segments_equal_autograd(sites: ModelSites, monkeyp
             for site in sites:
                 owner = site.sublayer if site.kind == "experts" else site.reader.module
 
-                def reads(module: nn.Module, args: tuple, output: object, site: Site = site) -> None:
-                    tensor = output[0] if isinstance(output, tuple) else output
-                    seen[site.name] += [args[0], tensor]
+                def reads(module: nn.Module, args: tuple, output: object, own: list = seen[site.name]) -> None:
+                    own += [args[0], output[0] if isinstance(output, tuple) else output]
 
                 stack.callback(owner.register_forward_hook(reads).remove)
             loss = window_loss(sites.model, blocks, window)
@@ -233,8 +233,7 @@ def test_the_model_is_untouched(family: str, fails: bool, monkeypatch: pytest.Mo
     model = tiny_model(family).train()
     model.lm_head.eval()
     sites = find_sites(model)
-    first, second = list(model.parameters())[:2]
-    first.requires_grad_(False)
+    next(model.parameters()).requires_grad_(False)
     reader = sites.sites[0].reader.parameter
     reader.grad = torch.full_like(reader, 2.0)  # of a training step that is under way
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -280,8 +279,8 @@ def test_statistics_are_float32_whatever_the_model_is(family: str, dtype: torch.
     found = collect_statistics(sites, blocks, EVERYTHING, gradient_samples=2)
     for site in sites:
         kept = found.sites[site.name]
-        for value in (kept.sums, kept.squares, kept.gram, kept.first_order, kept.output_gradients, *kept.elements.values()):
-            assert value.dtype == torch.float32
+        sums = (kept.sums, kept.squares, kept.gram, kept.first_order, kept.output_gradients)
+        assert {value.dtype for value in (*sums, *kept.elements.values())} == {torch.float32}
         diagonal = kept.gram[0].diagonal(dim1=-2, dim2=-1).flatten()
         torch.testing.assert_close(diagonal, kept.squares.sum(0), atol=1e-4, rtol=1e-4)
     assert found.cosine.dtype == torch.float32
@@ -291,7 +290,7 @@ def test_activations_that_are_not_finite_name_the_site() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3] = float("inf")
-    with pytest.raises(StatisticsError, match=r"layers\.1\.mlp: squares are not finite"):
+    with pytest.raises(StatisticsError, match=r"layers\.1\.mlp: sums are not finite"):
         collect_statistics(find_sites(model), random_blocks(2), Needs())
 
 
@@ -337,7 +336,8 @@ def test_sample_weights_share_a_domains_weight() -> None:
     found: Statistics = collect_statistics(sites, random_blocks(5, domains=2), Needs())
     assert torch.equal(found.sample_weights(), torch.ones(5))
     weights = found.sample_weights((3.0, 1.0))
-    assert float(weights.mean()) == pytest.approx(1) and float(weights[0] * 3) == pytest.approx(3 * float(weights[1] * 2))
+    assert float(weights.mean()) == pytest.approx(1)
+    assert float(weights[0] * 3) == pytest.approx(3 * float(weights[1] * 2))  # three samples of a, two of b
 
 
 @pytest.mark.parametrize("family", MIXTURES)
