@@ -22,8 +22,9 @@ from transformers.utils import logging
 from hf_adaprune import PruningConfig, find_sites
 from hf_adaprune.calibration import calibration_blocks
 from hf_adaprune.compensation import repair_plan
+from hf_adaprune.recording import collect_statistics
 from hf_adaprune.stages import decide
-from hf_adaprune.statistics import Needs, collect_statistics
+from hf_adaprune.statistics import Needs
 
 PEAK = """
 import resource, sys, torch

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_adaprune
 from hf_adaprune import RECIPES, PruningConfig, find_sites, masked
 from hf_adaprune.evaluation import perplexity
-from hf_adaprune.stages import choose_repairs, decide, gather_texts, what_to_collect
-from hf_adaprune.statistics import collect_statistics
+from hf_adaprune.recording import collect_statistics
+from hf_adaprune.stages import cached_repairs, choose_repairs, decide, gather_texts, what_to_collect
 
 HERE = Path(__file__).parent
 
@@ -117,7 +117,8 @@ def main() -> None:
             start = time.perf_counter()
             own = config.with_changes(pruning_ratio=ratio)
             plan, kept = decide(sites, blocks, own, needs=needs, statistics=statistics)
-            repairs, schedule, _, _ = choose_repairs(sites, plan, kept, blocks, held_out, own)
+            cached = cached_repairs(sites, plan, kept, own)
+            repairs, schedule, _, _ = choose_repairs(sites, plan, cached, blocks, held_out, own)
             seconds = time.perf_counter() - start
             with masked(sites, plan, repairs):
                 measured = {name: perplexity(model, report).value for name, report in reports.items()}

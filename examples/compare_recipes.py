@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_adaprune import PruningConfig, find_sites, masked
 from hf_adaprune.evaluation import perplexity
-from hf_adaprune.stages import choose_repairs, decide, gather_texts, what_to_collect
+from hf_adaprune.stages import cached_repairs, choose_repairs, decide, gather_texts, what_to_collect
 
 
 def main(name: str, text: str) -> None:
@@ -22,7 +22,8 @@ def main(name: str, text: str) -> None:
         config = PruningConfig.recipe(recipe, pruning_ratio=0.2, calibration=texts, repair={"holdout": 0.25})
         blocks, held_out, _ = gather_texts(sites, tokenizer, config, what_to_collect(config, None) is not None)
         plan, statistics = decide(sites, blocks, config)
-        repairs = choose_repairs(sites, plan, statistics, blocks, held_out, config)[0]
+        cached = cached_repairs(sites, plan, statistics, config)
+        repairs = choose_repairs(sites, plan, cached, blocks, held_out, config)[0]
         with masked(sites, plan, repairs):
             loss = f"{perplexity(model, held_out).value:8.2f}" if held_out is not None else "       -"
         widths = [len(kept.kept) for name, kept in plan.sites.items() if name.endswith("mlp")]

@@ -250,7 +250,7 @@ def architecture_for(model_type: str, own: Iterable[Architecture] = ()) -> Archi
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     raise UnsupportedModelError(
-        f"No architecture for model_type {model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. For a decoder of your "
-        "own, describe it as hf_adaprune.Architecture(...) and pass it as architecture=; "
+        f"No architecture for model_type {model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. For a decoder "
+        "of your own, describe it as hf_adaprune.Architecture(...) and pass it as architecture=; "
         "examples/own_architecture.py shows how."
     )

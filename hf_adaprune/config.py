@@ -101,8 +101,8 @@ def _sources(name: str, value: Any) -> tuple[Source, ...]:
     for source in value:
         if isinstance(source, Mapping) and "in_memory" in source:
             raise ConfigError(
-                f"`{name}` was saved from texts in memory (source {source['in_memory']!r}), which a config file does not "
-                "carry. Pass them again: TextSource(name, texts)."
+                f"`{name}` was saved from texts in memory (source {source['in_memory']!r}), which a config file does "
+                "not carry. Pass them again: TextSource(name, texts)."
             )
         if not isinstance(source, (str, TextSource)) or not source:
             raise ConfigError(
@@ -266,8 +266,8 @@ class RepairConfig:
         method (`str`, *optional*, defaults to `"least_squares"`): `none`, `bias` (FLAP: the mean contribution of what
             was removed) or `least_squares` (ridge regression of the dense output on the kept inputs).
         intercept (`bool`, *optional*, defaults to `False`): least squares may also move a bias, and gives one to
-            matrices that have none (never in the uniform form). It buys under half a per cent of perplexity on the models
-            measured, and costs checkpoints that need this package for the biases alone.
+            matrices that have none (never in the uniform form). It buys under half a per cent of perplexity on the
+            models measured, and costs checkpoints that need this package for the biases alone.
         damping (`float`, *optional*, defaults to 0.01): ridge strength, relative to `damping_scale`.
         damping_scale (`str`, *optional*, defaults to `"mean"`): `mean` of the diagonal (the common choice), `median` of
             the diagonal, or `column` (each column's own variance: a massive activation damps only itself).
@@ -324,16 +324,16 @@ class PruningConfig:
             not have are ignored as long as one is left.
         protected_layers (`tuple[int, ...]`, *optional*): layers that stay as they are; negative numbers count from the
             end.
-        uniform (`bool`, *optional*, defaults to `False`): every layer gets the same widths and no bias is added, so that
-            the checkpoint loads in anything that loads the dense model, without this package.
+        uniform (`bool`, *optional*, defaults to `False`): every layer gets the same widths and no bias is added, so
+            that the checkpoint loads in anything that loads the dense model, without this package.
         channel_multiple (`int`, *optional*, defaults to 1): MLP and expert widths are kept multiples of this.
         min_channels (`int`, *optional*, defaults to 1) and min_groups (`int`, *optional*, defaults to 1): floors per
             site. A site loses its last unit only where its sublayer may go.
         calibration, importance, allocation, repair: the parts.
         layer_by_layer (`bool`, *optional*, defaults to `False`): the repair runs one decoder layer at a time on the
             pruned model's own activations, with the moments of one layer in memory.
-        gram_place (`str`, *optional*, defaults to `"cpu"`): where Gram matrices live: on the `model`'s device, the `cpu`
-            or the `disk` (safetensors files in a temporary folder).
+        gram_place (`str`, *optional*, defaults to `"cpu"`): where Gram matrices live: on the `model`'s device, the
+            `cpu` or the `disk` (safetensors files in a temporary folder).
         seed (`int`, *optional*, defaults to 0): of everything drawn at random.
         recipe_name (`str`, *optional*): the recipe this config came from, for cards and tables.
 
@@ -407,8 +407,9 @@ class PruningConfig:
         whole = {"attention", "mlp", "layer"} & set(units)
         if whole and self.importance.normalization == "zscore" and set(self.importance.metrics) != {"block_influence"}:
             raise ConfigError(
-                "`importance.normalization='zscore'` centres the scores of every site, so whole sublayers and layers cannot "
-                f"be compared by them. Take {', '.join(sorted(whole))} out of `units`, or normalise by mean, rank or log."
+                "`importance.normalization='zscore'` centres the scores of every site, so whole sublayers and layers "
+                f"cannot be compared by them. Take {', '.join(sorted(whole))} out of `units`, or normalise by mean, rank "
+                "or log."
             )
         object.__setattr__(self, "protected_layers", tuple(int(layer) for layer in self.protected_layers))
         _whole("channel_multiple", self.channel_multiple, 1, what="kept widths are multiples of it")
@@ -418,7 +419,8 @@ class PruningConfig:
         _whole("seed", self.seed, 0, what="the seed of everything drawn at random")
         if self.uniform and self.repair.method == "bias":
             raise ConfigError(
-                "`repair.method='bias'` adds biases, which the uniform form cannot carry. Use `least_squares` or `none`."
+                "`repair.method='bias'` adds biases, which the uniform form cannot carry. Use `least_squares` or "
+                "`none`."
             )
 
     @classmethod
@@ -553,8 +555,8 @@ def _recipes() -> dict[str, PruningConfig]:
     none = RepairConfig(method="none", holdout=0.0)
     uniform = AllocationConfig(method="uniform")
     return {
-        # The geometric mean of two loss estimates that fail in different ways: Fisher sees what the loss does but not what
-        # a refit can absorb, greedy OBS the reverse. Both in loss units, so one threshold serves all layers.
+        # The geometric mean of two loss estimates that fail in different ways: Fisher sees what the loss does but not
+        # what a refit can absorb, greedy OBS the reverse. Both in loss units, so one threshold serves all layers.
         "default": PruningConfig(
             importance=ImportanceConfig({"fisher": 1.0, "obs_gradient_greedy": 1.0}, normalization="log"),
             allocation=AllocationConfig(method="global"),

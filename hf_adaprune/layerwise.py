@@ -20,9 +20,10 @@ from .config import RepairConfig
 from .errors import CalibrationError
 from .masking import masked
 from .plan import PruningPlan, SitePlan, split_site_name
+from .recording import exact_products
 from .sites import ModelSites, Site
-from .statistics import exact_products, layer_calls, watched_inputs
 from .surgery import cut_layer
+from .tracing import layer_calls, watched_inputs
 
 __all__ = ["regional_weights", "sequential_repairs"]
 

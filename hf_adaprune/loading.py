@@ -1,4 +1,4 @@
-"""What happens to transformers when this package is imported: a keyword of `from_pretrained`, and layers built by layer.
+"""What happens to transformers when this package is imported: a keyword of `from_pretrained`, layers built one by one.
 
 Two methods of `PreTrainedModel` are wrapped, once: `from_pretrained` understands `pruning_config=`, and `__init__`
 prepares the decoder layer class of models whose config gives their layers different sizes. Without such a keyword or
@@ -40,7 +40,7 @@ _results: weakref.WeakKeyDictionary[Any, PruningResult] = weakref.WeakKeyDiction
 
 
 def install() -> None:
-    """Wrap `PreTrainedModel`, now or as soon as transformers' modelling code is imported. Calling it again is harmless."""
+    """Wrap `PreTrainedModel`, now or as soon as transformers' modelling code is imported. Calling again is harmless."""
     module = sys.modules.get(_MODULE)
     if module is not None and hasattr(module, "PreTrainedModel"):
         _wrap(module)

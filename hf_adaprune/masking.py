@@ -129,7 +129,7 @@ def _expert_mask(site: Site, kept: SitePlan, repair: Repair | None) -> ExpertTap
 
 
 class _ClosesExperts(TorchFunctionMode):
-    """While a router runs, the logits of removed experts are minus infinity: softmax and top-k then run over the rest."""
+    """While a router runs, the logits of removed experts are minus infinity: softmax and top-k run over the rest."""
 
     def __init__(self, weight: nn.Parameter, removed: torch.Tensor) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ from .sites import ModelSites, find_sites
 from .stages import (
     Clock,
     RepairReport,
+    cached_repairs,
     check_weights,
     choose_repairs,
     decide,
@@ -195,8 +196,11 @@ def prune(
         plan, statistics = decide(sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock)
         if plan_path is not None:
             plan.save(plan_path)
+        cached = cached_repairs(sites, plan, statistics, config)
+        del statistics
+        clock.stop("repair")
         repairs, schedule, reports_of_repair, blockwise = choose_repairs(
-            sites, plan, statistics, blocks, held_out, config, clock
+            sites, plan, cached, blocks, held_out, config, clock
         )
     cut = apply_plan(sites, plan, repairs)
     for number, state in blockwise.items():

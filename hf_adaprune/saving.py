@@ -169,7 +169,7 @@ def check_round_trip(
 
 @contextlib.contextmanager
 def _no_warning_about_global_values() -> Iterator[None]:
-    """transformers warns of every global read of a size that differs by layer; its own validation does such reads."""
+    """Silence a warning of every global read of a size that differs by layer; its own validation does such reads."""
     logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     before = logger.level
     logger.setLevel(logging.ERROR)

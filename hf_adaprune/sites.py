@@ -305,8 +305,8 @@ class ModelSites:
                 raise PlanError(f"{name}: {site.refusal}.")
             if site.router is not None and 0 < len(kept.kept_groups) < self.top_k(site):
                 raise PlanError(
-                    f"{name}: {len(kept.kept_groups)} experts would stay, but every token is sent to {self.top_k(site)}. "
-                    "Keep at least that many."
+                    f"{name}: {len(kept.kept_groups)} experts would stay, but every token is sent to "
+                    f"{self.top_k(site)}. Keep at least that many."
                 )
             if site.kind == "experts" and not kept.is_empty and kept.kept_per_group != site.group_size:
                 size = site.reader.parameter.element_size()
@@ -391,7 +391,7 @@ def find_sites(model: Any, architecture: Architecture | None = None) -> ModelSit
     layers = _submodule(model, found.layers)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of decoder layers at {found.layers!r}; its architecture says otherwise."
+            f"{type(model).__name__} has no list of decoder layers at {found.layers!r}, where its architecture says."
         )
     sites = [site for number, layer in enumerate(layers) for site in layer_sites(number, layer, found)]
     if not sites:

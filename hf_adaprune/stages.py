@@ -14,7 +14,7 @@ import torch
 from .allocation import allocate, target_removal
 from .calibration import TokenBlocks, calibration_blocks, report_blocks
 from .compensation import Moments, Repair, check_enough_tokens, output_error, repair_plan
-from .config import PruningConfig, Source
+from .config import PruningConfig, RepairConfig, Source
 from .documents import Documents, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError, UnsupportedModelError
 from .evaluation import per_window_loss
@@ -22,12 +22,14 @@ from .importance import METRICS, Scores, covariance, needs_of, score_units, unit
 from .layerwise import regional_weights, sequential_repairs
 from .masking import masked
 from .plan import PruningPlan, SitePlan
+from .recording import collect_statistics
 from .sites import GROUP_UNITS, ModelSites, Site
-from .statistics import Needs, Statistics, collect_statistics
+from .statistics import Needs, Statistics
 
 __all__ = [
     "Clock",
     "RepairReport",
+    "cached_repairs",
     "check_weights",
     "choose_repairs",
     "decide",
@@ -235,6 +237,20 @@ def _any_unit(kind: str) -> str:
 def gather_texts(
     sites: ModelSites, tokenizer: Any, config: PruningConfig, measures: bool
 ) -> tuple[TokenBlocks | None, TokenBlocks | None, dict[str, TokenBlocks]]:
+    """Read all texts, refuse overlaps, and cut calibration, held-out and report windows.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
+        config ([`PruningConfig`]): its part `calibration`.
+        measures (`bool`): whether statistics will be collected; a repair that walks the layers needs text too.
+
+    Returns:
+        `tuple`: calibration windows, held-out windows (for the check of repairs), and report windows by source.
+
+    Raises:
+        CalibrationError: no tokenizer, texts that overlap, or too little text.
+    """
     own = config.calibration
     walks = config.repair.method == "least_squares" or config.repair.regional_steps > 0
     if not measures and not walks and not own.report:
@@ -345,10 +361,37 @@ def _gone_first(sites: ModelSites, scores: Scores, plan: PruningPlan) -> Scores:
 _Repaired = tuple[dict[str, Repair], str, tuple[RepairReport, ...], dict[int, dict[str, torch.Tensor]]]
 
 
+def cached_repairs(
+    sites: ModelSites, plan: PruningPlan, statistics: Statistics | None, config: PruningConfig
+) -> dict[str, Repair]:
+    """The repairs that the dense model's moments give, where the config's schedule asks for them.
+
+    A stop of its own, so that the statistics, by far the largest thing in memory, can be let go before the next one.
+
+    Args:
+        sites ([`ModelSites`]): the dense model.
+        plan ([`PruningPlan`]): which units stay.
+        statistics ([`Statistics`], *optional*): of the dense model.
+        config ([`PruningConfig`]): how.
+    """
+    own = _own_repair(config)
+    if own.method == "none" or own.schedule == "sequential" or statistics is None:
+        return {}
+    weights = statistics.sample_weights(config.calibration.domain_weights)
+    return repair_plan(sites, plan, statistics, weights, own)
+
+
+def _own_repair(config: PruningConfig) -> RepairConfig:
+    """The repair that the rest of the config leaves possible."""
+    walks = config.layer_by_layer and config.repair.method == "least_squares"
+    schedule = "sequential" if walks else "cached" if config.repair.method == "bias" else config.repair.schedule
+    return replace(config.repair, intercept=config.repair.intercept and not config.uniform, schedule=schedule)
+
+
 def choose_repairs(
     sites: ModelSites,
     plan: PruningPlan,
-    statistics: Statistics | None,
+    cached: Mapping[str, Repair],
     blocks: TokenBlocks | None,
     held_out: TokenBlocks | None,
     config: PruningConfig,
@@ -359,7 +402,7 @@ def choose_repairs(
     Args:
         sites ([`ModelSites`]): the dense model; untouched.
         plan ([`PruningPlan`]): which units stay.
-        statistics ([`Statistics`], *optional*): of the dense model.
+        cached (`dict[str, Repair]`): the cached repairs.
         blocks ([`TokenBlocks`], *optional*): the calibration windows.
         held_out ([`TokenBlocks`], *optional*): windows that no repair has seen.
         config ([`PruningConfig`]): how.
@@ -369,17 +412,11 @@ def choose_repairs(
         `tuple`: repairs by site, the schedule they came from, reports, and weights of regionally optimised layers.
     """
     clock = clock or Clock()
-    own = replace(config.repair, intercept=config.repair.intercept and not config.uniform)
-    if own.method == "none" or blocks is None:
+    own = _own_repair(config)
+    if blocks is None:
         return {}, "none", (), {}
-    schedule = "sequential" if config.layer_by_layer else own.schedule
-    repairs: dict[str, Repair] = {}
-    if schedule in ("cached", "best"):
-        assert statistics is not None
-        weights = statistics.sample_weights(config.calibration.domain_weights)
-        repairs = repair_plan(sites, plan, statistics, weights, own)
-        clock.stop("repair")
-    del statistics
+    schedule = own.schedule if own.method != "none" else "none"
+    repairs = dict(cached)
     if own.method == "least_squares" and schedule in ("sequential", "best"):
         walked = sequential_repairs(sites, plan, blocks, own)
         schedule, repairs = (

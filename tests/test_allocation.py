@@ -21,9 +21,10 @@ from hf_adaprune.config import AllocationConfig, PruningConfig, RepairConfig
 from hf_adaprune.errors import BudgetError, ConfigError
 from hf_adaprune.importance import Scores, unit_of
 from hf_adaprune.plan import PruningPlan
+from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.stages import decide
-from hf_adaprune.statistics import Needs, collect_statistics
+from hf_adaprune.statistics import Needs
 
 WIDTHS = ("channel", "kv_group", "expert_channel")
 METHODS = [
@@ -109,7 +110,7 @@ def test_the_budget_is_met_within_a_step(name: str, method: AllocationConfig, re
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
 def test_the_budget_is_met_with_any_units(name: str, units: tuple[str, ...], uniform: bool) -> None:
     sites = sites_of(name)
-    if (units == ("expert",) and name == "llama") or (uniform and ("attention" in units or units == ("layer",))):
+    if (units == ("expert",) and name == "llama") or (uniform and {"attention", "layer"} & set(units)):
         return
     for ratio in (0.03, 0.1):
         config = PruningConfig(ratio, units=units, uniform=uniform, repair=NO_REPAIR)

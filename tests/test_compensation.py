@@ -27,9 +27,11 @@ from hf_adaprune.importance import covariance
 from hf_adaprune.layerwise import regional_weights, sequential_repairs
 from hf_adaprune.masking import masked
 from hf_adaprune.plan import PruningPlan, SitePlan
+from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, Site, find_sites
-from hf_adaprune.statistics import Needs, Statistics, collect_statistics, watched_inputs
+from hf_adaprune.statistics import Needs, Statistics
 from hf_adaprune.surgery import apply_plan, assign_layer
+from hf_adaprune.tracing import watched_inputs
 
 BLOCKS = random_blocks(8, 40)
 

@@ -26,8 +26,9 @@ from hf_adaprune.importance import (
     score_units,
     unit_of,
 )
+from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, find_sites
-from hf_adaprune.statistics import Needs, SiteStatistics, Statistics, collect_statistics
+from hf_adaprune.statistics import Needs, SiteStatistics, Statistics
 
 NAMES = {
     "random", "magnitude", "wanda_sp", "ifv", "wifv", "wifn", "taylor_vector", "taylor_element_first",

@@ -1,4 +1,4 @@
-"""`prune()` from end to end on tiny models: every recipe, every schedule, and what is left after something went wrong."""
+"""`prune()` from end to end on tiny models: every recipe, every schedule, and what is left after an error."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_a_recipe_that_reads_text_asks_for_a_tokenizer() -> None:
 
 
 def test_overlapping_texts_are_refused() -> None:
-    with pytest.raises(CalibrationError, match="overlap|share"):
+    with pytest.raises(CalibrationError, match=r"overlap|share"):
         prune(tiny_model("llama"), tiny_tokenizer(), config_of(calibration={"report": TEXT}))
 
 

@@ -14,12 +14,14 @@ from texts import random_blocks
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaprune import statistics
+from hf_adaprune import recording
 from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.errors import StatisticsError
 from hf_adaprune.experts import tapped_experts
+from hf_adaprune.recording import collect_statistics, exact_products
 from hf_adaprune.sites import ModelSites, Site, find_sites
-from hf_adaprune.statistics import Needs, Statistics, collect_statistics, exact_products, watched_inputs
+from hf_adaprune.statistics import Needs, Statistics
+from hf_adaprune.tracing import watched_inputs
 
 EVERYTHING = Needs(gram=True, gradients=True, elements=True, cosine=True, squares=True)
 
@@ -78,7 +80,7 @@ def activations(sites: ModelSites, blocks: TokenBlocks, window: int) -> dict[str
 
 @pytest.mark.parametrize("batch", [11, 33])
 def test_sums_equal_torch_on_the_activations(sites: ModelSites, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_FORWARD_TOKENS", batch)
+    monkeypatch.setattr(recording, "_FORWARD_TOKENS", batch)
     blocks = random_blocks(5, padding=(0, 4, 1))
     found = collect_statistics(sites, blocks, Needs(gram=True, cosine=True, squares=True))
     rows = [activations(sites, blocks, window) for window in range(5)]
@@ -137,7 +139,7 @@ def weight_gradients(sites: ModelSites, blocks: TokenBlocks, window: int) -> dic
 
 
 def test_gradient_terms_equal_explicit_weight_gradients(sites: ModelSites, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "SEGMENT", 4)
+    monkeypatch.setattr(recording, "SEGMENT", 4)
     blocks = random_blocks(4, domains=2, padding=(3,))
     found = collect_statistics(sites, blocks, Needs(gradients=True, elements=True), gradient_samples=3)
     assert found.gradient_index.tolist() == [0, 1, 2]  # domains a, b, a
@@ -171,7 +173,7 @@ def test_gradient_terms_equal_explicit_weight_gradients(sites: ModelSites, monke
 
 
 def test_output_gradients_and_segments_equal_autograd(sites: ModelSites, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "SEGMENT", 4)
+    monkeypatch.setattr(recording, "SEGMENT", 4)
     blocks = random_blocks(2, padding=(2,))
     found = collect_statistics(sites, blocks, Needs(gradients=True), gradient_samples=2)
     for window in range(2):
@@ -240,14 +242,14 @@ def test_the_model_is_untouched(family: str, fails: bool, monkeypatch: pytest.Mo
     before, precision = state_of(model), torch.backends.mkldnn.matmul.fp32_precision
     if fails:
         calls = iter(range(100))
-        own = statistics._loss_gradient
+        own = recording._loss_gradient
 
         def fail(*args: torch.Tensor) -> torch.Tensor:
             if next(calls) == 1:
                 raise KeyboardInterrupt
             return own(*args)
 
-        monkeypatch.setattr(statistics, "_loss_gradient", fail)
+        monkeypatch.setattr(recording, "_loss_gradient", fail)
         with pytest.raises(KeyboardInterrupt):
             collect_statistics(sites, random_blocks(3), EVERYTHING, gradient_samples=2)
     else:

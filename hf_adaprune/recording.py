@@ -1,0 +1,414 @@
+"""The instrumented pass over calibration text, which fills the statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from .calibration import TokenBlocks
+from .documents import eval_mode
+from .elements import Elements
+from .errors import StatisticsError
+from .experts import ExpertTap, tapped_experts
+from .sites import ModelSites, Site
+from .statistics import SEGMENT, Needs, SiteStatistics, Statistics
+
+__all__ = ["collect_statistics", "exact_products", "quiet_model"]
+
+_FORWARD_TOKENS = 2048  # per batch: large enough for efficient products, small beside the Gram matrices
+_LOGIT_ROWS = 64  # positions whose float32 logits exist at the same time
+
+
+def collect_statistics(
+    sites: ModelSites,
+    blocks: TokenBlocks,
+    needs: Needs,
+    *,
+    gradient_samples: int = 0,
+    gram_place: str = "cpu",
+    folder: str | Path | None = None,
+) -> Statistics:
+    """Run the model over calibration windows and keep the statistics.
+
+    A backward sweep over the samples that get gradients, then a forward sweep over all of them, without the head.
+
+    Args:
+        sites ([`ModelSites`]): the model. It is left as it was: mode, gradients and hooks.
+        blocks ([`TokenBlocks`]): calibration windows.
+        needs ([`Needs`]): what to keep.
+        gradient_samples (`int`, *optional*, defaults to 0): how many windows get gradients, spread over the domains.
+        gram_place (`str`, *optional*, defaults to `"cpu"`): `model`, `cpu` or `disk`.
+        folder (`str`, *optional*): where Gram matrices on disk go; a temporary folder of the system where not given.
+
+    Raises:
+        StatisticsError: activations or gradients are not finite.
+    """
+    recorder = _Recorder(sites, blocks, needs, gradient_samples, gram_place, folder)
+    with quiet_model(sites.model), recorder.hooks():
+        windows = len(blocks) + len(recorder.gradient_index)
+        bar = transformers_logging.tqdm(total=windows, desc="calibration", unit="window")
+        with contextlib.closing(bar):
+            for indices, backward in recorder.batches():
+                recorder.run(indices, backward)
+                bar.update(len(indices))
+    return recorder.statistics()
+
+
+@contextlib.contextmanager
+def quiet_model(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter asks for gradients; restored at the end."""
+    asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with eval_mode(model):
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, ask in asks.items():
+                parameter.requires_grad_(ask)
+
+
+@contextlib.contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products of values that came from bfloat16 use bfloat16 units: the products are exact either way.
+
+    Products of other values are taken in full float32, whatever the caller (or an outer context) allows. To be opened
+    around products only, never around a model: a rotary embedding needs all bits of its positions.
+    """
+    modules: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cuda)
+    backends = [module.matmul for module in modules]
+    before = [backend.fp32_precision for backend in backends]
+    fast = dtype == torch.bfloat16
+    backends[0].fp32_precision = "bf16" if fast else "ieee"
+    backends[1].fp32_precision = "tf32" if fast else "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+class _Recorder:
+    """Accumulators and the hooks that fill them, for the time of one pass."""
+
+    def __init__(
+        self,
+        sites: ModelSites,
+        blocks: TokenBlocks,
+        needs: Needs,
+        gradient_samples: int,
+        gram_place: str,
+        folder: str | Path | None,
+    ) -> None:
+        self.sites, self.blocks, self.needs = sites, blocks, needs
+        backward = needs.gradients or needs.elements
+        self.gradient_index = _spread(blocks.domain, gradient_samples if backward else 0)
+        self.position = {int(sample): number for number, sample in enumerate(self.gradient_index)}
+        self.gram_place, self.folder = gram_place, folder
+        samples = len(blocks)
+        self.keep: dict[str, dict[str, torch.Tensor]] = {}
+        for site in sites:
+            shape = (samples, site.groups) if site.kind == "experts" else (samples,)
+            kept = {
+                "sums": torch.zeros(samples, site.columns),
+                "counts": torch.zeros(shape),
+            }
+            if needs.squares:
+                kept["squares"] = torch.zeros(samples, site.columns)
+            if needs.gradients:
+                segments = math.ceil(blocks.input_ids.shape[1] / SEGMENT)
+                kept["first_order"] = torch.zeros(len(self.gradient_index), segments, site.columns)
+                kept["output_gradients"] = torch.zeros(len(self.gradient_index), site.outputs)
+            self.keep[site.name] = kept
+        self.cosine = torch.zeros(samples, len(sites.layers)) if needs.cosine else None
+        self.elements = Elements(sites, len(blocks.domains)) if needs.elements else None
+        self.samples = torch.empty(0, dtype=torch.long)
+        self.mask: torch.Tensor | None = None
+        self.backward = False
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, bool]]:
+        """Indices of windows of one domain: a backward sweep over some windows, then a forward sweep over all.
+
+        Two sweeps, so that the activations a backward pass keeps and the Gram matrices, which only the forward sweep
+        fills, are never in memory together.
+        """
+        with_gradients = torch.zeros(len(self.blocks), dtype=torch.bool)
+        with_gradients[self.gradient_index] = True
+        for domain in range(len(self.blocks.domains)):
+            chosen = torch.where((self.blocks.domain == domain) & with_gradients)[0]
+            # One window at a time keeps the logits of a backward pass small, and samples apart for weight gradients.
+            yield from ((window, True) for window in chosen.split(1) if len(window))
+            if self.elements is not None and len(chosen):
+                self.elements.close_domain(domain)
+        size = max(1, _FORWARD_TOKENS // self.blocks.input_ids.shape[1])
+        for domain in range(len(self.blocks.domains)):
+            chosen = torch.where(self.blocks.domain == domain)[0]
+            yield from ((windows, False) for windows in chosen.split(size) if len(windows))
+
+    def run(self, indices: torch.Tensor, backward: bool) -> None:
+        model, device = self.sites.model, self.sites.device
+        ids = self.blocks.input_ids[indices].to(device)
+        mask = self.blocks.attention_mask[indices]
+        self.samples, self.backward = indices, backward
+        self.mask = None if bool(mask.all()) else mask.to(device)
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if self.mask is not None:
+            inputs["attention_mask"] = self.mask.long()
+        if not backward:
+            with torch.no_grad():
+                model.base_model(**inputs)
+            return
+        with torch.enable_grad(), _narrow_saved_tensors(next(model.parameters()).dtype):
+            logits = model(**inputs).logits
+        scored = mask[:, 1:].to(device)
+        logits.backward(_loss_gradient(logits.detach(), ids, scored))
+        if self.elements is not None:
+            self.elements.close_sample(int(scored.sum()))
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            taps: dict[nn.Module, ExpertTap] = {}
+            for site in self.sites:
+                if site.kind == "experts":
+                    taps[site.reader.module] = self._expert_tap(site)
+                else:
+                    stack.callback(site.reader.module.register_forward_pre_hook(self._reads_input(site)).remove)
+                if self.needs.gradients:
+                    owner = site.sublayer if site.kind == "experts" else site.reader.module
+                    stack.callback(owner.register_forward_hook(self._reads_output(site)).remove)
+            if self.cosine is not None:
+                for number, layer in enumerate(self.sites.layers):
+                    hook = layer.register_forward_hook(self._reads_layer(number), with_kwargs=True)
+                    stack.callback(hook.remove)
+            if len(self.gradient_index):
+                embedding = self.sites.model.get_input_embeddings()
+                stack.callback(embedding.register_forward_hook(self._starts_graph).remove)
+            if self.elements is not None:
+                stack.enter_context(self.elements.recording())
+            stack.enter_context(tapped_experts(self.sites.model.config, taps))
+            yield
+
+    def _starts_graph(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        return output.detach().requires_grad_() if self.backward else None
+
+    def _reads_input(self, site: Site) -> Any:
+        kept = self.keep[site.name]
+
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if self.backward:
+                if self.needs.gradients:
+                    _on_gradient(args[0], self._keeps_first_order(site, args[0].detach()))
+                return
+            rows = args[0].reshape(len(self.samples), -1, site.columns)
+            values = rows.detach().float()
+            if self.mask is not None:
+                values = values * self.mask[..., None]
+            kept["sums"][self.samples] = values.sum(1).cpu()
+            if self.needs.squares:
+                kept["squares"][self.samples] = values.square().sum(1).cpu()
+            kept["counts"][self.samples] = self.blocks.attention_mask[self.samples].sum(1).float()
+            if self.needs.gram:
+                _add_product(self._gram(site), values.flatten(0, 1), args[0].dtype)
+
+        return hook
+
+    def _gram(self, site: Site) -> torch.Tensor:
+        """The Gram matrix that the windows at hand add to."""
+        kept = self.keep[site.name]
+        if "gram" not in kept:
+            domains = len(self.blocks.domains) if self.needs.per_domain else 1
+            matrices = (site.groups, site.group_size) if site.kind == "experts" else (site.columns,)
+            kept["gram"] = _allocate((domains, *matrices, matrices[-1]), self.gram_place, self.folder, site)
+        return kept["gram"][int(self.blocks.domain[self.samples[0]]) if self.needs.per_domain else 0]
+
+    def _gradient_rows(self) -> list[int]:
+        return [self.position[int(sample)] for sample in self.samples]
+
+    def _keeps_first_order(self, site: Site, values: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        rows, target = self._gradient_rows(), self.keep[site.name]["first_order"]
+
+        def hook(gradient: torch.Tensor) -> None:
+            terms = (values.float() * gradient.float()).reshape(len(rows), -1, site.columns)
+            target[rows] = torch.stack([part.sum(1) for part in terms.split(SEGMENT, dim=1)], dim=1).cpu()
+
+        return hook
+
+    def _reads_output(self, site: Site) -> Any:
+        target = self.keep[site.name]["output_gradients"]
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not self.backward:
+                return
+            rows = self._gradient_rows()
+            tensor = output[0] if isinstance(output, tuple) else output
+
+            def keep(gradient: torch.Tensor) -> None:
+                target[rows] = gradient.float().square().reshape(len(rows), -1, site.outputs).sum(1).cpu()
+
+            _on_gradient(tensor, keep)
+
+        return hook
+
+    def _reads_layer(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.backward:
+                return
+            before = (args[0] if args else kwargs["hidden_states"]).detach().float()
+            after = (output[0] if isinstance(output, tuple) else output).detach().float()
+            cosine = nn.functional.cosine_similarity(before, after, dim=-1)
+            if self.mask is not None:
+                cosine = cosine * self.mask
+            assert self.cosine is not None
+            self.cosine[self.samples, number] = cosine.sum(1).cpu()
+
+        return hook
+
+    def _expert_tap(self, site: Site) -> ExpertTap:
+        kept = self.keep[site.name]
+        length = self.blocks.input_ids.shape[1]
+
+        def tap(
+            expert: int, tokens: torch.Tensor, channels: torch.Tensor, gates: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            width = site.group_size
+            columns = slice(expert * width, (expert + 1) * width)
+            sample = tokens // length
+            if self.backward:
+                if self.needs.gradients:
+                    position = tokens % length // SEGMENT
+                    keeps = self._keeps_expert_terms(site, columns, sample, position, channels.detach())
+                    _on_gradient(channels, keeps)
+                return channels, None
+            values = channels.detach().float() * gates.detach().float()[:, None]
+            seen = torch.ones_like(tokens) if self.mask is None else self.mask.flatten()[tokens]
+            values = values * seen[:, None]
+            empty = values.new_zeros(len(self.samples), width)
+            kept["sums"][self.samples, columns] = empty.index_add(0, sample, values).cpu()
+            if self.needs.squares:
+                kept["squares"][self.samples, columns] = empty.index_add(0, sample, values.square()).cpu()
+            served = values.new_zeros(len(self.samples)).index_add(0, sample, seen.float())
+            kept["counts"][self.samples, expert] = served.cpu()
+            if self.needs.gram:
+                # Channels times gates are no bfloat16 numbers, so these products are taken in full float32.
+                _add_product(self._gram(site)[expert], values, torch.float32)
+            return channels, None
+
+        return tap
+
+    def _keeps_expert_terms(
+        self, site: Site, columns: slice, sample: torch.Tensor, segment: torch.Tensor, channels: torch.Tensor
+    ) -> Callable[[torch.Tensor], None]:
+        rows, target = self._gradient_rows(), self.keep[site.name]["first_order"]
+        segments = target.shape[1]
+
+        def keep(gradient: torch.Tensor) -> None:
+            none = torch.zeros(len(rows) * segments, site.group_size, device=channels.device)
+            terms = none.index_add(0, sample * segments + segment, channels.float() * gradient.float())
+            target[rows, :, columns] = terms.reshape(len(rows), segments, site.group_size).cpu()
+
+        return keep
+
+    def statistics(self) -> Statistics:
+        """What was kept, checked to be finite."""
+        found = {}
+        for site in self.sites:
+            kept = self.keep[site.name]
+            elements = self.elements.of(site) if self.elements is not None else {}
+            names = ("sums", "squares", "first_order", "output_gradients")
+            checked = {name.replace("_", " "): kept[name] for name in names if name in kept}
+            checked.update({f"element terms of {path}": terms for path, terms in elements.items()})
+            for name, values in checked.items():
+                if not torch.isfinite(values).all():
+                    raise StatisticsError(
+                        f"{site.name}: {name} are not finite. Weights or activations overflow; load "
+                        "the model in bfloat16 or float32 (float16 overflows on massive activations) and check its "
+                        "weights."
+                    )
+            found[site.name] = SiteStatistics(**kept, elements=elements)
+        return Statistics(
+            found,
+            self.blocks.attention_mask.sum(1).float(),
+            self.blocks.domain,
+            self.blocks.domains,
+            self.blocks.domains if self.needs.per_domain else ("all",),
+            self.gradient_index,
+            self.cosine,
+            self.blocks.digest,
+        )
+
+
+def _spread(domain: torch.Tensor, count: int) -> torch.Tensor:
+    """The first samples of every domain in turn, `count` in all, ascending."""
+    turns = [(int((domain[:sample] == own).sum()), int(own), sample) for sample, own in enumerate(domain)]
+    return torch.tensor(sorted(sample for _, _, sample in sorted(turns)[:count]), dtype=torch.long)
+
+
+def _on_gradient(tensor: torch.Tensor, keep: Callable[[torch.Tensor], None]) -> None:
+    if tensor.requires_grad:
+        tensor.register_hook(lambda gradient: keep(gradient.detach()))
+
+
+def _add_product(gram: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> None:
+    with exact_products(dtype):
+        product = rows.T @ rows
+    gram += product.to(gram.device)
+
+
+def _narrow_saved_tensors(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """In a half-precision model, keep what backward needs of float32 (norms compute in it) in bfloat16.
+
+    Half of the memory of a backward pass goes there; the activations these tensors came from were no wider.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        narrow = tensor.dtype == torch.float32 and tensor.dim() > 2
+        return (tensor.to(torch.bfloat16) if narrow else tensor), narrow
+
+    def unpack(packed: tuple[torch.Tensor, bool]) -> torch.Tensor:
+        return packed[0].float() if packed[1] else packed[0]
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _loss_gradient(logits: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Gradient of the summed next-token loss at the logits `[batch, tokens, vocabulary]`, a few positions at a time."""
+    gradient = torch.zeros_like(logits)
+    for sample in range(len(ids)):
+        for start in range(0, ids.shape[1] - 1, _LOGIT_ROWS):
+            stop = min(start + _LOGIT_ROWS, ids.shape[1] - 1)
+            part = torch.softmax(logits[sample, start:stop].float(), dim=-1)
+            part[torch.arange(stop - start), ids[sample, start + 1 : stop + 1]] -= 1
+            gradient[sample, start:stop] = part * scored[sample, start:stop, None]
+    return gradient
+
+
+def _allocate(shape: tuple[int, ...], place: str, folder: str | Path | None, site: Site) -> torch.Tensor:
+    if place == "disk":
+        return _on_disk(shape, Path(folder or tempfile.mkdtemp(prefix="hf_adaprune_")), site.name)
+    return torch.zeros(shape, device=site.reader.parameter.device if place == "model" else "cpu")
+
+
+def _on_disk(shape: tuple[int, ...], folder: Path, name: str) -> torch.Tensor:
+    """A float32 tensor of zeros that is the body of a safetensors file, mapped into memory page by page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = int(np.prod(shape)) * 4
+    header = json.dumps({"gram": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    path = folder / f"{name}.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    mapped = np.memmap(path, dtype=np.float32, mode="r+", offset=8 + len(header), shape=shape)
+    return torch.from_numpy(mapped)

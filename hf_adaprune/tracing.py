@@ -1,0 +1,99 @@
+"""The model one decoder layer at a time: what the layers are called with, and what a reader reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calibration import TokenBlocks
+from .experts import tapped_experts
+from .recording import quiet_model
+from .sites import ModelSites, Site
+
+__all__ = ["LayerCalls", "layer_calls", "watched_inputs"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCalls:
+    """What the decoder layers are called with, so that they can be run one by one.
+
+    Args:
+        hidden (`torch.Tensor`): input of the first layer, `[windows, tokens, hidden]`, on the CPU.
+        arguments (`tuple`): for every layer the positional and keyword arguments beside the hidden states, for a batch
+            of one window.
+    """
+
+    hidden: torch.Tensor
+    arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+
+class _Enough(Exception):
+    """Stops a forward pass once the first layer was reached."""
+
+
+@torch.no_grad()
+def layer_calls(sites: ModelSites, blocks: TokenBlocks) -> LayerCalls:
+    """Record the input of the first layer and the arguments of all layers. Windows must be unpadded.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        blocks ([`TokenBlocks`]): windows.
+    """
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    first: list[torch.Tensor] = []
+
+    def reads(number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = dict(kwargs)
+            hidden = args[0] if args else given.pop("hidden_states")
+            arguments.setdefault(number, (tuple(args[1:]), given))
+            if number == 0:
+                first.append(hidden.detach().cpu())
+                if len(first) > 1:
+                    raise _Enough
+
+        return hook
+
+    with quiet_model(sites.model), contextlib.ExitStack() as stack:
+        for number, layer in enumerate(sites.layers):
+            stack.callback(layer.register_forward_pre_hook(reads(number), with_kwargs=True).remove)
+        for window in blocks.input_ids:
+            with contextlib.suppress(_Enough):
+                sites.model.base_model(input_ids=window[None].to(sites.device), use_cache=False)
+    return LayerCalls(torch.cat(first), tuple(arguments[number] for number in range(len(sites.layers))))
+
+
+@contextlib.contextmanager
+def watched_inputs(sites: ModelSites, site: Site, sink: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Hand the rows that a reader reads to a sink while the context is open.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        site ([`Site`]): whose reader.
+        sink (`Callable`): gets the expert's number (0 elsewhere) and rows `[tokens, columns]`; those of experts are
+            weighted by the gate.
+    """
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        sink(0, args[0].detach().reshape(-1, site.columns))
+
+    def tap(
+        expert: int, tokens: torch.Tensor, channels: torch.Tensor, gates: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        sink(expert, channels.detach() * gates.detach()[:, None])
+        return channels, None
+
+    if site.kind == "experts":
+        with tapped_experts(sites.model.config, {site.reader.module: tap}):
+            yield
+        return
+    handle = site.reader.module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
