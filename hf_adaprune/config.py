@@ -408,8 +408,8 @@ class PruningConfig:
         if whole and self.importance.normalization == "zscore" and set(self.importance.metrics) != {"block_influence"}:
             raise ConfigError(
                 "`importance.normalization='zscore'` centres the scores of every site, so whole sublayers and layers "
-                f"cannot be compared by them. Take {', '.join(sorted(whole))} out of `units`, or normalise by mean, rank "
-                "or log."
+                f"cannot be compared by them. Take {', '.join(sorted(whole))} out of `units`, or normalise by mean, "
+                "rank or log."
             )
         object.__setattr__(self, "protected_layers", tuple(int(layer) for layer in self.protected_layers))
         _whole("channel_multiple", self.channel_multiple, 1, what="kept widths are multiples of it")

@@ -158,9 +158,9 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
     backward = backward if needs.gradients or needs.elements else 0
     forward = _forward_flops(sites, own.sequence_length)
     head = 2 * _head_elements(sites)
-    # Going back costs what going forward did, and as much again where weight gradients are wanted.
+    # A sweep of its own, in which going back costs what going forward did, and as much again for weight gradients.
     calibration = tokens * (forward + (_gram_elements(sites) * 2 if needs.gram else 0)) * config.allocation.steps
-    calibration += backward * (forward * (2 if needs.elements else 1) + 2 * head)
+    calibration += backward * (forward * (3 if needs.elements else 2) + 3 * head)
     walked = 3 * tokens * forward if walks else 0.0
     report = 2 * len(own.report) * own.evaluation_tokens * (_forward_flops(sites, own.evaluation_length) + head)
     solving = _solve_flops(sites, config, needs)
@@ -228,7 +228,7 @@ def _peak_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, before: 
     gradients = min(own.gradient_samples, own.samples) if needs.gradients or needs.elements else 0
     kept = 0
     for site in sites:
-        kept += 2 * own.samples * site.columns
+        kept += (1 + needs.squares) * own.samples * site.columns
         if needs.gradients:
             kept += gradients * (-(-own.sequence_length // SEGMENT) * site.columns + site.outputs)
     # What a backward pass keeps of every layer, in the model's dtype: its norms' and residuals' inputs, the heads
@@ -241,6 +241,7 @@ def _peak_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, before: 
     refits = config.repair.method == "least_squares"
     solving = 6 * widest**2 * 8 if needs.gram or refits else 0
     readers = sum(site.columns * site.outputs for site in sites) * _WIDE if refits else 0
-    pruning = before.bytes + gram + kept * _WIDE + max(window, solving + readers)
+    # Backward windows and Gram matrices are never in memory together.
+    pruning = before.bytes + kept * _WIDE + max(window, gram + solving + readers)
     # The round-trip check holds the pruned model twice, when the statistics are gone.
     return BASELINE_BYTES + max(pruning, before.bytes + after.bytes)

@@ -257,7 +257,7 @@ def gather_texts(
         return None, None, {}
     if tokenizer is None:
         raise CalibrationError(
-            "text is needed for this config, and no tokenizer was given. Pass tokenizer=AutoTokenizer.from_pretrained(...), "
+            "text is needed for this config, and no tokenizer came. Pass tokenizer=AutoTokenizer.from_pretrained(...) "
             "or use a recipe that reads only weights (magnitude, random)."
         )
     parts = {"calibration": (0, 3), "selection": (1, 3), "report": (2, 3)}
