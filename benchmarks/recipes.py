@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from table import table  # beside this file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_adaprune
@@ -41,14 +42,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--changes", default="{}", help="JSON: changes of every recipe's config")
     parser.add_argument("--name", default="recipes", help="name of the results file")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--fresh", action="store_true", help="forget the results there are")
     return parser.parse_args()
 
 
 def facts(args: argparse.Namespace) -> dict[str, object]:
     return {
         "model": Path(args.model).name,
-        "calibration": [Path(source).name for source in args.calibration],
-        "report": [Path(source).name for source in args.report],
+        "calibration": ["/".join(Path(source).parts[-2:]) for source in args.calibration],
+        "report": ["/".join(Path(source).parts[-2:]) for source in args.report],
+        "changes": json.loads(args.changes),
         "samples": args.samples,
         "sequence_length": args.sequence_length,
         "gradient_samples": args.gradient_samples,
@@ -69,7 +72,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     path = HERE / "results" / f"{args.name}.json"
     path.parent.mkdir(exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {"protocol": facts(args), "rows": []}
+    results = {"protocol": facts(args), "rows": []}
+    if path.exists() and not args.fresh:
+        results = json.loads(path.read_text())
+        if results["protocol"] != facts(args):
+            raise SystemExit(f"{path} was measured under another protocol. Give another --name, or --fresh.")
     done = {(row["recipe"], row["asked"]) for row in results["rows"]}
 
     def keep(row: dict[str, object]) -> None:
@@ -138,6 +145,7 @@ def main() -> None:
                 }
             )
         del statistics
+    print(table(path))
 
 
 if __name__ == "__main__":

@@ -142,6 +142,8 @@ def allocate(
         raise ConfigError(
             "`uniform=True` means equal layers, which `protected_layers` contradicts. Leave out one of them."
         )
+    if config.uniform:
+        _check_equal_layers(sites, offers)
     if config.allocation.method == "global":
         return _global(sites, scores, config, offers, target, start)
     if not offers:
@@ -158,6 +160,16 @@ def allocate(
         return _manual_adaptive(sites, config, offers, target)
     shape = _SHAPES[config.allocation.method]
     return _shaped(sites, config, offers, target, shape(sites, config, offers, target, cosine))
+
+
+def _check_equal_layers(sites: ModelSites, offers: list[Offer]) -> None:
+    for unit in sorted({offer.unit for offer in offers}):
+        shapes = {(offer.site.groups, offer.site.group_size) for offer in offers if offer.unit == unit}
+        if len(shapes) > 1:
+            raise ConfigError(
+                f"`uniform=True` starts from equal layers, and this model's differ in {unit}s. Prune the dense model, "
+                "or set uniform=False."
+            )
 
 
 # -- what may go ------------------------------------------------------------------------------------------------------
@@ -292,11 +304,13 @@ def _global(
 
 
 def _offer_steps(number: int, offer: Offer, scale: float, per_parameter: bool) -> Iterator[_Step]:
-    cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), offer.scores.double().cumsum(0)])
+    # Only over what can still go: units of earlier rounds carry huge negative scores, which would round the rest away.
+    first = offer.levels[0]
+    cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), offer.scores[first:].double().cumsum(0)])
     floor = -math.inf
     for low, high in zip(offer.levels, offer.levels[1:], strict=False):
         removes = offer.removed(high) - offer.removed(low)
-        value = float(cumulative[high] - cumulative[low])
+        value = float(cumulative[high - first] - cumulative[low - first])
         value = value / max(1, (high - low) * offer.cost) if per_parameter else value / (high - low)
         # A step can only follow the ones before it, so its price is never below theirs.
         floor = max(floor, _weighted(value, scale))

@@ -184,6 +184,7 @@ def calibration_blocks(
     seed: int = 0,
     model: PreTrainedModel | None = None,
     vocab_size: int | None = None,
+    allow_fewer: bool = False,
 ) -> TokenBlocks:
     """Calibration windows, shared equally by the sources; each source is one domain.
 
@@ -199,6 +200,8 @@ def calibration_blocks(
         seed (`int`, *optional*, defaults to 0): of shuffling, and of `self`.
         model (*optional*): needed by `self`.
         vocab_size (`int`, *optional*): the model's vocabulary, to check the token ids against.
+        allow_fewer (`bool`, *optional*, defaults to `False`): take the windows there are, with a warning, where the
+            text is too short for `samples`.
 
     Raises:
         CalibrationError: too little text, or tokens that the model does not have.
@@ -230,6 +233,14 @@ def calibration_blocks(
         if not missing:
             break
         others = [index for index in range(len(read)) if index not in short]
+        if not others and allow_fewer:
+            logger.warning(
+                "the calibration text has %d windows of %d tokens; %d were asked for.",
+                sum(counts),
+                sequence_length,
+                samples,
+            )
+            break
         if not others:
             raise CalibrationError(
                 f"the calibration text has {sum(counts)} windows of {sequence_length} tokens; {samples} were asked "

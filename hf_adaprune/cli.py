@@ -189,7 +189,7 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE.json", help="fields of PruningConfig, or the pruning_config.json of another run")
     add("--plan", metavar="FILE", help="carry out this plan instead of deciding one")
     add("--calibration", **source, help="texts to measure on: files, data sets (name:config:split), self or python")
-    add("--selection", **source, help="texts that choices are made on")
+    add("--selection", **source, help="texts for a search; here only kept apart from the others")
     add("--report", **source, help="texts to report perplexity on, dense and pruned")
     add("--samples", type=int, metavar="N", help=f"calibration windows ({default.calibration.samples})")
     add("--sequence-length", type=int, metavar="N", help=f"tokens per window ({default.calibration.sequence_length})")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from .config import RepairConfig
 from .errors import CalibrationError
@@ -73,7 +74,7 @@ def repair_plan(
     if config.method == "none" or statistics is None:
         return {}
     repairs = {}
-    for name, kept in plan.changed():
+    for name, kept in transformers_logging.tqdm(list(plan.changed()), desc="repair", unit="site"):
         site = sites.by_name[name]
         if kept.is_empty or (site.kind == "experts" and config.method == "bias"):
             continue
@@ -96,13 +97,13 @@ def bias_repair(site: Site, kept: SitePlan, mean: torch.Tensor) -> Repair:
         kept ([`SitePlan`]): what stays.
         mean (`torch.Tensor`): mean input, `[columns]`.
     """
-    weight = site.reader.weight.double().cpu()
+    weight = site.reader.weight.cpu().double()
     columns = site.column_index(kept)
     removed = torch.ones(site.columns, dtype=torch.bool)
     removed[columns] = False
     bias = weight[:, removed] @ mean.cpu().double()[removed]
     if site.reader.bias is not None:
-        bias = bias + site.reader.bias.detach().double().cpu()
+        bias = bias + site.reader.bias.detach().cpu().double()
     return Repair(weight[:, columns].float(), bias.float())
 
 
@@ -121,7 +122,7 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
     if site.kind == "experts":
         return _repair_experts(site, kept, moments, config)
     matrix, mean = moments.covariance, moments.mean
-    weight = site.reader.weight.double().to(matrix.device)
+    weight = site.reader.weight.to(matrix.device).double()
     columns = site.column_index(kept).to(matrix.device)
     cross = matrix if moments.cross is None else moments.cross
     goal = mean if moments.target_mean is None else moments.target_mean
@@ -132,7 +133,7 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
         return Repair(new.float().cpu())
     shift = weight @ goal - new @ mean[columns]
     if site.reader.bias is not None:
-        shift = shift + site.reader.bias.detach().to(shift)
+        shift = shift + site.reader.bias.detach().to(shift.device).to(shift.dtype)
     return Repair(new.float().cpu(), shift.float().cpu())
 
 
@@ -157,7 +158,7 @@ def _repair_experts(site: Site, kept: SitePlan, moments: Moments, config: Repair
     weights = []
     for expert, own in zip(experts, channels, strict=True):
         matrix = moments.covariance[expert]
-        weight = site.reader.weight[expert].double().to(matrix.device)
+        weight = site.reader.weight[expert].to(matrix.device).double()
         weights.append(_regress(weight, matrix, own.to(matrix.device), config).float().cpu())
     return Repair(torch.stack(weights))
 
@@ -166,22 +167,42 @@ def output_error(site: Site, kept: SitePlan, moments: Moments, repair: Repair | 
     """Mean squared error per token between the dense output and the cut one, summed over outputs.
 
     Args:
-        site ([`Site`]): the site, still dense; attention or MLP.
+        site ([`Site`]): the site, still dense. For experts the errors of those that stay are added up.
         kept ([`SitePlan`]): what stays.
         moments ([`Moments`]): of the inputs the error is taken on.
         repair ([`Repair`], *optional*): new weights; the old ones where not given.
     """
     matrix, mean = moments.covariance, moments.mean
-    weight = site.reader.weight.double().to(matrix.device)
+    weight = site.reader.weight.to(matrix.device).double()
+    if site.kind == "experts":
+        return _experts_error(site, kept, matrix, weight, repair)
     columns = site.column_index(kept).to(matrix.device)
     difference = weight.clone()
-    own = weight.index_select(1, columns) if repair is None else repair.weight.double().to(matrix.device)
+    own = weight.index_select(1, columns) if repair is None else repair.weight.to(matrix.device).double()
     difference[:, columns] -= own
     shift = difference @ mean
     if repair is not None and repair.bias is not None:
-        before = torch.zeros_like(shift) if site.reader.bias is None else site.reader.bias.detach().to(shift)
-        shift = shift + before - repair.bias.to(shift)
+        before = (
+            torch.zeros_like(shift)
+            if site.reader.bias is None
+            else site.reader.bias.detach().to(shift.device).to(shift.dtype)
+        )
+        shift = shift + before - repair.bias.to(shift.device).to(shift.dtype)
     return float(((difference @ matrix) * difference).sum() + shift.square().sum())
+
+
+def _experts_error(
+    site: Site, kept: SitePlan, matrix: torch.Tensor, weight: torch.Tensor, repair: Repair | None
+) -> float:
+    experts = kept.kept_groups
+    channels = torch.tensor(kept.kept).reshape(len(experts), kept.kept_per_group) % site.group_size
+    error = 0.0
+    for number, (expert, own) in enumerate(zip(experts, channels.to(matrix.device), strict=True)):
+        difference = weight[expert].clone()
+        new = difference[:, own] if repair is None else repair.weight[number].to(matrix.device).double()
+        difference[:, own] -= new
+        error += float(((difference @ matrix[expert]) * difference).sum())
+    return error
 
 
 def check_enough_tokens(sites: ModelSites, tokens: float, config: RepairConfig, kept: Mapping[str, SitePlan]) -> None:

@@ -306,6 +306,8 @@ class RepairConfig:
         _number("repair.holdout", self.holdout, 0.0, 0.5, what="share of windows held out")
         _whole("repair.regional_steps", self.regional_steps, 0, what="optimiser steps per block")
         _number("repair.regional_learning_rate", self.regional_learning_rate, 0.0, 1.0, what="Adam's learning rate")
+        if self.method == "least_squares" and self.schedule == "best" and self.holdout <= 0:
+            raise ConfigError("`repair.schedule='best'` compares on held-out windows; set `repair.holdout` above 0.")
         _number("repair.min_tokens_per_column", self.min_tokens_per_column, 0.0, 1e6, what="tokens per input column")
 
 
@@ -567,7 +569,7 @@ def _recipes() -> dict[str, PruningConfig]:
         "flap": PruningConfig(
             importance=ImportanceConfig({"wifv": 1.0}, normalization="zscore"),
             allocation=AllocationConfig(method="flap", structure="AL-AM"),
-            repair=RepairConfig(method="bias", holdout=0.0),
+            repair=RepairConfig(method="bias"),
         ),
         "llm-pruner": PruningConfig(
             importance=ImportanceConfig({"taylor_element_first": 1.0}),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging as transformers_logging
 
 from .calibration import TokenBlocks
 from .documents import eval_mode, input_device, json_rows
@@ -118,7 +119,10 @@ def _sums(
         raise ConfigError(f"`batch_size` should be at least 1. Found {batch_size}.")
     rows: list[torch.Tensor] = []
     with torch.inference_mode():
-        for batch in blocks.batches(batch_size):
+        bar = transformers_logging.tqdm(
+            blocks.batches(batch_size), desc="evaluation", unit="batch", total=-(-len(blocks) // batch_size)
+        )
+        for batch in bar:
             for window in values(batch, len(rows)):
                 rows.append(torch.stack([window.sum(), torch.tensor(float(len(window)), dtype=torch.float64)]))
     # Stacked outside of inference mode, so that the result may take part in anything.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from .config import ImportanceConfig
 from .elements import ELEMENT_TERMS
@@ -148,7 +149,8 @@ def score_units(
         metric = METRICS[name]
         if name == "block_influence":
             layers += weight / total * _block_influence(context)
-        raw = {site.name: metric.function(site, kinds[site.name], context).double() for site in sites}
+        bar = transformers_logging.tqdm(sites, desc=f"scores, {name}", unit="site", total=len(sites))
+        raw = {site.name: metric.function(site, kinds[site.name], context).double() for site in bar}
         for site_name, scores in raw.items():
             if not torch.isfinite(scores).all():
                 raise StatisticsError(
@@ -394,7 +396,7 @@ def _obs_with(
 ) -> torch.Tensor:
     moments, _, tokens = covariance(site, context.statistics, context.weights)
     inverse = damped_inverse(moments, context.damping, context.damping_scale)
-    weight = site.reader.weight.double().to(inverse.device)
+    weight = site.reader.weight.to(inverse.device).double()
     if output_weights is not None:
         weight = weight * output_weights.to(inverse.device).sqrt()[:, None]
     costs = greedy_costs if greedy else block_costs
@@ -527,7 +529,9 @@ METRICS: dict[str, Metric] = {
     "taylor_element_second": Metric(_taylor("second"), needs=_WITH_ELEMENTS, source=_PRUNER),
     "taylor_element_mixed": Metric(_taylor("mixed"), needs=_WITH_ELEMENTS, source=_PRUNER),
     "first_order": Metric(_first_order, needs=_WITH_GRADIENTS, source="mean absolute first-order term of a unit"),
-    "fisher": Metric(_fisher, needs=_WITH_GRADIENTS, source="sum over samples of the squared first-order term"),
+    "fisher": Metric(
+        _fisher, needs=_WITH_GRADIENTS, source="sum over segments of 64 tokens of the squared first-order term"
+    ),
     "obs": Metric(_obs, needs=Needs(gram=True), source="exact block cost with refit; ZipLM, 2302.04089, eq. 3"),
     "obs_gradient": Metric(
         _obs_gradient, needs=Needs(gram=True, gradients=True), source="the same, outputs weighted by squared gradients"

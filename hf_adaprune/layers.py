@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["LayerConfigView", "SkippedAttention", "SkippedMlp", "bind_views"]
+__all__ = ["LayerConfigView", "SizedConfigView", "SkippedAttention", "SkippedMlp", "bind_views"]
 
 
 class LayerConfigView:
@@ -39,6 +39,18 @@ class LayerConfigView:
     def __setattr__(self, name: str, value: Any) -> None:
         """Write to the model's config."""
         setattr(self.__dict__["_config"], name, value)
+
+
+class SizedConfigView:
+    """A config with other values for some fields, for a layer that belongs to no model."""
+
+    def __init__(self, config: Any, sizes: Mapping[str, Any]) -> None:
+        self.__dict__.update(sizes, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":
+            raise AttributeError(name)
+        return getattr(self._config, name)
 
 
 class SkippedAttention(nn.Module):

@@ -15,13 +15,14 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from .calibration import TokenBlocks
-from .compensation import Moments, Repair, repair_from_moments
+from .compensation import Moments, Repair, check_enough_tokens, repair_from_moments
 from .config import RepairConfig
 from .errors import CalibrationError
 from .masking import masked
 from .plan import PruningPlan, SitePlan, split_site_name
 from .recording import exact_products
 from .sites import ModelSites, Site
+from .statistics import spread_weights
 from .surgery import cut_layer
 from .tracing import layer_calls, watched_inputs
 
@@ -32,7 +33,11 @@ _WINDOWS_PER_STEP = 4  # of an optimiser step of the regional repair
 
 @torch.no_grad()
 def sequential_repairs(
-    sites: ModelSites, plan: PruningPlan, blocks: TokenBlocks, config: RepairConfig
+    sites: ModelSites,
+    plan: PruningPlan,
+    blocks: TokenBlocks,
+    config: RepairConfig,
+    domain_weights: tuple[float, ...] = (),
 ) -> dict[str, Repair]:
     """Least squares on the activations that the pruned and repaired layers before really produce.
 
@@ -42,9 +47,11 @@ def sequential_repairs(
         blocks ([`TokenBlocks`]): calibration windows without padding.
         config ([`RepairConfig`]): `target_mix` 0 regresses on what the dense matrix makes of the pruned model's inputs,
             1 on the dense model's own outputs (OSSCAR's full sequential target, 2403.12983).
+        domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows.
     """
     repairs: dict[str, Repair] = {}
-    walk = _Walk(sites, blocks)
+    walk = _Walk(sites, blocks, domain_weights)
+    check_enough_tokens(sites, walk.dense.shape[0] * walk.dense.shape[1], config, dict(plan.changed()))
     with_dense = config.target_mix > 0
     for number in transformers_logging.tqdm(range(len(sites.layers)), desc="sequential repair", unit="layer"):
         if number in plan.dropped_layers:
@@ -125,8 +132,9 @@ def regional_weights(
 class _Walk:
     """The two streams and how to push them through a layer."""
 
-    def __init__(self, sites: ModelSites, blocks: TokenBlocks) -> None:
+    def __init__(self, sites: ModelSites, blocks: TokenBlocks, domain_weights: tuple[float, ...] = ()) -> None:
         whole = torch.where(blocks.attention_mask.all(1))[0]
+        self.weights = spread_weights(blocks.domain, len(blocks.domains), domain_weights)[whole].tolist()
         if not len(whole):
             raise CalibrationError(
                 "a repair that walks layer after layer needs calibration windows without padding, and there is none. "
@@ -159,8 +167,8 @@ class _Walk:
         width = site.group_size if experts else site.columns
         gram = torch.zeros(site.groups if experts else 1, width, width, device=device)
         cross = torch.zeros_like(gram)
-        total, goal_total, tokens = torch.zeros(width, device=device), torch.zeros(width, device=device), 0
-        for pruned, dense in zip(self.pruned, self.dense, strict=True):
+        total, goal_total, tokens = torch.zeros(width, device=device), torch.zeros(width, device=device), 0.0
+        for pruned, dense, weight in zip(self.pruned, self.dense, self.weights, strict=True):
             seen: dict[int, torch.Tensor] = {}
             with masked(self.sites, before, repairs), _collects(self.sites, site, seen):
                 self.call(site.layer, pruned[None].to(device))
@@ -173,19 +181,20 @@ class _Walk:
                 slot = expert if experts else 0
                 goal = rows + mix * (goals[expert] - rows) if mix > 0 and not experts else rows
                 with exact_products(torch.float32 if experts or mix > 0 else self.dtype):
-                    gram[slot] += rows.T @ rows
+                    gram[slot] += weight * (rows.T @ rows)
                     if mix > 0:
-                        cross[slot] += goal.T @ rows
+                        cross[slot] += weight * (goal.T @ rows)
                 if not experts:
-                    total, goal_total, tokens = total + rows.sum(0), goal_total + goal.sum(0), tokens + len(rows)
+                    total, goal_total = total + weight * rows.sum(0), goal_total + weight * goal.sum(0)
+                    tokens += weight * len(rows)
         if experts:
-            count = max(1, self.pruned.shape[0] * self.pruned.shape[1])
-            return Moments(gram.double() / count, torch.zeros(site.columns, dtype=torch.float64))
-        mean, goal_mean = total.double() / tokens, goal_total.double() / tokens
-        centred = gram[0].double() / tokens - torch.outer(mean, mean)
+            count = max(1.0, sum(self.weights) * self.pruned.shape[1])
+            return Moments(gram.cpu().double() / count, torch.zeros(site.columns, dtype=torch.float64))
+        mean, goal_mean = total.cpu().double() / tokens, goal_total.cpu().double() / tokens
+        centred = gram[0].cpu().double() / tokens - torch.outer(mean, mean)
         if mix <= 0:
             return Moments(centred, mean)
-        return Moments(centred, mean, cross[0].double() / tokens - torch.outer(goal_mean, mean), goal_mean)
+        return Moments(centred, mean, cross[0].cpu().double() / tokens - torch.outer(goal_mean, mean), goal_mean)
 
 
 def _collects(sites: ModelSites, site: Site, seen: dict[int, torch.Tensor]) -> Any:

@@ -15,6 +15,7 @@ import importlib.util
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,8 @@ def install() -> None:
 
 def result_of(model: Any) -> PruningResult | None:
     """The [`PruningResult`] of a model that `from_pretrained(..., pruning_config=...)` returned."""
-    return _results.get(model)
+    found = _results.get(model)
+    return None if found is None else replace(found, model=model)
 
 
 class _WaitsForModeling(importlib.abc.MetaPathFinder):
@@ -94,9 +96,10 @@ def _wrap(module: ModuleType) -> None:
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
         config = _as_config(pruning_config)
         tokenizer = kwargs.pop("pruning_tokenizer", None)
+        architecture = kwargs.pop("pruning_architecture", None)
         loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        _prune_loaded(model, tokenizer, config, pretrained_model_name_or_path, kwargs)
+        _prune_loaded(model, tokenizer, architecture, config, pretrained_model_name_or_path, kwargs)
         return loaded
 
     init._adaprune = True  # type: ignore[attr-defined]
@@ -116,7 +119,9 @@ def _as_config(given: Any) -> PruningConfig:
     )
 
 
-def _prune_loaded(model: Any, tokenizer: Any, config: PruningConfig, name: Any, kwargs: Mapping[str, Any]) -> None:
+def _prune_loaded(
+    model: Any, tokenizer: Any, architecture: Any, config: PruningConfig, name: Any, kwargs: Mapping[str, Any]
+) -> None:
     from .pipeline import prune
     from .stages import needs_text
 
@@ -132,4 +137,6 @@ def _prune_loaded(model: Any, tokenizer: Any, config: PruningConfig, name: Any, 
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             # What AutoTokenizer makes of a folder without tokenizer files.
             raise ConfigError(f"{name} brings no tokenizer. Pass pruning_tokenizer= beside pruning_config=.")
-    _results[model] = prune(model, tokenizer, config)
+    # Without the model: a value that held its own key would keep both alive for ever.
+    found = prune(model, tokenizer, config, architecture=architecture)
+    _results[model] = replace(found, model=None)

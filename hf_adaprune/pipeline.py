@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +82,7 @@ class PruningResult:
         seconds (`dict[str, float]`): time per stop.
     """
 
-    model: PreTrainedModel
+    model: Any
     tokenizer: PreTrainedTokenizerBase | None
     config: PruningConfig
     plan: PruningPlan
@@ -133,7 +133,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     config: PruningConfig | None = None,
     *,
-    calibration: Sequence[Source] | Source | Iterable[str] | None = None,
+    calibration: Sequence[Source] | Source | None = None,
     plan: PruningPlan | None = None,
     plan_path: str | os.PathLike[str] | None = None,
     architecture: Architecture | None = None,
@@ -184,6 +184,8 @@ def prune(
         sites.check(plan)
     else:
         even_plan(sites, config)  # what cannot be met fails before any text is read
+    if plan_path is not None:
+        Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     clock.stop("find sites")
 
     blocks, held_out, reports = gather_texts(sites, tokenizer, config, needs is not None)

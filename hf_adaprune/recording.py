@@ -37,6 +37,7 @@ def collect_statistics(
     gradient_samples: int = 0,
     gram_place: str = "cpu",
     folder: str | Path | None = None,
+    description: str = "calibration",
 ) -> Statistics:
     """Run the model over calibration windows and keep the statistics.
 
@@ -49,6 +50,7 @@ def collect_statistics(
         gradient_samples (`int`, *optional*, defaults to 0): how many windows get gradients, spread over the domains.
         gram_place (`str`, *optional*, defaults to `"cpu"`): `model`, `cpu` or `disk`.
         folder (`str`, *optional*): where Gram matrices on disk go; a temporary folder of the system where not given.
+        description (`str`, *optional*, defaults to `"calibration"`): of the progress bar.
 
     Raises:
         StatisticsError: activations or gradients are not finite.
@@ -56,7 +58,7 @@ def collect_statistics(
     recorder = _Recorder(sites, blocks, needs, gradient_samples, gram_place, folder)
     with quiet_model(sites.model), recorder.hooks():
         windows = len(blocks) + len(recorder.gradient_index)
-        bar = transformers_logging.tqdm(total=windows, desc="calibration", unit="window")
+        bar = transformers_logging.tqdm(total=windows, desc=description, unit="window")
         with contextlib.closing(bar):
             for indices, backward in recorder.batches():
                 recorder.run(indices, backward)
@@ -113,7 +115,15 @@ class _Recorder:
         backward = needs.gradients or needs.elements
         self.gradient_index = _spread(blocks.domain, gradient_samples if backward else 0)
         self.position = {int(sample): number for number, sample in enumerate(self.gradient_index)}
-        self.gram_place, self.folder = gram_place, folder
+        # A folder of its own per pass: a later pass must not write into what an earlier one still reads. Without a
+        # place to be, it lives as long as the statistics do.
+        self.gram_place, self.storage, self.folder = gram_place, None, folder
+        if gram_place == "disk" and folder is None:
+            self.storage = tempfile.TemporaryDirectory(prefix="hf_adaprune_")
+            self.folder = self.storage.name
+        elif gram_place == "disk":
+            Path(folder or "").mkdir(parents=True, exist_ok=True)
+            self.folder = tempfile.mkdtemp(prefix="pass_", dir=folder)
         samples = len(blocks)
         self.keep: dict[str, dict[str, torch.Tensor]] = {}
         for site in sites:
@@ -212,7 +222,7 @@ class _Recorder:
             rows = args[0].reshape(len(self.samples), -1, site.columns)
             values = rows.detach().float()
             if self.mask is not None:
-                values = values * self.mask[..., None]
+                values = values * self.mask.to(values.device)[..., None]
             kept["sums"][self.samples] = values.sum(1).cpu()
             if self.needs.squares:
                 kept["squares"][self.samples] = values.square().sum(1).cpu()
@@ -265,9 +275,9 @@ class _Recorder:
                 return
             before = (args[0] if args else kwargs["hidden_states"]).detach().float()
             after = (output[0] if isinstance(output, tuple) else output).detach().float()
-            cosine = nn.functional.cosine_similarity(before, after, dim=-1)
+            cosine = nn.functional.cosine_similarity(before.to(after.device), after, dim=-1)
             if self.mask is not None:
-                cosine = cosine * self.mask
+                cosine = cosine * self.mask.to(cosine.device)
             assert self.cosine is not None
             self.cosine[self.samples, number] = cosine.sum(1).cpu()
 
@@ -290,7 +300,7 @@ class _Recorder:
                     _on_gradient(channels, keeps)
                 return channels, None
             values = channels.detach().float() * gates.detach().float()[:, None]
-            seen = torch.ones_like(tokens) if self.mask is None else self.mask.flatten()[tokens]
+            seen = torch.ones_like(tokens) if self.mask is None else self.mask.to(tokens.device).flatten()[tokens]
             values = values * seen[:, None]
             empty = values.new_zeros(len(self.samples), width)
             kept["sums"][self.samples, columns] = empty.index_add(0, sample, values).cpu()
@@ -344,6 +354,7 @@ class _Recorder:
             self.gradient_index,
             self.cosine,
             self.blocks.digest,
+            self.storage,
         )
 
 
@@ -396,7 +407,7 @@ def _loss_gradient(logits: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor
 
 def _allocate(shape: tuple[int, ...], place: str, folder: str | Path | None, site: Site) -> torch.Tensor:
     if place == "disk":
-        return _on_disk(shape, Path(folder or tempfile.mkdtemp(prefix="hf_adaprune_")), site.name)
+        return _on_disk(shape, Path(folder or "."), site.name)
     return torch.zeros(shape, device=site.reader.parameter.device if place == "model" else "cpu")
 
 

@@ -21,8 +21,8 @@ from .evaluation import per_window_loss
 from .importance import METRICS, Scores, covariance, needs_of, score_units, unit_of
 from .layerwise import regional_weights, sequential_repairs
 from .masking import masked
-from .plan import PruningPlan, SitePlan
-from .recording import collect_statistics
+from .plan import PruningPlan
+from .recording import collect_statistics, quiet_model
 from .sites import GROUP_UNITS, ModelSites, Site
 from .statistics import Needs, Statistics
 
@@ -113,6 +113,7 @@ def decide(
     for step in range(1, steps + 1):
         own = needs if step == 1 else _scoring_needs(config)
         if (step > 1 or statistics is None) and own is not None and blocks is not None:
+            statistics = None  # let go of the last round's before the next one's are collected
             with masked(sites, current) if current is not None else nullcontext():
                 statistics = _collect(sites, blocks, own, config, folder)
         clock.stop("statistics")
@@ -182,6 +183,7 @@ def layer_by_layer_config(config: PruningConfig) -> PruningConfig:
     """
     if not config.layer_by_layer:
         return config
+    needs_of(config.importance)
     metrics = config.importance.metrics
     left = {name: weight for name, weight in metrics.items() if not METRICS[name].needs.gram}
     if not any(left.values()):
@@ -285,8 +287,9 @@ def gather_texts(
             sequence_length=own.sequence_length,
             seed=config.seed,
             vocab_size=vocabulary,
+            allow_fewer=True,
         )
-        if config.repair.method == "least_squares" and config.repair.holdout > 0 and len(blocks) > 1:
+        if config.repair.method != "none" and config.repair.holdout > 0 and len(blocks) > 1:
             blocks, held_out = blocks.split(config.repair.holdout, config.seed)
         widest = {site.name: site.whole for site in sites if unit_of(site, config.units)}
         check_enough_tokens(sites, blocks.tokens, config.repair, widest)
@@ -418,42 +421,42 @@ def choose_repairs(
     schedule = own.schedule if own.method != "none" else "none"
     repairs = dict(cached)
     if own.method == "least_squares" and schedule in ("sequential", "best"):
-        walked = sequential_repairs(sites, plan, blocks, own)
-        schedule, repairs = (
-            _better(sites, plan, repairs, walked, held_out) if schedule == "best" else (schedule, walked)
-        )
+        with quiet_model(sites.model):
+            walked = sequential_repairs(sites, plan, blocks, own, config.calibration.domain_weights)
+        # A walk's repairs build on one another and on the pruned model's inputs, so they stay or go as a whole.
+        other = {"cached": repairs} if schedule == "best" else {"none": {}}
+        schedule, repairs = _better(sites, plan, {"sequential": walked, **other}, held_out)
         clock.stop("repair")
     reports: tuple[RepairReport, ...] = ()
-    if own.method == "least_squares" and held_out is not None and repairs:
+    if held_out is not None and repairs and schedule == "cached":
         reports = _check_repairs(sites, plan, repairs, held_out, config)
-        repairs = {report.name: repairs[report.name] for report in reports if report.kept} | {
-            name: repair for name, repair in repairs.items() if sites.by_name[name].kind == "experts"
-        }
+        repairs = {report.name: repairs[report.name] for report in reports if report.kept}
         clock.stop("check repair")
     blockwise: dict[int, dict[str, torch.Tensor]] = {}
     if own.regional_steps > 0:
-        blockwise, found = regional_weights(sites, plan, repairs, blocks, own, config.seed)
+        with quiet_model(sites.model):
+            blockwise, found = regional_weights(sites, plan, repairs, blocks, own, config.seed)
         reports += tuple(RepairReport(name, before, after, after < before) for name, before, after in found)
         clock.stop("regional repair")
     return repairs, schedule, reports, blockwise
 
 
 def _better(
-    sites: ModelSites,
-    plan: PruningPlan,
-    cached: dict[str, Repair],
-    walked: dict[str, Repair],
-    held_out: TokenBlocks | None,
+    sites: ModelSites, plan: PruningPlan, candidates: Mapping[str, dict[str, Repair]], held_out: TokenBlocks | None
 ) -> tuple[str, dict[str, Repair]]:
-    if held_out is None:
-        raise ConfigError("`repair.schedule='best'` compares on held-out windows; set `repair.holdout` above 0.")
-    losses = {}
-    for name, repairs in (("cached", cached), ("sequential", walked)):
+    """The candidate with the lowest loss on held-out windows; the first one where there are none."""
+    losses = dict.fromkeys(candidates, 0.0)
+    for name, repairs in candidates.items():
+        if held_out is None:
+            break
         with masked(sites, plan, repairs):
             sums = per_window_loss(sites.model, held_out).sum(0)
         losses[name] = float(sums[0] / sums[1])
     logger.info("held-out loss: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    return ("cached", cached) if losses["cached"] <= losses["sequential"] else ("sequential", walked)
+    best = min(losses, key=lambda name: losses[name])
+    if best == "none":
+        logger.warning("the sequential repair was dropped, it did not lower the loss on held-out windows.")
+    return best, dict(candidates[best])
 
 
 def _parts(sites: list[Site]) -> Iterator[list[Site]]:
@@ -475,17 +478,17 @@ def _check_repairs(
     """Output errors with and without each repair, on moments of windows that no repair has seen."""
     weights = torch.ones(len(held_out))
     reports = []
-    own = [sites.by_name[name] for name in repairs if sites.by_name[name].kind != "experts"]
-    for part in _parts(own):
+    for part in _parts([sites.by_name[name] for name in repairs]):
+        # A part is small, so its moments need no disk.
+        place = "model" if config.gram_place == "model" else "cpu"
         statistics = collect_statistics(
-            replace(sites, sites=tuple(part)), held_out, Needs(gram=True), gram_place=config.gram_place
+            replace(sites, sites=tuple(part)), held_out, Needs(gram=True), gram_place=place, description="check repair"
         )
         for site in part:
-            kept: SitePlan = plan.sites[site.name]
             matrix, mean, _ = covariance(site, statistics, weights)
             moments = Moments(matrix, mean)
-            before = output_error(site, kept, moments, None)
-            after = output_error(site, kept, moments, repairs[site.name])
+            before = output_error(site, plan.sites[site.name], moments, None)
+            after = output_error(site, plan.sites[site.name], moments, repairs[site.name])
             reports.append(RepairReport(site.name, before, after, after < before))
     dropped = [report.name for report in reports if not report.kept]
     if dropped:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ class Needs:
 
     Args:
         gram (`bool`): Gram matrices.
-        gradients (`bool`): first-order terms and squared output gradients, on the first `gradient_samples` samples.
+        gradients (`bool`): first-order terms and squared output gradients, on `gradient_samples` samples spread over
+            the domains.
         elements (`bool`): element-wise Taylor terms, on the same samples.
         cosine (`bool`): cosine between input and output of every decoder layer.
         per_domain (`bool`): one Gram matrix per domain instead of one in all.
@@ -89,6 +91,7 @@ class Statistics:
         gradient_index (`torch.Tensor`): samples that had a backward pass, `[gradient samples]`.
         cosine (`torch.Tensor`, *optional*): summed cosine of input and output per decoder layer, `[samples, layers]`.
         digest (`str`): digest of the token blocks.
+        storage (*optional*): owns the folder of Gram matrices on disk, where the caller gave none.
     """
 
     sites: Mapping[str, SiteStatistics]
@@ -99,11 +102,23 @@ class Statistics:
     gradient_index: torch.Tensor
     cosine: torch.Tensor | None
     digest: str
+    storage: Any = field(default=None, repr=False)
 
     def sample_weights(self, domain_weights: tuple[float, ...] = ()) -> torch.Tensor:
         """One weight per sample, `[samples]`: a domain's weight shared by its samples, with mean 1 over the pool."""
-        if not domain_weights:
-            return torch.ones(len(self.tokens))
-        counts = torch.bincount(self.domain, minlength=len(self.domains)).clamp(min=1)
-        share = torch.tensor(domain_weights) / sum(domain_weights)
-        return (share / counts)[self.domain] * len(self.tokens)
+        return spread_weights(self.domain, len(self.domains), domain_weights)
+
+
+def spread_weights(domain: torch.Tensor, domains: int, domain_weights: tuple[float, ...]) -> torch.Tensor:
+    """One weight per sample, `[samples]`, with mean 1: a domain's weight shared by its samples; ones without weights.
+
+    Args:
+        domain (`torch.Tensor`): domain of each sample, `[samples]`.
+        domains (`int`): how many there are.
+        domain_weights (`tuple[float, ...]`): one per domain, or none.
+    """
+    if not domain_weights:
+        return torch.ones(len(domain))
+    counts = torch.bincount(domain, minlength=domains).clamp(min=1)
+    share = torch.tensor(domain_weights) / sum(domain_weights)
+    return (share / counts)[domain] * len(domain)

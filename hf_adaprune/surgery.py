@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .architectures import Architecture
-from .layers import SkippedAttention, SkippedMlp
+from .layers import SizedConfigView, SkippedAttention, SkippedMlp
 from .model_config import PROVENANCE_KEY, drop_config_layers, head_dim_of, update_config
 from .plan import PruningPlan, SitePlan
 from .sites import Matrix, ModelSites, Site, find_sites, layer_sites
@@ -88,6 +88,13 @@ def cut_layer(
             skip_sublayers(layer, number, [kind], architecture, site.columns_per_unit)
             continue
         _cut_site(site, kept)
+        if site.kind == "attention":
+            # Phi-3 reads its head counts from the config at every call.
+            sizes = {architecture.heads_field: len(kept.kept), architecture.kv_heads_field: len(kept.kept_groups)}
+            own: list[Any] = list(site.sublayer.modules())
+            for module in own:
+                if module.__dict__.get("config") is not None:
+                    module.config = SizedConfigView(module.config, {n: v for n, v in sizes.items() if n})
         if site.name in repairs:
             assign_repair(site, repairs[site.name])
 

@@ -134,7 +134,7 @@ def test_options_override_the_file_and_the_file_the_recipe(tmp_path: Path) -> No
         (["--plan", "nowhere.json"], "there is no plan at nowhere.json"),
         (["--dtype", "int8"], "`--dtype` should be auto"),
         (["--report", "CALIBRATION"], "overlap"),
-        (["--samples", "4000"], "were asked for"),
+        (["--samples", "0"], "`calibration.samples` should be"),
         (["--calibration", "nowhere.txt"], "there is no file at nowhere.txt"),
     ],
 )

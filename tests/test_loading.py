@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,14 @@ def test_a_config_given_beside_the_keyword_is_used(dense: Path) -> None:
     config.rope_parameters = {**config.rope_parameters, "rope_theta": 123.0}
     model = AutoModelForCausalLM.from_pretrained(dense, config=config, pruning_config=config_of("magnitude"))
     assert model.config.rope_parameters["rope_theta"] == 123.0
+
+
+def test_a_pruned_model_can_be_freed(dense: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(dense, pruning_config="magnitude")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("given", ["magnitude", PruningConfig.recipe("magnitude").to_dict()])

@@ -213,6 +213,47 @@ def test_too_few_tokens_for_the_repair_are_refused() -> None:
         prune(tiny_model("llama"), tiny_tokenizer(), config_of(repair={"min_tokens_per_column": 500.0}))
 
 
+def test_a_text_with_fewer_windows_than_asked_for_gives_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    result = prune(tiny_model("llama"), tiny_tokenizer(), config_of(calibration={"samples": 5000}))
+    assert 24 < result.calibration["windows"] < 5000
+    assert "5000 were asked for" in caplog.text
+
+
+def test_a_model_of_mixed_widths_cannot_become_uniform() -> None:
+    model = tiny_model("llama")
+    prune(model, tiny_tokenizer(), config_of())
+    with pytest.raises(ConfigError, match="starts from equal layers"):
+        prune(model, tiny_tokenizer(), config_of(uniform=True))
+
+
+def test_rounds_with_moments_on_disk_repair_like_those_in_memory() -> None:
+    found = []
+    for place in ("cpu", "disk"):
+        model = tiny_model("llama")
+        prune(model, tiny_tokenizer(), config_of(gram_place=place, allocation={"steps": 2}))
+        found.append(logits_of(model, tokens()))
+    assert torch.equal(*found)
+
+
+def test_a_walk_does_not_depend_on_the_training_flag() -> None:
+    found = []
+    for training in (False, True):
+        model = tiny_model("gpt2").train(training)
+        prune(model, tiny_tokenizer(), config_of(units=("channel",), repair={"schedule": "sequential"}))
+        assert model.training == training
+        found.append(logits_of(model.eval(), tokens()))
+    assert torch.equal(*found)
+
+
+def test_regional_repair_of_a_family_that_reads_head_counts_from_its_config() -> None:
+    config = config_of(
+        ratio=0.4, units=("kv_group", "channel"), repair={"regional_steps": 1}, allocation={"method": "uniform"}
+    )
+    model = tiny_model("phi3")
+    plan = prune(model, tiny_tokenizer(), config).plan
+    assert any("attention" in name for name in plan.sites)
+
+
 def test_an_unreachable_ratio_is_refused_before_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_module, "gather_texts", lambda *args: pytest.fail("text was read"))
     with pytest.raises(BudgetError, match="at most"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import logits_of, tokens
+from safetensors import SafetensorError
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -76,6 +77,18 @@ def test_a_checkpoint_that_does_not_reload_is_removed(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(type(result.model), "save_pretrained", spoiled)
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.weight differs"):
+        result.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = prune(tiny_model("llama"), None, config_of("magnitude"))
+
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(type(result.model), "save_pretrained", full)
+    with pytest.raises(CheckpointError, match="No space left"):
         result.save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
