@@ -246,9 +246,7 @@ def test_a_walk_does_not_depend_on_the_training_flag() -> None:
 
 
 def test_regional_repair_of_a_family_that_reads_head_counts_from_its_config() -> None:
-    config = config_of(
-        ratio=0.4, units=("kv_group", "channel"), repair={"regional_steps": 1}, allocation={"method": "uniform"}
-    )
+    config = config_of(ratio=0.6, repair={"regional_steps": 1}, allocation={"method": "uniform"})
     model = tiny_model("phi3")
     plan = prune(model, tiny_tokenizer(), config).plan
     assert any("attention" in name for name in plan.sites)
