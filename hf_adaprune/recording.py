@@ -249,7 +249,9 @@ class _Recorder:
 
         def hook(gradient: torch.Tensor) -> None:
             terms = (values.float() * gradient.float()).reshape(len(rows), -1, site.columns)
-            target[rows] = torch.stack([part.sum(1) for part in terms.split(SEGMENT, dim=1)], dim=1).cpu()
+            if terms.shape[1] % SEGMENT:
+                terms = nn.functional.pad(terms, (0, 0, 0, -terms.shape[1] % SEGMENT))
+            target[rows] = terms.reshape(len(rows), -1, SEGMENT, site.columns).sum(2).cpu()
 
         return hook
 
@@ -395,13 +397,17 @@ def _narrow_saved_tensors(dtype: torch.dtype) -> contextlib.AbstractContextManag
 
 def _loss_gradient(logits: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Gradient of the summed next-token loss at the logits `[batch, tokens, vocabulary]`, a few positions at a time."""
-    gradient = torch.zeros_like(logits)
+    gradient = torch.empty_like(logits)
+    gradient[:, -1] = 0
+    everything = bool(scored.all())
     for sample in range(len(ids)):
         for start in range(0, ids.shape[1] - 1, _LOGIT_ROWS):
             stop = min(start + _LOGIT_ROWS, ids.shape[1] - 1)
-            part = torch.softmax(logits[sample, start:stop].float(), dim=-1)
-            part[torch.arange(stop - start), ids[sample, start + 1 : stop + 1]] -= 1
-            gradient[sample, start:stop] = part * scored[sample, start:stop, None]
+            part = torch.softmax(logits[sample, start:stop], dim=-1, dtype=torch.float32)
+            part[torch.arange(stop - start, device=part.device), ids[sample, start + 1 : stop + 1]] -= 1
+            if not everything:
+                part *= scored[sample, start:stop, None]
+            gradient[sample, start:stop] = part
     return gradient
 
 
