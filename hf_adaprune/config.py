@@ -266,8 +266,8 @@ class RepairConfig:
         method (`str`, *optional*, defaults to `"least_squares"`): `none`, `bias` (FLAP: the mean contribution of what
             was removed) or `least_squares` (ridge regression of the dense output on the kept inputs).
         intercept (`bool`, *optional*, defaults to `False`): least squares may also move a bias, and gives one to
-            matrices that have none (never in the uniform form). It buys under half a per cent of perplexity on the
-            models measured, and costs checkpoints that need this package for the biases alone.
+            matrices that have none (never in the uniform form). It bought 0.2 % of perplexity in a prototype on
+            SmolLM2-135M, within its noise, and costs checkpoints that need this package for the biases alone.
         damping (`float`, *optional*, defaults to 0.01): ridge strength, relative to `damping_scale`.
         damping_scale (`str`, *optional*, defaults to `"mean"`): `mean` of the diagonal (the common choice), `median` of
             the diagonal, or `column` (each column's own variance: a massive activation damps only itself).

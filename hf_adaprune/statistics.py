@@ -22,7 +22,7 @@ import torch
 
 __all__ = ["SEGMENT", "Needs", "SiteStatistics", "Statistics"]
 
-SEGMENT = 64  # tokens; first-order terms are summed over segments, which measure scatter better than whole windows
+SEGMENT = 64  # tokens; first-order terms are summed over segments: more draws of their scatter than whole windows give
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,9 @@ def test_default_prunes_saves_reloads_and_is_no_gibberish(
     )
     result = prune(model, tokenizer, config)
     assert 0.2 <= result.pruning_ratio < 0.203
-    assert not [report for report in result.repairs if not report.kept]
+    assert result.repairs and all(report.kept for report in result.repairs)
     pruned = perplexity(model, blocks).value
-    # Measured 1.3 on this text; a plan that takes the wrong units, or a repair that fails, is beyond 2.
+    # Measured 1.25 on this text; a plan that takes the wrong units, or a repair that fails, is beyond 2.
     assert pruned < 1.6 * dense
     saved = result.save_pretrained(tmp_path / "pruned")
     again = AutoModelForCausalLM.from_pretrained(saved)
@@ -116,4 +116,4 @@ def test_the_repair_takes_seconds_and_helps_every_site(folder: Path, tokenizer: 
     )
     result = prune(model, tokenizer, config)
     assert result.seconds["repair"] < 30
-    assert all(report.after < report.before for report in result.repairs)
+    assert result.repairs and all(report.after < report.before for report in result.repairs)
