@@ -13,12 +13,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .parts import (
+    AllocationConfig,
+    CalibrationConfig,
+    ImportanceConfig,
+    RepairConfig,
+    Source,
+    TextSource,
+    check_choice,
+    check_number,
+    check_whole,
+)
+from .search_config import BUDGETS, SearchConfig
 
 __all__ = [
     "RECIPES",
@@ -27,6 +39,8 @@ __all__ = [
     "ImportanceConfig",
     "PruningConfig",
     "RepairConfig",
+    "SearchConfig",
+    "Source",
     "TextSource",
 ]
 
@@ -35,280 +49,7 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "pruning_config.json"
 
 UNITS = ("channel", "kv_group", "query_head", "expert", "expert_channel", "attention", "mlp", "layer")
-NORMALIZATIONS = ("none", "mean", "zscore", "rank", "log")
-REDUCTIONS = ("sum", "mean", "max", "prod", "first", "last")
-ALLOCATIONS = ("uniform", "flap", "similarity", "logarithmic", "global", "profile")
-STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
-REPAIRS = ("none", "bias", "least_squares")
-SCHEDULES = ("cached", "sequential", "best")
-DAMPING_SCALES = ("mean", "column", "median")
 GRAM_PLACES = ("model", "cpu", "disk")
-
-
-def _choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    allowed = tuple(allowed)
-    if value not in allowed:
-        raise ConfigError(f"`{name}` should be one of {', '.join(allowed)}. Found {value!r}.")
-
-
-def _number(name: str, value: Any, low: float, high: float, *, what: str, open_high: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    good = good and low <= value and (value < high if open_high else value <= high)
-    if not good:
-        bracket = ")" if open_high else "]"
-        raise ConfigError(f"`{name}` should be in [{low:g}, {high:g}{bracket}: {what}. Found {value!r}.")
-
-
-def _whole(name: str, value: Any, low: int, *, what: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"`{name}` should be a whole number of at least {low}: {what}. Found {value!r}.")
-
-
-@dataclass(frozen=True, eq=False)
-class TextSource:
-    """Texts in memory as a calibration, selection or report source.
-
-    Args:
-        name (`str`): the domain's name in statistics, journals and cards.
-        texts (iterable of `str`): the documents. They stay out of every JSON: only their digest is written.
-    """
-
-    name: str
-    texts: tuple[str, ...] = field(repr=False)
-
-    def __init__(self, name: str, texts: Iterable[str]) -> None:
-        """Take a name and any iterable of strings; a bare string is refused, since it would be cut into letters."""
-        if isinstance(texts, str):
-            raise ConfigError("`texts` should be a list of documents. Found one string; write [text].")
-        documents = tuple(texts)
-        if any(not isinstance(document, str) for document in documents):
-            raise ConfigError(f"every text of source {name!r} should be a string.")
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "texts", documents)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TextSource:
-        """Return itself: the Auto classes copy every keyword twice per load, and texts never change."""
-        return self
-
-
-Source = str | TextSource
-
-
-def _sources(name: str, value: Any) -> tuple[Source, ...]:
-    if isinstance(value, (str, TextSource)):
-        value = (value,)
-    sources = []
-    for source in value:
-        if isinstance(source, Mapping) and "in_memory" in source:
-            raise ConfigError(
-                f"`{name}` was saved from texts in memory (source {source['in_memory']!r}), which a config file does "
-                "not carry. Pass them again: TextSource(name, texts)."
-            )
-        if not isinstance(source, (str, TextSource)) or not source:
-            raise ConfigError(
-                f"`{name}` should hold file paths, data set names (`name:config:split`), `python`, `self` or "
-                f"TextSource values. Found {source!r}."
-            )
-        sources.append(source)
-    return tuple(sources)
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """The three texts, and how calibration text becomes windows of tokens.
-
-    Args:
-        sources (`tuple[str | TextSource, ...]`, *optional*, defaults to `("python",)`):
-            where calibration text comes from; each source is one domain. A file (txt, jsonl, parquet), a data set name
-            with `:config:split`, `self` (sampled from the model), or `python` (texts that come with CPython, so that a
-            first run works on a machine without a hub; bring text like your model's own for a model you keep).
-        samples (`int`, *optional*, defaults to 256): windows in all, shared equally by the sources.
-        sequence_length (`int`, *optional*, defaults to 512): tokens per window.
-        gradient_samples (`int`, *optional*, defaults to 48): windows of these that also get a backward pass, where a
-            metric needs gradients.
-        domain_weights (`tuple[float, ...]`, *optional*): one weight per source; equal where not given.
-        selection (`tuple[str | TextSource, ...]`, *optional*): what a search minimises.
-        report (`tuple[str | TextSource, ...]`, *optional*): what is reported at the end, never chosen on.
-        evaluation_tokens (`int`, *optional*, defaults to 16384): tokens of report text per source.
-        evaluation_length (`int`, *optional*, defaults to 1024): window length of perplexity.
-    """
-
-    sources: tuple[Source, ...] = ("python",)
-    samples: int = 256
-    sequence_length: int = 512
-    gradient_samples: int = 48
-    domain_weights: tuple[float, ...] = ()
-    selection: tuple[Source, ...] = ()
-    report: tuple[Source, ...] = ()
-    evaluation_tokens: int = 16384
-    evaluation_length: int = 1024
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        for name in ("sources", "selection", "report"):
-            object.__setattr__(self, name, _sources(f"calibration.{name}", getattr(self, name)))
-        object.__setattr__(self, "domain_weights", tuple(float(weight) for weight in self.domain_weights))
-        if not self.sources:
-            raise ConfigError("`calibration.sources` is empty. Name at least one source of text, for example `python`.")
-        _whole("calibration.samples", self.samples, len(self.sources), what="windows, at least one per source")
-        _whole("calibration.sequence_length", self.sequence_length, 8, what="tokens per window")
-        _whole("calibration.gradient_samples", self.gradient_samples, 1, what="windows with a backward pass")
-        _whole("calibration.evaluation_tokens", self.evaluation_tokens, 2, what="tokens per report source")
-        _whole("calibration.evaluation_length", self.evaluation_length, 2, what="tokens per perplexity window")
-        if self.domain_weights:
-            if len(self.domain_weights) != len(self.sources):
-                raise ConfigError(
-                    f"`calibration.domain_weights` should have one weight per source ({len(self.sources)}). "
-                    f"Found {len(self.domain_weights)}."
-                )
-            if min(self.domain_weights) < 0 or sum(self.domain_weights) <= 0:
-                raise ConfigError("`calibration.domain_weights` should be non-negative with a positive sum.")
-
-
-@dataclass(frozen=True)
-class ImportanceConfig:
-    """Which metrics score the units, and how several become one.
-
-    Args:
-        metrics (`dict[str, float]`, *optional*, defaults to `{"obs": 1.0}`): names of `hf_adaprune.importance.METRICS`
-            and their weights in the mixture.
-        normalization (`str`, *optional*, defaults to `"none"`): what is done to each metric before it is weighted:
-            `none`; `mean` (divided by its mean over the model); `zscore` (standardised per site, FLAP); `rank`
-            (its rank in the model over the number of units); `log` (the mixture is a weighted geometric mean).
-        reduction (`str`, *optional*, defaults to `"sum"`): how the matrices of a coupled group are joined by the
-            metrics that score every matrix (magnitude and Taylor): sum, mean, max, prod, first or last (the matrix that
-            reads the units).
-        damping (`float`, *optional*, defaults to 0.01) and damping_scale (`str`, *optional*, defaults to `"column"`):
-            ridge of the metrics that invert moments; see [`RepairConfig`]. By column, because the mean diagonal of a
-            layer with a massive activation would drown every other channel's cost.
-    """
-
-    metrics: Mapping[str, float] = field(default_factory=lambda: {"obs": 1.0})
-    normalization: str = "none"
-    reduction: str = "sum"
-    damping: float = 0.01
-    damping_scale: str = "column"
-
-    def __post_init__(self) -> None:
-        """Check every field. Names of metrics are checked where the table is, in `importance`."""
-        metrics = dict(self.metrics)
-        if not metrics or any(not isinstance(w, (int, float)) or w < 0 for w in metrics.values()):
-            raise ConfigError("`importance.metrics` should map metric names to non-negative weights.")
-        if sum(metrics.values()) <= 0:
-            raise ConfigError("`importance.metrics` should have at least one positive weight.")
-        object.__setattr__(self, "metrics", {name: float(weight) for name, weight in metrics.items()})
-        _choice("importance.normalization", self.normalization, NORMALIZATIONS)
-        _choice("importance.reduction", self.reduction, REDUCTIONS)
-        _choice("importance.damping_scale", self.damping_scale, DAMPING_SCALES)
-        _number("importance.damping", self.damping, 0.0, 1e6, what="ridge strength relative to the scale of the inputs")
-        if self.normalization == "none" and sum(weight > 0 for weight in metrics.values()) > 1:
-            raise ConfigError(
-                "`importance.metrics` mixes several metrics without a normalisation, so the one with the largest "
-                f"numbers would decide alone. Set `importance.normalization` to one of {', '.join(NORMALIZATIONS[1:])}."
-            )
-
-
-@dataclass(frozen=True)
-class AllocationConfig:
-    """How the budget is shared by the sites.
-
-    Args:
-        method (`str`, *optional*, defaults to `"global"`):
-            `uniform` (the same ratio everywhere), `flap` (see `structure`), `similarity` (Adapt-Pruner's map from the
-            cosine of a layer's input and output), `logarithmic` (SlimGPT's schedule over depth), `global` (one
-            threshold on score per parameter), `profile` (ratios from the control points).
-        structure (`str`, *optional*, defaults to `"AL-AM"`): FLAP's uniform or adaptive layers (UL, AL) and uniform,
-            manual or adaptive modules (UM, MM, AM).
-        attention_ratio (`float`, *optional*): share of KV groups to remove where the structure is manual.
-        amplitude (`float`, *optional*, defaults to 0.02) and steps (`int`, *optional*, defaults to 1): Adapt-Pruner's
-            amplitude, and over how many rounds of measuring and cutting the ratio is reached. With one step the
-            amplitude is scaled by the number of increments of 0.02 that the published schedule would take.
-        first_ratio (`float`, *optional*): ratio of the first layer in the logarithmic schedule; a third of the target
-            where not given.
-        profile (`tuple[float, ...]`, *optional*): control points over depth, interpolated linearly. In `global` they
-            multiply scores by `exp(value)`; in `profile` they raise a layer's log-odds of being cut by `-value`. Higher
-            keeps more.
-        attention_balance (`float`, *optional*, defaults to 0.0): the same for attention against MLP; higher keeps more
-            attention.
-        max_site_ratio (`float`, *optional*, defaults to 1.0): no site loses more than this share of its units.
-    """
-
-    method: str = "global"
-    structure: str = "AL-AM"
-    attention_ratio: float | None = None
-    amplitude: float = 0.02
-    steps: int = 1
-    first_ratio: float | None = None
-    profile: tuple[float, ...] = ()
-    attention_balance: float = 0.0
-    max_site_ratio: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        _choice("allocation.method", self.method, ALLOCATIONS)
-        _choice("allocation.structure", self.structure, STRUCTURES)
-        _number("allocation.amplitude", self.amplitude, 0.0, 1.0, what="the spread of ratios over layers")
-        _whole("allocation.steps", self.steps, 1, what="rounds of measuring and cutting")
-        _number("allocation.max_site_ratio", self.max_site_ratio, 0.0, 1.0, what="the largest share a site may lose")
-        object.__setattr__(self, "profile", tuple(float(value) for value in self.profile))
-        for name in ("attention_ratio", "first_ratio"):
-            if getattr(self, name) is not None:
-                _number(f"allocation.{name}", getattr(self, name), 0.0, 1.0, what="a share of units", open_high=True)
-        if self.method == "flap" and self.structure.endswith("MM") and self.attention_ratio is None:
-            raise ConfigError(f"`allocation.structure` {self.structure} needs `allocation.attention_ratio`.")
-
-
-@dataclass(frozen=True)
-class RepairConfig:
-    """How the matrices that read pruned units are updated.
-
-    Args:
-        method (`str`, *optional*, defaults to `"least_squares"`): `none`, `bias` (FLAP: the mean contribution of what
-            was removed) or `least_squares` (ridge regression of the dense output on the kept inputs).
-        intercept (`bool`, *optional*, defaults to `False`): least squares may also move a bias, and gives one to
-            matrices that have none (never in the uniform form). It bought 0.2 % of perplexity in a prototype on
-            SmolLM2-135M, within its noise, and costs checkpoints that need this package for the biases alone.
-        damping (`float`, *optional*, defaults to 0.01): ridge strength, relative to `damping_scale`.
-        damping_scale (`str`, *optional*, defaults to `"mean"`): `mean` of the diagonal (the common choice), `median` of
-            the diagonal, or `column` (each column's own variance: a massive activation damps only itself).
-        schedule (`str`, *optional*, defaults to `"cached"`): `cached` (moments of the dense model, seconds),
-            `sequential` (layer after layer on the pruned model's own activations), or `best` (both, and the one with
-            the lower loss on held-out calibration windows stays).
-        target_mix (`float`, *optional*, defaults to 0.0): sequential only. 0 regresses on what the dense matrix makes
-            of the pruned model's inputs, 1 on the dense model's output, values between on the mixture.
-        regional_steps (`int`, *optional*, defaults to 0): optimiser steps per block on all its matrices against the
-            dense block's output, after the repair. 0 turns it off.
-        regional_learning_rate (`float`, *optional*, defaults to 3e-4): Adam's learning rate for these steps.
-        holdout (`float`, *optional*, defaults to 0.0625): share of the calibration windows that a repair must improve
-            on to be kept; these windows are in no statistic.
-        min_tokens_per_column (`float`, *optional*, defaults to 2.0): fewer calibration tokens than this times the
-            widest matrix are refused.
-    """
-
-    method: str = "least_squares"
-    intercept: bool = False
-    damping: float = 0.01
-    damping_scale: str = "mean"
-    schedule: str = "cached"
-    target_mix: float = 0.0
-    regional_steps: int = 0
-    regional_learning_rate: float = 3e-4
-    holdout: float = 0.0625
-    min_tokens_per_column: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        _choice("repair.method", self.method, REPAIRS)
-        _choice("repair.schedule", self.schedule, SCHEDULES)
-        _choice("repair.damping_scale", self.damping_scale, DAMPING_SCALES)
-        _number("repair.damping", self.damping, 0.0, 1e6, what="ridge strength relative to the scale of the inputs")
-        _number("repair.target_mix", self.target_mix, 0.0, 1.0, what="0 the pruned, 1 the dense model's output")
-        _number("repair.holdout", self.holdout, 0.0, 0.5, what="share of windows held out")
-        _whole("repair.regional_steps", self.regional_steps, 0, what="optimiser steps per block")
-        _number("repair.regional_learning_rate", self.regional_learning_rate, 0.0, 1.0, what="Adam's learning rate")
-        if self.method == "least_squares" and self.schedule == "best" and self.holdout <= 0:
-            raise ConfigError("`repair.schedule='best'` compares on held-out windows; set `repair.holdout` above 0.")
-        _number("repair.min_tokens_per_column", self.min_tokens_per_column, 0.0, 1e6, what="tokens per input column")
 
 
 @dataclass(frozen=True)
@@ -331,7 +72,12 @@ class PruningConfig:
         channel_multiple (`int`, *optional*, defaults to 1): MLP and expert widths are kept multiples of this.
         min_channels (`int`, *optional*, defaults to 1) and min_groups (`int`, *optional*, defaults to 1): floors per
             site. A site loses its last unit only where its sublayer may go.
+        budgets (`dict[str, float]`, *optional*): budgets that all hold together, instead of a ratio: `ratio`,
+            `parameters`, `bytes`, `macs` (multiply-adds per token with `budget_context` tokens of context),
+            `prefill_tokens_per_second` and `decode_tokens_per_second` (at least this fast, on this device).
+        budget_context (`int`, *optional*, defaults to 512): tokens of context behind multiply-adds and speeds.
         calibration, importance, allocation, repair: the parts.
+        search ([`SearchConfig`], *optional*): look for a better config and plan first; none where not given.
         layer_by_layer (`bool`, *optional*, defaults to `False`): the repair runs one decoder layer at a time on the
             pruned model's own activations, with the moments of one layer in memory.
         gram_place (`str`, *optional*, defaults to `"cpu"`): where Gram matrices live: on the `model`'s device, the
@@ -361,10 +107,13 @@ class PruningConfig:
     channel_multiple: int = 1
     min_channels: int = 1
     min_groups: int = 1
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    budget_context: int = 512
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
+    search: SearchConfig | None = None
     layer_by_layer: bool = False
     gram_place: str = "cpu"
     seed: int = 0
@@ -383,11 +132,18 @@ class PruningConfig:
             raise ConfigError("`target_parameters` and `target_bytes` are both set; give one budget.")
         for name in ("target_parameters", "target_bytes"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1, what="the size to reach")
+                check_whole(name, getattr(self, name), 1, what="the size to reach")
+        object.__setattr__(self, "budgets", {name: float(goal) for name, goal in dict(self.budgets).items()})
+        for name, goal in self.budgets.items():
+            check_choice("budgets", name, BUDGETS)
+            check_number(f"budgets[{name!r}]", goal, 0.0, 1e18, what="a size, or a least speed")
+        if self.budgets and (self.target_parameters is not None or self.target_bytes is not None):
+            raise ConfigError("`budgets` and a target are both set; write the target as a budget, too.")
+        check_whole("budget_context", self.budget_context, 2, what="tokens of context")
         units = (self.units,) if isinstance(self.units, str) else tuple(self.units)
         object.__setattr__(self, "units", units)
         for unit in units:
-            _choice("units", unit, UNITS)
+            check_choice("units", unit, UNITS)
         if not units:
             raise ConfigError(f"`units` is empty. Name at least one of {', '.join(UNITS)}.")
         for pair in (("kv_group", "query_head"), ("expert", "expert_channel")):
@@ -414,11 +170,11 @@ class PruningConfig:
                 "rank or log."
             )
         object.__setattr__(self, "protected_layers", tuple(int(layer) for layer in self.protected_layers))
-        _whole("channel_multiple", self.channel_multiple, 1, what="kept widths are multiples of it")
-        _whole("min_channels", self.min_channels, 1, what="channels that every MLP keeps")
-        _whole("min_groups", self.min_groups, 1, what="KV groups that every attention keeps")
-        _choice("gram_place", self.gram_place, GRAM_PLACES)
-        _whole("seed", self.seed, 0, what="the seed of everything drawn at random")
+        check_whole("channel_multiple", self.channel_multiple, 1, what="kept widths are multiples of it")
+        check_whole("min_channels", self.min_channels, 1, what="channels that every MLP keeps")
+        check_whole("min_groups", self.min_groups, 1, what="KV groups that every attention keeps")
+        check_choice("gram_place", self.gram_place, GRAM_PLACES)
+        check_whole("seed", self.seed, 0, what="the seed of everything drawn at random")
         if self.uniform and self.repair.method == "bias":
             raise ConfigError(
                 "`repair.method='bias'` adds biases, which the uniform form cannot carry. Use `least_squares` or "
@@ -436,7 +192,7 @@ class PruningConfig:
         Raises:
             ConfigError: no such recipe, or a change that is out of range.
         """
-        _choice("recipe", name, RECIPES)
+        check_choice("recipe", name, RECIPES)
         return RECIPES[name].with_changes(recipe_name=name, **changes)
 
     def with_changes(self, **changes: Any) -> PruningConfig:
@@ -452,6 +208,8 @@ class PruningConfig:
                     f"PruningConfig has no field {name!r}. It has: {', '.join(f.name for f in fields(self))}."
                 )
             current = getattr(self, name)
+            if name == "search" and current is None and isinstance(value, Mapping):
+                current = SearchConfig()
             if is_dataclass(current) and not isinstance(current, type) and isinstance(value, Mapping):
                 unknown = set(value) - {f.name for f in fields(current)}
                 if unknown:
@@ -484,9 +242,10 @@ class PruningConfig:
             "importance": ImportanceConfig,
             "allocation": AllocationConfig,
             "repair": RepairConfig,
+            "search": SearchConfig,
         }
         for name, kind in parts.items():
-            if name in known:
+            if name in known and not (name == "search" and known[name] is None):
                 if not isinstance(known[name], Mapping):
                     raise ConfigError(f"`{name}` should be a mapping of fields. Found {known[name]!r}.")
                 known[name] = kind(**_known_fields(kind, known[name]))

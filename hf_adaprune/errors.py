@@ -39,3 +39,7 @@ class CheckpointError(AdaPruneError, RuntimeError):
 
 class MissingDependencyError(AdaPruneError, ImportError):
     """An optional dependency is missing; the message names the extra that brings it."""
+
+
+class JournalError(AdaPruneError, ValueError):
+    """A journal of a search that is not there, is none, or belongs to another search."""

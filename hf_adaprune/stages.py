@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .allocation import allocate, target_removal
+from .allocation import allocate
 from .calibration import TokenBlocks, calibration_blocks, report_blocks
 from .compensation import Moments, Repair, check_enough_tokens, output_error, repair_plan
 from .config import PruningConfig, RepairConfig, Source
@@ -21,6 +21,7 @@ from .evaluation import per_window_loss
 from .importance import METRICS, Scores, covariance, needs_of, score_units, unit_of
 from .layerwise import regional_weights, sequential_repairs
 from .masking import masked
+from .offers import target_removal
 from .plan import PruningPlan
 from .recording import collect_statistics, quiet_model
 from .sites import GROUP_UNITS, ModelSites, Site

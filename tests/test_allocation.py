@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from texts import random_blocks
 
 from hf_adaprune import allocation
-from hf_adaprune.allocation import allocate, target_removal
+from hf_adaprune.allocation import allocate
 from hf_adaprune.config import AllocationConfig, PruningConfig, RepairConfig
 from hf_adaprune.errors import BudgetError, ConfigError
 from hf_adaprune.importance import Scores, unit_of
+from hf_adaprune.offers import target_removal
 from hf_adaprune.plan import PruningPlan
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, find_sites

@@ -1,0 +1,97 @@
+"""Strategies without a model of the objective, and TPE through optuna: what the others are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import MissingDependencyError
+from .loop import Proposal, View
+from .space import Choice
+
+__all__ = ["propose_random", "propose_sobol", "propose_tpe"]
+
+
+def propose_random(view: View, count: int) -> Sequence[Proposal]:
+    """Uniform draws; flat on simplices."""
+    found = []
+    for number in range(view.number, view.number + count):
+        generator = torch.Generator().manual_seed(view.seed * 1_000_003 + number)
+        found.append(Proposal(view.space.from_cube(torch.rand(view.space.width, generator=generator))))
+    return found
+
+
+def propose_sobol(view: View, count: int) -> Sequence[Proposal]:
+    """The next points of a scrambled Sobol sequence."""
+    engine = torch.quasirandom.SobolEngine(view.space.width, scramble=True, seed=view.seed)
+    engine.fast_forward(view.done)
+    return [Proposal(view.space.from_cube(draw)) for draw in engine.draw(count, dtype=torch.float64)]
+
+
+def propose_tpe(view: View, count: int) -> Sequence[Proposal]:
+    """Tree-structured Parzen estimator (AdaPruner's optimiser, 2503.06184 eq. 7-11) as optuna implements it.
+
+    A simplex is sampled as free coordinates in [0, 1] that are scaled to add up to 1; pending candidates are told as
+    running trials, from which optuna keeps away.
+
+    Raises:
+        MissingDependencyError: optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the strategy `tpe` is optuna's, which the extra `tpe` brings: pip install hf_adaprune[tpe]."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(
+        seed=view.seed * 1_000_003 + view.number, multivariate=True, constant_liar=True, warn_independent_sampling=False
+    )
+    study = optuna.create_study(sampler=sampler)
+    ranges = _ranges(view, optuna)
+    for trial, value, _ in view.observations():
+        if all(dimension.path in trial.point for dimension in view.space.dimensions):
+            values = _parameters(view, trial.point)
+            study.add_trial(optuna.trial.create_trial(params=values, distributions=ranges, value=value))
+    proposals = []
+    for _ in range(count):
+        asked = study.ask(ranges)
+        proposals.append(Proposal(_point(view, asked.params)))
+    return proposals
+
+
+def _ranges(view: View, optuna: Any) -> dict[str, Any]:
+    names = view.space.names()
+    ranges: dict[str, Any] = {}
+    for dimension, span in view.space.spans():
+        if isinstance(dimension, Choice):
+            ranges[dimension.path] = optuna.distributions.CategoricalDistribution(list(range(dimension.width)))
+        else:
+            for index, (low, high) in zip(range(span.start, span.stop), dimension.bounds(), strict=True):
+                ranges[names[index]] = optuna.distributions.FloatDistribution(low, high)
+    return ranges
+
+
+def _parameters(view: View, point: Any) -> dict[str, Any]:
+    names, vector = view.space.names(), view.space.encode(point).tolist()
+    values: dict[str, Any] = {}
+    for dimension, span in view.space.spans():
+        own = vector[span]
+        if isinstance(dimension, Choice):
+            values[dimension.path] = own.index(max(own))
+        else:
+            values.update(zip(names[span], own, strict=True))
+    return values
+
+
+def _point(view: View, values: dict[str, Any]) -> dict[str, Any]:
+    names = view.space.names()
+    coordinates: list[float] = []
+    for dimension, span in view.space.spans():
+        if isinstance(dimension, Choice):
+            coordinates += [float(index == values[dimension.path]) for index in range(dimension.width)]
+        else:
+            coordinates += [values[name] for name in names[span]]
+    return view.space.decode(torch.tensor(coordinates, dtype=torch.float64))

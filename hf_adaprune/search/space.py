@@ -1,0 +1,493 @@
+"""What a search varies, as data: named dimensions over fields of `PruningConfig`, and points in them.
+
+A point is a flat mapping from field paths to JSON values, so that a point laid over a config is a config. Strategies
+see it as a vector; mixtures are simplices, told to optimisers as linear equalities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..config import PruningConfig
+from ..errors import ConfigError
+
+__all__ = ["Choice", "Number", "Point", "Simplex", "Space", "Vector", "default_space"]
+
+Point = dict[str, Any]
+DEFAULT_LIMIT = 20
+# Where spread matters more than precision: 1e-6 of a weight changes no ranking.
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number between two others.
+
+    Args:
+        path (`str`): field of the config.
+        low, high (`float`): its range.
+        default (`float`): its value in trial 0.
+        log (`bool`): varied by its logarithm.
+        whole (`bool`): a whole number.
+    """
+
+    path: str
+    low: float
+    high: float
+    default: Any
+    log: bool = False
+    whole: bool = False
+
+    @property
+    def width(self) -> int:
+        """Coordinates."""
+        return 1
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom."""
+        return 1
+
+    def bounds(self) -> list[tuple[float, float]]:
+        """Range of every coordinate."""
+        return [(self._scaled(self.low), self._scaled(self.high))]
+
+    def encode(self, value: Any) -> list[float]:
+        """Coordinates of a value."""
+        return [self._scaled(min(max(float(value), self.low), self.high))]
+
+    def decode(self, coordinates: Sequence[float]) -> Any:
+        """The value at coordinates."""
+        value = math.exp(coordinates[0]) if self.log else coordinates[0]
+        value = min(max(value, self.low), self.high)
+        return round(value) if self.whole else float(f"{value:.{_DIGITS}g}")
+
+    def _scaled(self, value: float) -> float:
+        return math.log(value) if self.log else float(value)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Several numbers of one range, such as control points.
+
+    Args:
+        path (`str`): field of the config.
+        low, high (`float`): the range of each.
+        default (`tuple[float, ...]`): the values in trial 0.
+        centred (`bool`): their sum stays 0, where a common shift would change nothing.
+    """
+
+    path: str
+    low: float
+    high: float
+    default: tuple[float, ...]
+    centred: bool = False
+
+    @property
+    def width(self) -> int:
+        """Coordinates."""
+        return len(self.default)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom."""
+        return self.width - self.centred
+
+    def bounds(self) -> list[tuple[float, float]]:
+        """Range of every coordinate."""
+        return [(float(self.low), float(self.high))] * self.width
+
+    def encode(self, value: Any) -> list[float]:
+        """Coordinates of a value; no values are zeros."""
+        return [float(entry) for entry in value] or [0.0] * self.width
+
+    def decode(self, coordinates: Sequence[float]) -> Any:
+        """The value at coordinates."""
+        shift = sum(coordinates) / len(coordinates) if self.centred else 0.0
+        return tuple(round(entry - shift, _DIGITS) for entry in coordinates)
+
+
+@dataclass(frozen=True)
+class Simplex:
+    """Weights that add up to 1.
+
+    Args:
+        path (`str`): field of the config.
+        members (`tuple[str, ...]`): what is weighted.
+        default (`tuple[float, ...]`): the weights in trial 0.
+        named (`bool`): the field is a mapping from members to weights; else a list of weights.
+    """
+
+    path: str
+    members: tuple[str, ...]
+    default: tuple[float, ...]
+    named: bool = False
+
+    @property
+    def width(self) -> int:
+        """Coordinates."""
+        return len(self.members)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom."""
+        return self.width - 1
+
+    def bounds(self) -> list[tuple[float, float]]:
+        """Range of every coordinate."""
+        return [(0.0, 1.0)] * self.width
+
+    def encode(self, value: Any) -> list[float]:
+        """Coordinates of a value; weights are scaled to add up to 1, none are equal ones."""
+        weights = [float(value.get(m, 0.0)) for m in self.members] if self.named else [float(w) for w in value]
+        total = sum(weights)
+        return [weight / total for weight in weights] if total > 0 else [1 / self.width] * self.width
+
+    def decode(self, coordinates: Sequence[float]) -> Any:
+        """The value at coordinates."""
+        # What an optimiser leaves at 1e-9 is zero: a metric at weight zero need not be computed.
+        weights = [entry if entry > 1e-4 else 0.0 for entry in coordinates]
+        total = sum(weights)
+        weights = [round(w / total, _DIGITS) for w in weights] if total > 0 else [1 / self.width] * self.width
+        return dict(zip(self.members, weights, strict=True)) if self.named else tuple(weights)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values; one coordinate for each, of which one is 1.
+
+    Args:
+        path (`str`): field of the config.
+        values (`tuple`): to choose from.
+        default: the value in trial 0.
+    """
+
+    path: str
+    values: tuple[Any, ...]
+    default: Any
+
+    @property
+    def width(self) -> int:
+        """Coordinates."""
+        return len(self.values)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom."""
+        return 1
+
+    def bounds(self) -> list[tuple[float, float]]:
+        """Range of every coordinate."""
+        return [(0.0, 1.0)] * self.width
+
+    def encode(self, value: Any) -> list[float]:
+        """Coordinates of a value."""
+        return [float(entry == value) for entry in self.values]
+
+    def decode(self, coordinates: Sequence[float]) -> Any:
+        """The value at coordinates."""
+        return self.values[max(range(self.width), key=lambda index: coordinates[index])]
+
+
+Dimension = Number | Vector | Simplex | Choice
+
+
+@dataclass(frozen=True)
+class Space:
+    """Dimensions in a fixed order, and fields that every point sets alike.
+
+    Args:
+        dimensions (`tuple[Dimension, ...]`): what varies.
+        fixed (`dict[str, Any]`, *optional*): values by field path that no trial changes, trial 0 included.
+    """
+
+    dimensions: tuple[Dimension, ...]
+    fixed: Mapping[str, Any]
+
+    @property
+    def width(self) -> int:
+        """Coordinates of a point."""
+        return sum(dimension.width for dimension in self.dimensions)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom."""
+        return sum(dimension.freedom for dimension in self.dimensions)
+
+    @property
+    def default(self) -> Point:
+        """The point of trial 0."""
+        return {dimension.path: dimension.decode(dimension.encode(dimension.default)) for dimension in self.dimensions}
+
+    def spans(self) -> Iterator[tuple[Dimension, slice]]:
+        """Dimensions and where their coordinates lie."""
+        start = 0
+        for dimension in self.dimensions:
+            yield dimension, slice(start, start + dimension.width)
+            start += dimension.width
+
+    def names(self) -> list[str]:
+        """One name per coordinate, such as `importance.metrics.fisher` or `allocation.profile.2`."""
+        found = []
+        for dimension in self.dimensions:
+            if isinstance(dimension, Number):
+                found.append(dimension.path)
+            elif isinstance(dimension, Vector):
+                found += [f"{dimension.path}.{index}" for index in range(dimension.width)]
+            else:
+                parts = dimension.members if isinstance(dimension, Simplex) else dimension.values
+                found += [f"{dimension.path}.{part}" for part in parts]
+        return found
+
+    def bounds(self) -> torch.Tensor:
+        """Ranges of the coordinates, `[2, width]`, float64."""
+        pairs = [pair for dimension in self.dimensions for pair in dimension.bounds()]
+        return torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T
+
+    def equalities(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Linear equalities `(indices, coefficients, right side)` as BoTorch takes them: simplices, centred vectors."""
+        found = []
+        for dimension, span in self.spans():
+            right = 1.0 if isinstance(dimension, Simplex) else 0.0
+            if isinstance(dimension, Simplex) or (isinstance(dimension, Vector) and dimension.centred):
+                index = torch.arange(span.start, span.stop)
+                found.append((index, torch.ones(len(index), dtype=torch.float64), right))
+        return found
+
+    def alternatives(self) -> list[dict[int, float]]:
+        """Every combination of the choices as fixed coordinates; one empty one where there are no choices."""
+        found: list[dict[int, float]] = [{}]
+        for dimension, span in self.spans():
+            if isinstance(dimension, Choice):
+                one_hot = [
+                    {span.start + index: float(index == chosen) for index in range(dimension.width)}
+                    for chosen in range(dimension.width)
+                ]
+                found = [{**before, **own} for before in found for own in one_hot]
+        return found
+
+    def encode(self, point: Mapping[str, Any]) -> torch.Tensor:
+        """A point as coordinates `[width]`, float64.
+
+        Raises:
+            ConfigError: the point lacks a dimension.
+        """
+        missing = [dimension.path for dimension in self.dimensions if dimension.path not in point]
+        if missing:
+            raise ConfigError(f"a point of another search space: it lacks {', '.join(missing)}.")
+        parts = [entry for dimension in self.dimensions for entry in dimension.encode(point[dimension.path])]
+        return torch.tensor(parts, dtype=torch.float64)
+
+    def decode(self, coordinates: torch.Tensor) -> Point:
+        """The point at coordinates; rounded, so that it is the same after a trip through JSON."""
+        values = coordinates.tolist()
+        return {dimension.path: dimension.decode(values[span]) for dimension, span in self.spans()}
+
+    def from_cube(self, cube: torch.Tensor) -> Point:
+        """The point of a draw from the unit cube `[width]`: simplices become uniform (flat Dirichlet)."""
+        coordinates: list[float] = []
+        draws = cube.double().clamp(1e-9, 1 - 1e-9).tolist()
+        for dimension, span in self.spans():
+            own = draws[span]
+            if isinstance(dimension, Simplex):
+                exponentials = [-math.log(draw) for draw in own]
+                coordinates += [entry / sum(exponentials) for entry in exponentials]
+            elif isinstance(dimension, Vector) and dimension.centred:
+                raw = [low + draw * (high - low) for draw, (low, high) in zip(own, dimension.bounds(), strict=True)]
+                mean = sum(raw) / len(raw)
+                shifted = [entry - mean for entry in raw]
+                # Shifting may leave the range at one end; shrinking keeps the sum at 0.
+                reach = (
+                    max((e / dimension.high if e > 0 else e / dimension.low) for e in shifted) if any(shifted) else 1
+                )
+                coordinates += [entry / max(1.0, reach) for entry in shifted]
+            elif isinstance(dimension, Choice):
+                coordinates += dimension.encode(dimension.values[own.index(max(own))])
+            else:
+                coordinates += [
+                    low + draw * (high - low) for draw, (low, high) in zip(own, dimension.bounds(), strict=True)
+                ]
+        return self.decode(torch.tensor(coordinates, dtype=torch.float64))
+
+    def apply(self, config: PruningConfig, point: Mapping[str, Any]) -> PruningConfig:
+        """The config that a point stands for. Fields that the space does not know, such as ratios, are taken too."""
+        return apply_fields(config, {**self.fixed, **point})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The space as JSON types."""
+        dimensions = {d.path: {"kind": type(d).__name__.lower(), **_plain(vars(d))} for d in self.dimensions}
+        return {"dimensions": dimensions, "fixed": _plain(self.fixed)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items() if key != "path"}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def apply_fields(config: PruningConfig, values: Mapping[str, Any]) -> PruningConfig:
+    """A config with fields changed by path (`repair.damping`).
+
+    Raises:
+        ConfigError: no such field, or a value out of range.
+    """
+    changes: dict[str, Any] = {}
+    for path, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        part, _, name = path.partition(".")
+        if name:
+            changes.setdefault(part, {})[name] = value
+        else:
+            changes[part] = value
+    return config.with_changes(**changes)
+
+
+def field_of(config: PruningConfig, path: str) -> Any:
+    """The value of a field by path.
+
+    Raises:
+        ConfigError: no such field.
+    """
+    value: Any = config
+    for name in path.split("."):
+        if name.startswith("_") or not hasattr(value, name) or name not in getattr(value, "__dataclass_fields__", {}):
+            raise ConfigError(
+                f"`search.space` names {path!r}, which is no field of PruningConfig. Write part and field, such as "
+                "repair.damping."
+            )
+        value = getattr(value, name)
+    return value
+
+
+# -- the default space ------------------------------------------------------------------------------------------------
+
+# Beside the config's own metrics. All are sums over samples or cheap from them, and positive, so that any mixes.
+METRICS = ("fisher", "obs_gradient_greedy", "first_order", "wanda_sp")
+PROFILE_POINTS = 5
+# A factor of 4.5 on scores at either end: beyond it whole stretches of layers would stay or go.
+PROFILE_REACH, BALANCE_REACH = 1.5, 1.5
+DAMPING = (1e-3, 0.3)
+PARETO_RATIOS = (0.05, 0.5)
+
+
+def default_space(config: PruningConfig, domains: Sequence[str]) -> Space:
+    """The space around a config, with its own `search.space` applied.
+
+    Weights over domains (where there are several), over metrics, their normalisation (where the config mixes metrics),
+    a depth profile of five control points, the balance of attention against MLPs, and the damping of least squares;
+    with `search.pareto` also the pruning ratio. The config itself is the default point.
+
+    Args:
+        config ([`PruningConfig`]): where the search starts.
+        domains (`Sequence[str]`): calibration domains.
+
+    Raises:
+        ConfigError: an unknown field, or a specification that is none; more than 20 dimensions by default.
+    """
+    dimensions: dict[str, Dimension] = {}
+    if len(domains) > 1:
+        weights = config.calibration.domain_weights or (1.0,) * len(domains)
+        dimensions["calibration.domain_weights"] = Simplex("calibration.domain_weights", tuple(domains), weights)
+    own = config.importance
+    if own.normalization in ("log", "mean"):
+        members = tuple(dict.fromkeys((*own.metrics, *METRICS)))
+        weights = tuple(own.metrics.get(name, 0.0) for name in members)
+        dimensions["importance.metrics"] = Simplex("importance.metrics", members, weights, named=True)
+        dimensions["importance.normalization"] = Choice("importance.normalization", ("log", "mean"), own.normalization)
+    if config.allocation.method in ("global", "profile") and not config.uniform:
+        points = config.allocation.profile or (0.0,) * PROFILE_POINTS
+        dimensions["allocation.profile"] = Vector("allocation.profile", -PROFILE_REACH, PROFILE_REACH, points, True)
+        if {"channel", "mlp"} & set(config.units) and {"kv_group", "query_head", "attention"} & set(config.units):
+            dimensions["allocation.attention_balance"] = Number(
+                "allocation.attention_balance", -BALANCE_REACH, BALANCE_REACH, config.allocation.attention_balance
+            )
+    if config.repair.method == "least_squares":
+        low, high = DAMPING
+        damping = config.repair.damping
+        low, high = min(low, damping) or 1e-6, max(high, damping)
+        dimensions["repair.damping"] = Number("repair.damping", low, high, damping, log=True)
+    search = config.search
+    if search is not None and search.pareto is not None:
+        low, high = PARETO_RATIOS
+        ratio = config.pruning_ratio
+        dimensions["pruning_ratio"] = Number("pruning_ratio", min(low, ratio), max(high, ratio), ratio)
+    space = Space(tuple(dimensions.values()), {})
+    changes = dict(search.space) if search is not None else {}
+    for path, given in changes.items():
+        space = _changed(space, config, path, given, domains)
+    if not space.dimensions:
+        raise ConfigError("nothing is left to search: every dimension is fixed. Free one in `search.space`.")
+    if space.freedom > DEFAULT_LIMIT and not changes:
+        raise ConfigError(
+            f"the search space has {space.freedom} dimensions, more than {DEFAULT_LIMIT}. Fix some in `search.space` "
+            "(calibration.domain_weights has one per source), or name those to vary there; `search.surrogate='saas'` "
+            "copes with many."
+        )
+    _check(space, config)
+    return space
+
+
+def _changed(space: Space, config: PruningConfig, path: str, given: Any, domains: Sequence[str]) -> Space:
+    current = field_of(config, path)
+    others = tuple(dimension for dimension in space.dimensions if dimension.path != path)
+    known = next((dimension for dimension in space.dimensions if dimension.path == path), None)
+    position = space.dimensions.index(known) if known is not None else len(others)
+    is_specification = isinstance(given, Mapping) and set(given) <= {
+        "low", "high", "log", "whole", "size", "centred", "choices", "simplex",
+    }  # fmt: skip
+    if not is_specification:
+        return Space(others, {**space.fixed, path: given})
+    dimension = _dimension(path, dict(given), current, known, domains)
+    return Space((*others[:position], dimension, *others[position:]), space.fixed)
+
+
+def _dimension(
+    path: str, given: dict[str, Any], current: Any, known: Dimension | None, domains: Sequence[str]
+) -> Dimension:
+    if "choices" in given:
+        values = tuple(given["choices"])
+        return Choice(path, values, current if current in values else values[0])
+    if "simplex" in given:
+        named = isinstance(current, Mapping)
+        members = tuple(given["simplex"]) if given["simplex"] is not True else tuple(current) or tuple(domains)
+        if len(members) < 2:
+            raise ConfigError(f"`search.space[{path!r}]` weights fewer than two things: {list(members)}.")
+        default = tuple(current.get(m, 0.0) for m in members) if named else tuple(current)
+        return Simplex(path, members, default or (1.0,) * len(members), named)
+    if isinstance(known, (Number, Vector)) and not given.get("size"):
+        return replace(known, **given)
+    if not {"low", "high"} <= set(given) or not given["low"] < given["high"]:
+        raise ConfigError(
+            f"`search.space[{path!r}]` should be a value (fixes the field), or a mapping with `low` < `high`, `choices` "
+            f"or `simplex`. Found {given!r}."
+        )
+    low, high = float(given["low"]), float(given["high"])
+    if given.get("log") and low <= 0:
+        raise ConfigError(f"`search.space[{path!r}]` is logarithmic; `low` should be above 0. Found {low:g}.")
+    if given.get("size"):
+        values = tuple(current) if current else ()
+        default = values if len(values) == given["size"] else (0.0,) * int(given["size"])
+        return Vector(path, low, high, default, bool(given.get("centred")))
+    if current is None or not low <= current <= high:
+        current = math.sqrt(low * high) if given.get("log") else (low + high) / 2
+    return Number(path, low, high, current, bool(given.get("log")), bool(given.get("whole")))
+
+
+def _check(space: Space, config: PruningConfig) -> None:
+    """Every corner that one dimension alone can reach is a valid config; told before any trial."""
+    default = space.default
+    space.apply(config, default)
+    for dimension in space.dimensions:
+        ends: list[Any] = []
+        if isinstance(dimension, Number):
+            ends = [dimension.low, dimension.high]
+            ends = [round(end) for end in ends] if dimension.whole else ends
+        elif isinstance(dimension, Choice):
+            ends = list(dimension.values)
+        for end in ends:
+            space.apply(config, {**default, dimension.path: end})
