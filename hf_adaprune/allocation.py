@@ -9,9 +9,9 @@ attention (FLAP's MM structures) alone exceeds the target.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,15 +22,19 @@ from .offers import Offer, offers_of, protected_layers, target_removal
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites
 
-__all__ = ["allocate"]
+__all__ = ["TargetError", "allocate"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
+class TargetError(BudgetError):
+    """The rules do not let the target go; `reached` is how many parameters they do, at most."""
+
+    reached: int = 0
+
+
+class _Step(NamedTuple):
     """One thing that may go in a global ranking, after everything that stands before it in its list."""
 
     value: float
-    removes: int
     offer: int | None = None
     level: int = 0
     layer: int | None = None
@@ -134,28 +138,49 @@ def _global(
     if config.uniform and offers:
         return _shaped(sites, config, offers, target, [1.0] * len(offers))
     factor = _modifier(sites, config)
-    steps: list[_Step] = []
-    for number, offer in enumerate(offers):
-        scale = factor(offer.site.layer, offer.site.kind)
-        steps.extend(_offer_steps(number, offer, scale, per_parameter))
-    steps.extend(_whole_steps(sites, scores, config, factor, per_parameter))
-    if not steps:
+    whole = list(_whole_steps(sites, scores, config, factor, per_parameter))
+    if not whole and not any(len(offer.levels) > 1 for offer in offers):
         raise ConfigError(f"`units` {config.units} and `protected_layers` leave nothing that may go.")
-    return _take(sites, config, _State(sites, offers, start), steps, target)
+    scales = {number: factor(offer.site.layer, offer.site.kind) for number, offer in enumerate(offers)}
+    return _take(sites, config, _State(sites, offers, start), _ranked(offers, scales, per_parameter, whole), target)
 
 
-def _offer_steps(number: int, offer: Offer, scale: float, per_parameter: bool) -> Iterator[_Step]:
+def _ranked(
+    offers: list[Offer], scales: Mapping[int, float], per_parameter: bool, whole: Sequence[_Step] = ()
+) -> Iterator[_Step]:
+    """Steps of the offers named in `scales`, and whole parts, the cheapest first; of equal ones whole parts first.
+
+    Few of the tens of thousands of steps are taken, so a step becomes an object only when its turn comes.
+    """
+    values = [torch.tensor([step.value for step in whole], dtype=torch.float64)]
+    values.extend(_offer_values(offers[number], scale, per_parameter) for number, scale in scales.items())
+    order = torch.cat(values).sort(stable=True)
+    owners = torch.repeat_interleave(torch.tensor([len(own) for own in values]))
+    firsts = torch.tensor([0, *(len(own) for own in values)]).cumsum(0)[:-1]
+    positions = order.indices - firsts[owners[order.indices]]
+    numbers = [-1, *scales]
+    listed = (order.values.tolist(), owners[order.indices].tolist(), positions.tolist())
+    for value, owner, position in zip(*listed, strict=True):
+        if owner == 0:
+            yield whole[position]
+        else:
+            number = numbers[owner]
+            yield _Step(value, offer=number, level=offers[number].levels[position + 1])
+
+
+def _offer_values(offer: Offer, scale: float, per_parameter: bool) -> torch.Tensor:
+    """Price of every step from one level of an offer to the next, `[levels - 1]`, float64."""
     # Only over what can still go: units of earlier rounds carry huge negative scores, which would round the rest away.
     first = offer.levels[0]
     cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), offer.scores[first:].double().cumsum(0)])
-    floor = -math.inf
-    for low, high in zip(offer.levels, offer.levels[1:], strict=False):
-        removes = offer.removed(high) - offer.removed(low)
-        value = float(cumulative[high - first] - cumulative[low - first])
-        value = value / max(1, (high - low) * offer.cost) if per_parameter else value / (high - low)
-        # A step can only follow the ones before it, so its price is never below theirs.
-        floor = max(floor, _weighted(value, scale))
-        yield _Step(floor, removes, offer=number, level=high)
+    levels = torch.tensor(offer.levels) - first
+    counts = levels.diff()
+    if not len(counts):
+        return torch.zeros(0, dtype=torch.float64)
+    value = cumulative[levels[1:]] - cumulative[levels[:-1]]
+    value = value / (counts * offer.cost).clamp(min=1) if per_parameter else value / counts
+    # A step can only follow the ones before it, so its price is never below theirs.
+    return torch.where(value > 0, value * scale, value / scale).cummax(0).values
 
 
 def _whole_steps(
@@ -167,19 +192,19 @@ def _whole_steps(
         if kind in config.units and site.layer not in protected:
             removes = site.sublayer_parameters
             value = _weighted(scores.sublayers[site.name], factor(site.layer, site.kind))
-            yield _Step(value / removes if per_parameter else value, removes, sublayer=site.name)
+            yield _Step(value / removes if per_parameter else value, sublayer=site.name)
     if "layer" in config.units:
         sites.check_layers_may_go()
         for layer, removes in enumerate(sites.layer_parameters):
             if layer not in protected:
                 value = _weighted(float(scores.layers[layer]), factor(layer, "layer"))
-                yield _Step(value / removes if per_parameter else value, removes, layer=layer)
+                yield _Step(value / removes if per_parameter else value, layer=layer)
 
 
-def _take(sites: ModelSites, config: PruningConfig, state: _State, steps: Sequence[_Step], target: int) -> PruningPlan:
-    """Take steps from the cheapest on until the target is met, then give back what was not needed."""
+def _take(sites: ModelSites, config: PruningConfig, state: _State, steps: Iterable[_Step], target: int) -> PruningPlan:
+    """Take steps, which come cheapest first, until the target is met, then give back what was not needed."""
     taken: list[_Step] = []
-    for step in sorted(steps, key=lambda s: (s.value, s.offer if s.offer is not None else -1, s.level)):
+    for step in steps:
         if state.removed >= target:
             break
         if state.take(step):
@@ -442,16 +467,10 @@ def _manual_adaptive(sites: ModelSites, config: PruningConfig, offers: list[Offe
     state = _State(sites, offers)
     wanted = round((config.allocation.attention_ratio or 0.0) * sum(offers[number].steps for number in attention))
     wanted = max(0, wanted - sum(state.levels[number] for number in attention))
-    ranked = [step for number in attention for step in _offer_steps(number, offers[number], 1.0, per_parameter=False)]
-    for step in sorted(ranked, key=lambda s: s.value)[:wanted]:
+    for step in islice(_ranked(offers, dict.fromkeys(attention, 1.0), per_parameter=False), wanted):
         state.take(step)
-    rest = [
-        step
-        for number, offer in enumerate(offers)
-        if number not in attention
-        for step in _offer_steps(number, offer, 1.0, per_parameter=False)
-    ]
-    for step in sorted(rest, key=lambda s: (s.value, s.offer or 0, s.level)):
+    rest = {number: 1.0 for number in range(len(offers)) if number not in attention}
+    for step in _ranked(offers, rest, per_parameter=False):
         if state.removed >= target:
             break
         state.take(step)
@@ -460,11 +479,13 @@ def _manual_adaptive(sites: ModelSites, config: PruningConfig, offers: list[Offe
     return state.plan(sites)
 
 
-def _unreachable(sites: ModelSites, config: PruningConfig, reached: int, target: int) -> BudgetError:
+def _unreachable(sites: ModelSites, config: PruningConfig, reached: int, target: int) -> TargetError:
     total = sites.decoder_parameters
     ratio = max(0.0, reached / total - 5e-4)
-    return BudgetError(
+    error = TargetError(
         f"at most {reached:,} of {total:,} decoder-layer parameters ({reached / total:.1%}) may go with `units` "
         f"{config.units}, floors, multiples and protected layers as they are; {target:,} ({target / total:.1%}) were "
         f"asked for. Allow more units, protect fewer layers, or lower the ratio to at most {ratio:.3f}."
     )
+    error.reached = reached
+    return error

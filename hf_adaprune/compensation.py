@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from .config import RepairConfig
 from .errors import CalibrationError
-from .importance import cholesky, covariance, ridge_diagonal
+from .importance import cholesky, covariance, ridge_diagonal, second_moments
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
 from .statistics import Statistics
@@ -57,7 +57,12 @@ class Moments:
 
 
 def repair_plan(
-    sites: ModelSites, plan: PruningPlan, statistics: Statistics | None, weights: torch.Tensor, config: RepairConfig
+    sites: ModelSites,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    weights: torch.Tensor,
+    config: RepairConfig,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Repair]:
     """Repair every site that a plan cuts, from cached moments of the dense model.
 
@@ -67,6 +72,8 @@ def repair_plan(
         statistics ([`Statistics`]): with Gram matrices for least squares; sums are enough for `bias`.
         weights (`torch.Tensor`): sample weights, `[samples]`.
         config ([`RepairConfig`]): method, damping, intercept.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float64`): of the algebra. float32 is twice as fast, enough
+            for a trial, and not for a model that is kept.
 
     Returns:
         `dict[str, Repair]`: by site name; empty where the method is `none`.
@@ -83,6 +90,11 @@ def repair_plan(
             tokens = (statistics.tokens * weights).sum().double()
             mean = kept_sums.sum(0).double() / tokens
             repairs[name] = bias_repair(site, kept, mean)
+        elif site.kind != "experts" and not config.intercept:
+            matrix, _, _ = second_moments(site, statistics, weights, dtype)
+            weight = site.reader.weight.to(matrix.device, matrix.dtype)
+            columns = site.column_index(kept).to(matrix.device)
+            repairs[name] = Repair(_regress(weight, matrix, columns, config).float().cpu())
         else:
             matrix, mean, _ = covariance(site, statistics, weights)
             repairs[name] = repair_from_moments(site, kept, Moments(matrix, mean), config)
@@ -124,10 +136,11 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
     matrix, mean = moments.covariance, moments.mean
     weight = site.reader.weight.to(matrix.device).double()
     columns = site.column_index(kept).to(matrix.device)
-    cross = matrix if moments.cross is None else moments.cross
+    cross = moments.cross
     goal = mean if moments.target_mean is None else moments.target_mean
     if not config.intercept:
-        matrix, cross = matrix + torch.outer(mean, mean), cross + torch.outer(goal, mean)
+        matrix = matrix + torch.outer(mean, mean)
+        cross = None if cross is None else cross + torch.outer(goal, mean)
     new = _regress(weight, matrix, columns, config, cross)
     if not config.intercept:
         return Repair(new.float().cpu())
@@ -146,10 +159,23 @@ def _regress(
 ) -> torch.Tensor:
     inner = matrix.index_select(0, columns).index_select(1, columns)
     ridge = ridge_diagonal(inner, config.damping, config.damping_scale)
-    cross = matrix if cross is None else cross
-    target = weight @ cross.index_select(1, columns) + weight.index_select(1, columns) * ridge
-    factor = cholesky(inner + torch.diag(ridge))
-    return torch.cholesky_solve(target.T, factor).T
+    kept = weight.index_select(1, columns)
+    inner.diagonal().add_(ridge)
+    # Columns are scaled to one diagonal: a massive activation would cost float32 all its digits.
+    scale = inner.diagonal().clamp(min=1e-30).rsqrt()
+    factor = cholesky(inner.mul_(scale).mul_(scale[:, None]))
+    if cross is not None:
+        target = weight @ cross.index_select(1, columns) + kept * ridge
+        return (torch.cholesky_solve(target.T * scale[:, None], factor) * scale[:, None]).T
+    # The dense weights on the kept columns solve for themselves, so only what the removed ones add is left to solve.
+    stays = torch.zeros(matrix.shape[0], dtype=torch.bool, device=matrix.device)
+    stays[columns] = True
+    removed = (~stays).nonzero().flatten()
+    between = matrix.index_select(0, removed).index_select(1, columns).T * scale[:, None]
+    own = weight.index_select(1, removed)
+    if len(removed) < len(weight):
+        return kept + own @ (torch.cholesky_solve(between, factor) * scale[:, None]).T
+    return kept + (torch.cholesky_solve(between @ own.T, factor) * scale[:, None]).T
 
 
 def _repair_experts(site: Site, kept: SitePlan, moments: Moments, config: RepairConfig) -> Repair:

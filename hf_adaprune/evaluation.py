@@ -15,7 +15,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from transformers.utils import logging as transformers_logging
 
 from .calibration import TokenBlocks
@@ -28,17 +27,22 @@ if TYPE_CHECKING:
 __all__ = [
     "ChoiceRow",
     "Measurement",
+    "TopTokens",
     "kl_divergence",
     "mean_over_windows",
     "multiple_choice",
+    "per_row_errors",
     "per_window_kl",
     "per_window_loss",
+    "per_window_top_kl",
     "perplexity",
     "read_rows",
     "throughput",
+    "top_tokens",
 ]
 
 CHUNK_POSITIONS = 256
+BUFFER_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,31 @@ def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK_POSITIONS, length)) for start in range(0, length, CHUNK_POSITIONS))
 
 
+def _log_normalizers(logits: torch.Tensor) -> torch.Tensor:
+    """`logsumexp` over the vocabulary, float32 `[positions]`, of logits `[positions, vocabulary]`.
+
+    In place in one small buffer that stays in the cache: five times as fast on a CPU as `torch.logsumexp`, which makes
+    float32 copies of everything, at 49,152 tokens of vocabulary.
+    """
+    found = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    buffer = torch.empty(min(BUFFER_POSITIONS, len(logits)), logits.shape[-1], device=logits.device)
+    for start in range(0, len(logits), BUFFER_POSITIONS):
+        part = logits[start : start + BUFFER_POSITIONS]
+        own = buffer[: len(part)]
+        own.copy_(part)
+        highest = own.amax(-1, keepdim=True)
+        own.sub_(highest).exp_()
+        found[start : start + len(part)] = own.sum(-1).log() + highest[:, 0]
+    return found
+
+
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross entropy in nats, float64 `[positions]` on the CPU, of logits `[positions, vocabulary]`."""
-    targets = targets.to(logits.device)
-    parts = [F.cross_entropy(logits[part].float(), targets[part], reduction="none") for part in _chunks(len(targets))]
-    return torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)
+    if not len(targets):
+        return torch.zeros(0, dtype=torch.float64)
+    logits = logits[: len(targets)].detach()
+    own = logits.gather(-1, targets.to(logits.device)[:, None])[:, 0].float()
+    return (_log_normalizers(logits) - own).cpu().double()
 
 
 def _token_divergences(logits: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
@@ -185,6 +209,95 @@ def per_window_kl(
 
     with eval_mode(model), eval_mode(torch.nn.Module() if isinstance(dense, torch.Tensor) else dense):
         return _sums(blocks, batch_size, divergences)
+
+
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """The most likely next tokens of a model at every position of some windows: all that a divergence mostly is.
+
+    Args:
+        tokens (`torch.Tensor`): token ids `[windows, positions, k]`, int32.
+        log_probabilities (`torch.Tensor`): of these, `[windows, positions, k]`, float32, descending.
+    """
+
+    tokens: torch.Tensor
+    log_probabilities: torch.Tensor
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.tokens)
+
+
+def top_tokens(model: PreTrainedModel, blocks: TokenBlocks, k: int = 128, batch_size: int = 1) -> TopTokens:
+    """The `k` most likely next tokens at every position that [`per_window_loss`] scores.
+
+    At `k` 128 they take 1 KiB per position, where logits of 49,152 tokens take 96.
+
+    Args:
+        model (`PreTrainedModel`): the dense model.
+        blocks (`TokenBlocks`): the text.
+        k (`int`, *optional*, defaults to 128): how many.
+        batch_size (`int`, *optional*, defaults to 1): windows per forward.
+    """
+    tokens, values = [], []
+    with eval_mode(model), torch.inference_mode():
+        for batch in blocks.batches(batch_size):
+            logits = _logits(model, batch.input_ids, batch.attention_mask)
+            width = blocks.input_ids.shape[1] - 1
+            for window in logits:
+                parts = [_top(window[part], k) for part in _chunks(min(len(window), width))]
+                index, value = (torch.cat(own) for own in zip(*parts, strict=True))
+                short = width - len(index)  # batches without padding are shorter
+                tokens.append(torch.nn.functional.pad(index, (0, 0, 0, short)))
+                values.append(torch.nn.functional.pad(value, (0, 0, 0, short)))
+    return TopTokens(torch.stack(tokens).clone(), torch.stack(values).clone())
+
+
+def _top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = logits.float()
+    values, index = logits.topk(min(k, logits.shape[-1]))
+    return index.int().cpu(), (values - logits.logsumexp(-1, keepdim=True)).cpu()
+
+
+def per_window_top_kl(
+    model: PreTrainedModel, dense: TopTokens, blocks: TokenBlocks, batch_size: int = 1
+) -> torch.Tensor:
+    """Summed KL(dense || model) of every window over the dense model's top tokens and all others as one event.
+
+    Joining events never raises a divergence, so this is a lower bound of [`per_window_kl`].
+
+    Args:
+        model (`PreTrainedModel`): the pruned model.
+        dense ([`TopTokens`]): of the dense model on these windows.
+        blocks (`TokenBlocks`): the text.
+        batch_size (`int`, *optional*, defaults to 1): windows per forward.
+
+    Returns:
+        `torch.Tensor` of shape `[windows, 2]`: summed divergence in nats and number of positions, float64, on the CPU.
+    """
+
+    def divergences(batch: TokenBlocks, first: int) -> list[torch.Tensor]:
+        logits = _logits(model, batch.input_ids, batch.attention_mask)
+        lengths = [max(length - 1, 0) for length in batch.attention_mask.sum(dim=1).tolist()]
+        return [
+            _top_divergences(logits[row, :length], dense.tokens[first + row], dense.log_probabilities[first + row])
+            for row, length in enumerate(lengths)
+        ]
+
+    with eval_mode(model):
+        return _sums(blocks, batch_size, divergences)
+
+
+def _top_divergences(logits: torch.Tensor, tokens: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """KL over top tokens and the rest, float64 `[positions]` on the CPU, of logits `[positions, vocabulary]`."""
+    tokens, dense = tokens[: len(logits)].to(logits.device).long(), dense[: len(logits)].to(logits.device)
+    log_q = (logits.gather(-1, tokens).float() - _log_normalizers(logits)[:, None]).double()
+    log_p = dense.double()
+    p, q = log_p.exp(), log_q.exp()
+    top = (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)
+    p_rest, q_rest = (1 - p.sum(-1)).clamp(min=0), (1 - q.sum(-1)).clamp(min=1e-12)
+    rest = torch.where(p_rest > 0, p_rest * (p_rest.clamp(min=1e-300) / q_rest).log(), 0.0)
+    return (top + rest).cpu()
 
 
 def mean_over_windows(name: str, sums: torch.Tensor) -> Measurement:
@@ -302,6 +415,30 @@ def multiple_choice(
     Raises:
         CalibrationError: there are no rows, or a row makes no tokens.
     """
+    scores, tokens = _choice_scores(model, tokenizer, rows, batch_size)
+    normed = _by_length(scores, rows)
+    return {"acc": _accuracy("acc", scores, rows, tokens), "acc_norm": _accuracy("acc_norm", normed, rows, tokens)}
+
+
+def per_row_errors(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 8
+) -> list[float]:
+    """1 for every multiple-choice row that the model gets wrong by `acc_norm`, else 0; see [`multiple_choice`]."""
+    normed = _by_length(_choice_scores(model, tokenizer, rows, batch_size)[0], rows)
+    return [float(values.index(max(values)) != row.label) for values, row in zip(normed, rows, strict=True)]
+
+
+def _by_length(scores: list[list[float]], rows: Sequence[ChoiceRow]) -> list[list[float]]:
+    return [
+        [score / len(text) for score, text in zip(values, row.choices, strict=True)]
+        for values, row in zip(scores, rows, strict=True)
+    ]
+
+
+def _choice_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int
+) -> tuple[list[list[float]], int]:
+    """Log-likelihood of every choice of every row, and the number of scored tokens."""
     if not rows:
         raise CalibrationError("there are no multiple-choice rows to score. Give at least one.")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -326,12 +463,7 @@ def multiple_choice(
                     part = logits[position, len(row_ids) - len(continuation) : len(row_ids)]
                     scores[index][choice] = -float(_token_losses(part, torch.tensor(continuation)).sum())
                     tokens += len(continuation)
-    acc = _accuracy("acc", scores, rows, tokens)
-    normed = [
-        [score / len(text) for score, text in zip(values, row.choices, strict=True)]
-        for values, row in zip(scores, rows, strict=True)
-    ]
-    return {"acc": acc, "acc_norm": _accuracy("acc_norm", normed, rows, tokens)}
+    return scores, tokens
 
 
 def _accuracy(name: str, scores: list[list[float]], rows: Sequence[ChoiceRow], tokens: int) -> Measurement:

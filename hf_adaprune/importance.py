@@ -19,7 +19,19 @@ from .errors import ConfigError, StatisticsError
 from .sites import WIDTH_UNITS, ModelSites, Site
 from .statistics import Needs, SiteStatistics, Statistics
 
-__all__ = ["METRICS", "Metric", "Scores", "needs_of", "score_units", "unit_of"]
+__all__ = [
+    "METRICS",
+    "Context",
+    "Metric",
+    "Scores",
+    "block_influence",
+    "mix_scores",
+    "needs_of",
+    "raw_scores",
+    "score_units",
+    "scored_kinds",
+    "unit_of",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Metric:
         fold (`str`): how columns become units: `sum` or `mean`.
         needs ([`Needs`]): what it reads from the statistics.
         source (`str`): paper and equation.
+        linear (`bool`): linear in the sample weights.
     """
 
     function: MetricFunction
@@ -72,6 +85,7 @@ class Metric:
     fold: str = "sum"
     needs: Needs = NOTHING
     source: str = ""
+    linear: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,32 +153,70 @@ def score_units(
     needs_of(config)
     weights = torch.ones(len(statistics.tokens)) if weights is None else weights
     context = Context(statistics, weights, config.reduction, config.damping, config.damping_scale, seed)
-    kinds = {site.name: unit_of(site, units) or _finest(site) for site in sites}
+    kinds = scored_kinds(sites, units)
+    raw = {name: raw_scores(sites, kinds, name, context) for name, weight in config.metrics.items() if weight > 0}
+    influence = block_influence(context) if config.metrics.get("block_influence") else None
+    return mix_scores(sites, kinds, raw, config, influence)
+
+
+def scored_kinds(sites: ModelSites, units: tuple[str, ...]) -> dict[str, str]:
+    """The width unit that is scored at every site: the one that may go, or the finest where none may."""
+    return {site.name: unit_of(site, units) or _finest(site) for site in sites}
+
+
+def raw_scores(sites: ModelSites, kinds: Mapping[str, str], name: str, context: Context) -> dict[str, torch.Tensor]:
+    """One metric's own numbers by site, float64: `[columns]` or `[units]`, as the metric's level says.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        kinds (`dict[str, str]`): see [`scored_kinds`].
+        name (`str`): of the metric.
+        context ([`Context`]): statistics, sample weights, damping.
+
+    Raises:
+        StatisticsError: the statistics lack what the metric reads, or a number is not finite.
+    """
+    metric = METRICS[name]
+    bar = transformers_logging.tqdm(sites, desc=f"scores, {name}", unit="site", total=len(sites))
+    raw = {site.name: metric.function(site, kinds[site.name], context).double() for site in bar}
+    for site_name, scores in raw.items():
+        if not torch.isfinite(scores).all():
+            raise StatisticsError(f"{site_name}: scores of metric {name!r} are not finite. Check the calibration text.")
+    return raw
+
+
+def mix_scores(
+    sites: ModelSites,
+    kinds: Mapping[str, str],
+    raw: Mapping[str, Mapping[str, torch.Tensor]],
+    config: ImportanceConfig,
+    influence: torch.Tensor | None = None,
+) -> Scores:
+    """Normalise the metrics' numbers, fold them into units, and mix them by the config's weights.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        kinds (`dict[str, str]`): see [`scored_kinds`].
+        raw (`dict[str, dict[str, torch.Tensor]]`): by metric with a positive weight, what [`raw_scores`] gives.
+        config ([`ImportanceConfig`]): weights and normalisation.
+        influence (`torch.Tensor`, *optional*): block influence `[layers]`, where it is one of the metrics.
+    """
     mixed = {name: torch.zeros(sites.by_name[name].units(kind)) for name, kind in kinds.items()}
     layers = torch.zeros(len(sites.layers), dtype=torch.float64)
     total = sum(config.metrics.values())
-    for name, weight in config.metrics.items():
-        if weight <= 0:
-            continue
-        metric = METRICS[name]
-        if name == "block_influence":
-            layers += weight / total * _block_influence(context)
-        bar = transformers_logging.tqdm(sites, desc=f"scores, {name}", unit="site", total=len(sites))
-        raw = {site.name: metric.function(site, kinds[site.name], context).double() for site in bar}
-        for site_name, scores in raw.items():
-            if not torch.isfinite(scores).all():
-                raise StatisticsError(
-                    f"{site_name}: scores of metric {name!r} are not finite. Check the calibration text."
-                )
-        for site_name, scores in _normalized(sites, kinds, raw, metric, config.normalization).items():
-            mixed[site_name] = mixed[site_name] + weight / total * scores
+    for name, scores in raw.items():
+        share = config.metrics[name] / total
+        if name == "block_influence" and influence is not None:
+            layers += share * influence
+        for site_name, own in _normalized(sites, kinds, scores, METRICS[name], config.normalization).items():
+            mixed[site_name] = mixed[site_name] + share * own
     if config.normalization == "log":
         mixed = {name: scores.exp() for name, scores in mixed.items()}
     sublayers = {name: float(scores.sum()) for name, scores in mixed.items()}
     if not config.metrics.get("block_influence"):
         for site in sites:
             layers[site.layer] += sublayers[site.name]
-    return Scores(mixed, kinds, sublayers, layers)
+    return Scores(mixed, dict(kinds), sublayers, layers)
 
 
 def _finest(site: Site) -> str:
@@ -246,6 +298,38 @@ def domain_mixture(statistics: Statistics, weights: torch.Tensor) -> torch.Tenso
     return torch.zeros(len(counts)).index_add(0, statistics.domain, weights.float()) / counts
 
 
+def second_moments(
+    site: Site, statistics: Statistics, weights: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Second moments `[columns, columns]`, mean `[columns]` and token count of the inputs of a reader.
+
+    For experts the moments are `[experts, channels, channels]`, and the mean is zero.
+
+    Args:
+        site ([`Site`]): the site.
+        statistics ([`Statistics`]): with Gram matrices.
+        weights (`torch.Tensor`): sample weights `[samples]`.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float64`): of the moments.
+
+    Raises:
+        StatisticsError: no Gram matrices were kept.
+    """
+    kept = statistics.sites[site.name]
+    gram = _need(kept.gram, "Gram matrices", site)
+    mixture = domain_mixture(statistics, weights)
+    per_sample = mixture[statistics.domain if len(mixture) > 1 else torch.zeros_like(statistics.domain)]
+    tokens = float((statistics.tokens * per_sample).sum())
+    scaled = (mixture / max(tokens, 1.0)).to(gram.device)
+    if len(gram) == 1:
+        second = gram[0].to(dtype) * float(scaled[0])
+    else:
+        second = torch.mv(gram.reshape(len(gram), -1).T, scaled).reshape(gram.shape[1:]).to(dtype)
+    if site.kind == "experts":
+        return second, torch.zeros(site.columns, dtype=dtype), tokens
+    mean = (kept.sums * per_sample[:, None]).sum(0).double() / max(tokens, 1.0)
+    return second, mean.to(second.device, dtype), tokens
+
+
 def covariance(site: Site, statistics: Statistics, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Centred covariance `[columns, columns]`, mean `[columns]` and token count of the inputs of a reader.
 
@@ -254,17 +338,8 @@ def covariance(site: Site, statistics: Statistics, weights: torch.Tensor) -> tup
     Raises:
         StatisticsError: no Gram matrices were kept.
     """
-    kept = statistics.sites[site.name]
-    gram = _need(kept.gram, "Gram matrices", site)
-    mixture = domain_mixture(statistics, weights)
-    mixed = torch.einsum("d,d...->...", mixture.to(gram.device), gram) if len(gram) > 1 else gram[0] * float(mixture[0])
-    per_sample = mixture[statistics.domain if len(mixture) > 1 else torch.zeros_like(statistics.domain)]
-    tokens = float((statistics.tokens * per_sample).sum())
-    second = mixed.double() / max(tokens, 1.0)
-    if site.kind == "experts":
-        return second, torch.zeros(site.columns, dtype=torch.float64), tokens
-    mean = ((kept.sums * per_sample[:, None]).sum(0).double() / max(tokens, 1.0)).to(second.device)
-    return second - torch.outer(mean, mean), mean, tokens
+    second, mean, tokens = second_moments(site, statistics, weights)
+    return (second if site.kind == "experts" else second - torch.outer(mean, mean)), mean, tokens
 
 
 def ridge_diagonal(matrix: torch.Tensor, damping: float, scale: str) -> torch.Tensor:
@@ -498,7 +573,8 @@ def _obs_gradient_greedy(site: Site, kind: str, context: Context) -> torch.Tenso
     return _obs_with(site, kind, context, output_importance(site, context), greedy=True)
 
 
-def _block_influence(context: Context) -> torch.Tensor:
+def block_influence(context: Context) -> torch.Tensor:
+    """ShortGPT's influence of every layer (2403.03853, eq. 1): one minus the cosine of input and output, `[layers]`."""
     cosine = context.statistics.cosine
     if cosine is None:
         raise StatisticsError("the statistics hold no layer cosines. Collect them with needs_of(config).")
@@ -509,7 +585,7 @@ def _block_influence(context: Context) -> torch.Tensor:
 
 def _influence_share(site: Site, kind: str, context: Context) -> torch.Tensor:
     units = site.units(kind)
-    return torch.full((units,), float(_block_influence(context)[site.layer]) / units)
+    return torch.full((units,), float(block_influence(context)[site.layer]) / units)
 
 
 _WITH_GRADIENTS = Needs(gradients=True)
@@ -528,9 +604,14 @@ METRICS: dict[str, Metric] = {
     "taylor_element_first": Metric(_taylor("first"), needs=_WITH_ELEMENTS, source=_PRUNER),
     "taylor_element_second": Metric(_taylor("second"), needs=_WITH_ELEMENTS, source=_PRUNER),
     "taylor_element_mixed": Metric(_taylor("mixed"), needs=_WITH_ELEMENTS, source=_PRUNER),
-    "first_order": Metric(_first_order, needs=_WITH_GRADIENTS, source="mean absolute first-order term of a unit"),
+    "first_order": Metric(
+        _first_order, needs=_WITH_GRADIENTS, source="mean absolute first-order term of a unit", linear=True
+    ),
     "fisher": Metric(
-        _fisher, needs=_WITH_GRADIENTS, source="sum over segments of 64 tokens of the squared first-order term"
+        _fisher,
+        needs=_WITH_GRADIENTS,
+        source="sum over segments of 64 tokens of the squared first-order term",
+        linear=True,
     ),
     "obs": Metric(_obs, needs=Needs(gram=True), source="exact block cost with refit; ZipLM, 2302.04089, eq. 3"),
     "obs_gradient": Metric(

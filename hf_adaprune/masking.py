@@ -24,13 +24,18 @@ __all__ = ["masked"]
 
 
 @contextlib.contextmanager
-def masked(sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair] | None = None) -> Iterator[None]:
+def masked(
+    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair] | None = None, *, narrow: bool = False
+) -> Iterator[None]:
     """Let a model compute what it will compute after the plan is carried out.
 
     Args:
         sites ([`ModelSites`]): the model.
         plan ([`PruningPlan`]): which units stay.
         repairs (`dict[str, Repair]`, *optional*): by site name; the reader then works with the repaired weights.
+        narrow (`bool`, *optional*, defaults to `False`): MLPs made of plain linear layers compute the kept channels
+            alone, from copies of their rows: as fast as the pruned model. Nothing may look at an MLP's inner
+            activations meanwhile.
 
     Raises:
         PlanError: the plan is for another model.
@@ -54,6 +59,8 @@ def masked(sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair] |
                 taps[site.reader.module] = _expert_mask(site, kept, repairs.get(name))
                 if len(kept.kept_groups) < site.groups and site.router is not None:
                     stack.enter_context(_closed_router(site, kept))
+            elif narrow and _can_be_narrow(site):
+                stack.enter_context(_narrow_mlp(site, kept, repairs.get(name)))
             elif name in repairs:
                 stack.enter_context(_repaired_reader(site, kept, repairs[name]))
             else:
@@ -102,6 +109,12 @@ def _repaired_reader(site: Site, kept: SitePlan, repair: Repair) -> Iterator[Non
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden.index_select(-1, columns), new_weight, new_bias)
 
+    with _other_forward(module, forward):
+        yield
+
+
+@contextlib.contextmanager
+def _other_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     before = module.__dict__.get("forward")  # accelerate puts its own there
     module.forward = forward  # type: ignore[method-assign]
     try:
@@ -111,6 +124,35 @@ def _repaired_reader(site: Site, kept: SitePlan, repair: Repair) -> Iterator[Non
             del module.forward
         else:
             module.forward = before  # type: ignore[method-assign]
+
+
+def _can_be_narrow(site: Site) -> bool:
+    modules = [site.reader.module, *(writer.module for writer in site.writers)]
+    return site.kind == "mlp" and all(type(m) is nn.Linear and "forward" not in m.__dict__ for m in modules)
+
+
+@contextlib.contextmanager
+def _narrow_mlp(site: Site, kept: SitePlan, repair: Repair | None) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for writer in site.writers:
+            index = torch.tensor(kept.kept, device=writer.parameter.device)
+            rows = torch.cat([index + copy * site.columns for copy in range(site.copies)])
+            bias = None if writer.bias is None else writer.bias.detach().index_select(0, rows)
+            stack.enter_context(_with_weights(writer.module, writer.weight.index_select(0, rows), bias))
+        weight, bias = site.reader.weight, site.reader.bias
+        columns = site.column_index(kept).to(weight.device)
+        own = weight.index_select(1, columns) if repair is None else repair.weight.to(weight.device, weight.dtype)
+        if repair is not None and repair.bias is not None:
+            bias = repair.bias.to(weight.device, weight.dtype)
+        stack.enter_context(_with_weights(site.reader.module, own, bias))
+        yield
+
+
+def _with_weights(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden, weight, bias)
+
+    return _other_forward(module, forward)
 
 
 def _expert_mask(site: Site, kept: SitePlan, repair: Repair | None) -> ExpertTap:

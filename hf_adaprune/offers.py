@@ -14,7 +14,7 @@ from .importance import Scores, unit_of
 from .plan import PruningPlan, SitePlan
 from .sites import GROUP_UNITS, ModelSites, Site
 
-__all__ = ["Offer", "expert_multiple", "offers_of", "protected_layers", "target_removal"]
+__all__ = ["Offer", "expert_multiple", "offers_of", "protected_layers", "repair_adds_bias", "target_removal"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +132,8 @@ def offers_of(
         levels = (gone, *(level for level in _levels(sites, site, unit, len(step_scores), config) if level > gone))
         if levels == (0,):
             continue
-        repair = config.repair
-        adds_bias = repair.method == "bias" or (repair.method == "least_squares" and repair.intercept)
-        adds_bias = adds_bias and site.reader.bias is None and site.kind != "experts" and not config.uniform
-        offers.append(Offer(site, unit, order, step_scores, cost, levels, site.outputs if adds_bias else 0))
+        bias = site.outputs if repair_adds_bias(site, config) else 0
+        offers.append(Offer(site, unit, order, step_scores, cost, levels, bias))
     known = {unit for site in sites if (unit := unit_of(site, config.units))}
     if not known and not {"attention", "mlp", "layer"} & set(config.units):
         reasons = sorted({site.refusal for site in sites if site.refusal})
@@ -145,6 +143,13 @@ def offers_of(
             + " Name other units, for example `channel`."
         )
     return offers
+
+
+def repair_adds_bias(site: Site, config: PruningConfig) -> bool:
+    """Whether the reader of a site gets a bias that it does not have, once anything of it is removed."""
+    repair = config.repair
+    adds = repair.method == "bias" or (repair.method == "least_squares" and repair.intercept)
+    return adds and site.reader.bias is None and site.kind != "experts" and not config.uniform
 
 
 def _steps_gone(site: Site, unit: str, start: PruningPlan | None) -> int:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .architectures import Architecture
+from .budgets import check_budgets
 from .config import PruningConfig, Source, TextSource
+from .costs import Costs
 from .evaluation import Measurement, perplexity
 from .model_config import PROVENANCE_KEY, known_architecture
 from .plan import PruningPlan
@@ -27,7 +29,6 @@ from .stages import (
     check_weights,
     choose_repairs,
     decide,
-    even_plan,
     gather_texts,
     layer_by_layer_config,
     what_to_collect,
@@ -180,10 +181,11 @@ def prune(
     check_weights(sites)
     before = Sizes.of(sites)
     needs = what_to_collect(config, plan)
+    costs = Costs.of(sites, config)
     if plan is not None:
         sites.check(plan)
     else:
-        even_plan(sites, config)  # what cannot be met fails before any text is read
+        check_budgets(sites, config, costs)  # what cannot be met fails before any text is read
     if plan_path is not None:
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     clock.stop("find sites")
@@ -195,7 +197,7 @@ def prune(
 
     folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
     with folder as place:
-        plan, statistics = decide(sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock)
+        plan, statistics = decide(sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs)
         if plan_path is not None:
             plan.save(plan_path)
         cached = cached_repairs(sites, plan, statistics, config)

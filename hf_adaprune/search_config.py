@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,8 +46,8 @@ class SearchConfig:
         finalists (`int`, *optional*, defaults to 4): how many of the best are measured again at the end, beside trial
             0, on `final_tokens` that no trial has seen; the best of them wins.
         final_tokens (`int`, *optional*, defaults to 32768): see there.
-        initial (`int`, *optional*): quasi-random candidates before `gp` fits its first model; a sixth of its trials,
-            8 at least, where not given.
+        initial (`int`, *optional*, defaults to 10): quasi-random candidates before `gp` fits its first model, trial 0
+            included.
         surrogate (`str`, *optional*, defaults to `"gp"`): `gp`, or `saas` (fully Bayesian with sparse axis-aligned
             priors, for wide spaces; about ten times slower).
         batch (`int`, *optional*, defaults to 1): candidates proposed at a time, each knowing of those pending; at
@@ -72,7 +73,7 @@ class SearchConfig:
     sequence_length: int = 512
     finalists: int = 4
     final_tokens: int = 32768
-    initial: int | None = None
+    initial: int = 10
     surrogate: str = "gp"
     batch: int = 1
     pareto: str | None = None
@@ -87,6 +88,7 @@ class SearchConfig:
             raise ConfigError(f"`search.strategy` is empty. Name at least one of {', '.join(STRATEGIES)}.")
         check_whole("search.trials", self.trials, 1, what="candidates, trial 0 included")
         self.shares()
+        object.__setattr__(self, "space", _plain(self.space))
         check_choice("search.objective", self.objective, OBJECTIVES)
         tasks = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks)
         object.__setattr__(self, "tasks", tasks)
@@ -98,8 +100,7 @@ class SearchConfig:
         if self.first_tokens > self.selection_tokens:
             raise ConfigError("`search.first_tokens` should be at most `search.selection_tokens`.")
         check_whole("search.finalists", self.finalists, 1, what="candidates measured again at the end")
-        if self.initial is not None:
-            check_whole("search.initial", self.initial, 1, what="quasi-random candidates")
+        check_whole("search.initial", self.initial, 1, what="quasi-random candidates")
         check_choice("search.surrogate", self.surrogate, ("gp", "saas"))
         check_whole("search.batch", self.batch, 1, what="candidates proposed at a time")
         if self.pareto is not None:
@@ -121,9 +122,9 @@ class SearchConfig:
         """
         named: list[tuple[str, int | None]] = []
         for entry in self.strategy:
-            name, _, count = entry.partition(":")
+            name, colon, count = str(entry).partition(":")
             check_choice("search.strategy", name, STRATEGIES)
-            if count and not (count.isdecimal() and int(count)):
+            if colon and not (count.isdecimal() and int(count)):
                 raise ConfigError(f"`search.strategy` {entry!r} should be a name, or a name:trials such as gp:40.")
             named.append((name, int(count) if count else None))
         left = self.trials - sum(count or 0 for _, count in named)
@@ -134,9 +135,19 @@ class SearchConfig:
                 "fit together. Leave one strategy without a number, or make them add up."
             )
         shares = []
-        for name, count in named:
-            if count is None:
-                count = -(-left // free)
-                left, free = left - count, free - 1
-            shares.append((name, count))
+        for name, own in named:
+            if own is None:
+                own = -(-left // free)
+                left, free = left - own, free - 1
+            shares.append((name, own))
         return tuple(shares)
+
+
+def _plain(space: Any) -> dict[str, Any]:
+    """A space as the JSON types that its journal and config file hold, so that it equals what comes back from them."""
+    if not isinstance(space, Mapping):
+        raise ConfigError(f"`search.space` should be a mapping from fields to values or ranges. Found {space!r}.")
+    try:
+        return json.loads(json.dumps(dict(space)))
+    except TypeError as error:
+        raise ConfigError(f"`search.space` should hold numbers, texts, lists and mappings only: {error}.") from error

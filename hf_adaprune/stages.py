@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from .allocation import allocate
+from .budgets import allocate_within, even_cosine, even_scores, gone_first
 from .calibration import TokenBlocks, calibration_blocks, report_blocks
 from .compensation import Moments, Repair, check_enough_tokens, output_error, repair_plan
 from .config import PruningConfig, RepairConfig, Source
+from .costs import Costs
 from .documents import Documents, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError, UnsupportedModelError
 from .evaluation import per_window_loss
@@ -24,8 +26,8 @@ from .masking import masked
 from .offers import target_removal
 from .plan import PruningPlan
 from .recording import collect_statistics, quiet_model
-from .sites import GROUP_UNITS, ModelSites, Site
-from .statistics import Needs, Statistics
+from .sites import ModelSites, Site
+from .statistics import Needs, Statistics, mean_cosine
 
 __all__ = [
     "Clock",
@@ -38,6 +40,7 @@ __all__ = [
     "gather_texts",
     "layer_by_layer_config",
     "needs_text",
+    "text_part",
     "what_to_collect",
 ]
 
@@ -84,6 +87,7 @@ def decide(
     statistics: Statistics | None = None,
     folder: str | None = None,
     clock: Clock | None = None,
+    costs: Costs | None = None,
 ) -> tuple[PruningPlan, Statistics | None]:
     """Collect statistics and decide a plan; the model is not changed.
 
@@ -96,6 +100,7 @@ def decide(
         statistics ([`Statistics`], *optional*): of the dense model, where they were collected before.
         folder (`str`, *optional*): for Gram matrices on disk.
         clock ([`Clock`], *optional*): counts seconds.
+        costs ([`Costs`], *optional*): what the config's budgets are about; made anew where not given.
 
     Returns:
         `tuple`: the plan, and the statistics of the dense model.
@@ -107,6 +112,7 @@ def decide(
             statistics = _collect(sites, blocks, needs, config, folder)
         clock.stop("statistics")
         return plan, statistics
+    costs = costs or Costs.of(sites, config)
     steps = config.allocation.steps
     current: PruningPlan | None = None
     cosines: list[torch.Tensor] = []
@@ -121,11 +127,15 @@ def decide(
         dense_statistics = statistics if step == 1 else dense_statistics
         scores = _scores(sites, config, statistics)
         if current is not None:
-            scores = _gone_first(sites, scores, current)
+            scores = gone_first(sites, scores, current)
         if statistics is not None and statistics.cosine is not None:
-            cosines.append(_mean_cosine(statistics, statistics.sample_weights(config.calibration.domain_weights)))
-        part = _part_of(config, sites, step / steps)
-        current = allocate(sites, scores, part, torch.stack(cosines) if cosines else None, start=current)
+            cosines.append(mean_cosine(statistics, statistics.sample_weights(config.calibration.domain_weights)))
+        part = _part_of(config, sites, step / steps, costs)
+        mean_cosines = torch.stack(cosines) if cosines else None
+        if part.budgets:
+            current = allocate_within(sites, scores, part, costs, mean_cosines, start=current)
+        else:
+            current = allocate(sites, scores, part, mean_cosines, start=current)
         clock.stop("plan")
     assert current is not None
     return current, dense_statistics
@@ -204,37 +214,20 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def even_plan(sites: ModelSites, config: PruningConfig) -> PruningPlan:
+def even_plan(sites: ModelSites, config: PruningConfig, costs: Costs | None = None) -> PruningPlan:
     """The plan of scores that are alike everywhere per parameter: its size is that of any plan, to within a unit.
 
     Args:
         sites ([`ModelSites`]): the model, on the meta device too.
         config ([`PruningConfig`]): the budget and its rules.
+        costs ([`Costs`], *optional*): of the model; made anew where not given.
 
     Raises:
         BudgetError: the rules do not let enough go.
         ConfigError: nothing in the model may go.
     """
-    kinds = {site.name: unit_of(site, config.units) for site in sites}
-    units = {site.name: _even(site, kinds[site.name] or _any_unit(site.kind)) for site in sites}
-    scores = Scores(
-        units,
-        {name: kind or "" for name, kind in kinds.items()},
-        {name: float(own.sum()) for name, own in units.items()},
-        torch.tensor(sites.layer_parameters, dtype=torch.float64) / 2,
-    )
-    return allocate(sites, scores, config, torch.linspace(0.5, 0.6, len(sites.layers)))
-
-
-def _even(site: Site, unit: str) -> torch.Tensor:
-    count = site.units(unit)
-    width = count if unit in GROUP_UNITS or site.groups == 1 else site.group_size
-    ramp = (torch.arange(width, dtype=torch.float64) + 0.5) / width * site.unit_parameters(unit)
-    return ramp.repeat(count // width)
-
-
-def _any_unit(kind: str) -> str:
-    return {"attention": "kv_group", "mlp": "channel", "experts": "expert"}[kind]
+    costs = costs or Costs.of(sites, config)
+    return allocate_within(sites, even_scores(sites, config), config, costs, even_cosine(sites))
 
 
 def gather_texts(
@@ -263,7 +256,6 @@ def gather_texts(
             "text is needed for this config, and no tokenizer came. Pass tokenizer=AutoTokenizer.from_pretrained(...) "
             "or use a recipe that reads only weights (magnitude, random)."
         )
-    parts = {"calibration": (0, 3), "selection": (1, 3), "report": (2, 3)}
     read: dict[str, list[Documents]] = {}
     for role, sources in (("calibration", own.sources), ("selection", own.selection), ("report", own.report)):
         read[role] = [
@@ -273,7 +265,7 @@ def gather_texts(
                 model=sites.model,
                 seed=config.seed,
                 self_tokens=own.samples * own.sequence_length * 5 // (4 * len(own.sources)),
-                part=parts[role] if _is_python(source) else None,
+                part=text_part(source, role),
             )
             for source in sources
         ]
@@ -303,8 +295,10 @@ def gather_texts(
     return blocks, held_out, reports
 
 
-def _is_python(source: Source) -> bool:
-    return isinstance(source, str) and source.split(":")[0] == "python"
+def text_part(source: Source, role: str) -> tuple[int, int] | None:
+    """Which third of the texts of CPython a role reads, so that `python` can stand in all three; `None` for others."""
+    parts = {"calibration": (0, 3), "selection": (1, 3), "report": (2, 3)}
+    return parts[role] if isinstance(source, str) and source.split(":")[0] == "python" else None
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -334,30 +328,14 @@ def _scores(sites: ModelSites, config: PruningConfig, statistics: Statistics | N
     return score_units(sites, config.units, config.importance, statistics, weights=weights, seed=config.seed)
 
 
-def _mean_cosine(statistics: Statistics, weights: torch.Tensor) -> torch.Tensor:
-    assert statistics.cosine is not None
-    return (statistics.cosine * weights[:, None]).sum(0) / (statistics.tokens * weights).sum()
-
-
-def _part_of(config: PruningConfig, sites: ModelSites, share: float) -> PruningConfig:
+def _part_of(config: PruningConfig, sites: ModelSites, share: float, costs: Costs) -> PruningConfig:
     """The config of a round: the same, with its share of the whole removal."""
     if share >= 1:
         return config
-    ratio = target_removal(sites, config) / sites.decoder_parameters * share
-    return replace(config, pruning_ratio=ratio, target_parameters=None, target_bytes=None)
-
-
-def _gone_first(sites: ModelSites, scores: Scores, plan: PruningPlan) -> Scores:
-    """Scores in which the units that went in earlier rounds go first again."""
-    units = dict(scores.units)
-    for name, kept in plan.sites.items():
-        own = units[name].clone()
-        kind, site = scores.kinds[name], sites.by_name[name]
-        stays = set(kept.kept_groups) if site.units(kind) == site.groups and site.group_size > 1 else set(kept.kept)
-        gone = [unit for unit in range(len(own)) if unit not in stays]
-        own[gone] = own.min() - 1e6 * (own.max() - own.min() + 1)
-        units[name] = own
-    return replace(scores, units=units)
+    # What budgets come to is known to within a unit before there are scores.
+    removal = costs.removed(even_plan(sites, config, costs)) if config.budgets else target_removal(sites, config)
+    ratio = max(0, removal) / sites.decoder_parameters * share
+    return replace(config, pruning_ratio=ratio, target_parameters=None, target_bytes=None, budgets={})
 
 
 # -- repair -----------------------------------------------------------------------------------------------------------

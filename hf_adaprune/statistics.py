@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SEGMENT", "Needs", "SiteStatistics", "Statistics"]
+__all__ = ["SEGMENT", "Needs", "SiteStatistics", "Statistics", "mean_cosine", "spread_weights"]
 
 SEGMENT = 64  # tokens; first-order terms are summed over segments: more draws of their scatter than whole windows give
 
@@ -122,3 +122,14 @@ def spread_weights(domain: torch.Tensor, domains: int, domain_weights: tuple[flo
     counts = torch.bincount(domain, minlength=domains).clamp(min=1)
     share = torch.tensor(domain_weights) / sum(domain_weights)
     return (share / counts)[domain] * len(domain)
+
+
+def mean_cosine(statistics: Statistics, weights: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of every layer's input and output over weighted samples, `[layers]`.
+
+    Args:
+        statistics ([`Statistics`]): collected with `Needs(cosine=True)`.
+        weights (`torch.Tensor`): sample weights, `[samples]`.
+    """
+    assert statistics.cosine is not None
+    return (statistics.cosine * weights[:, None]).sum(0) / (statistics.tokens * weights).sum()

@@ -20,7 +20,7 @@ from hf_adaprune.allocation import allocate
 from hf_adaprune.config import AllocationConfig, PruningConfig, RepairConfig
 from hf_adaprune.errors import BudgetError, ConfigError
 from hf_adaprune.importance import Scores, unit_of
-from hf_adaprune.offers import target_removal
+from hf_adaprune.offers import offers_of, target_removal
 from hf_adaprune.plan import PruningPlan
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, find_sites
@@ -77,7 +77,7 @@ def largest_step(sites: ModelSites, scores: Scores, config: PruningConfig) -> in
     """The most that a single move can remove: one step of one site, of all in the uniform form, or a whole part."""
     own = [
         max(offer.removed(high) - offer.removed(low) for low, high in zip(offer.levels, offer.levels[1:], strict=False))
-        for offer in allocation._offers(sites, scores, config)
+        for offer in offers_of(sites, scores, config)
     ]
     if config.uniform:
         return sum(own)
@@ -286,7 +286,7 @@ def test_the_logarithmic_schedule_has_its_shape() -> None:
     sites = find_sites(tiny_model("llama", num_hidden_layers=8))
     method = AllocationConfig("logarithmic", first_ratio=0.1)
     config = PruningConfig(0.3, units=("channel",), allocation=method)
-    offers = allocation._offers(sites, random_scores(sites, ("channel",)), config)
+    offers = offers_of(sites, random_scores(sites, ("channel",)), config)
     target = target_removal(sites, config)
     shape = allocation._logarithmic(sites, config, offers, target, None)
     assert shape[0] == pytest.approx(0.1)
@@ -299,7 +299,7 @@ def test_the_logarithmic_schedule_has_its_shape() -> None:
 def test_the_similarity_map_is_adapt_pruners() -> None:
     sites = sites_of("llama")
     config = PruningConfig(0.02, units=("channel",), allocation=AllocationConfig("similarity", amplitude=0.015))
-    offers = allocation._offers(sites, random_scores(sites, ("channel",)), config)
+    offers = offers_of(sites, random_scores(sites, ("channel",)), config)
     target = round(0.02 * sites.decoder_parameters)
     found = allocation._similarity(sites, config, offers, target, COSINE)
     importance = -COSINE.double()

@@ -21,11 +21,12 @@ from hf_adaprune.compensation import (
     repair_from_moments,
     repair_plan,
 )
-from hf_adaprune.config import DAMPING_SCALES, RepairConfig
+from hf_adaprune.config import RepairConfig
 from hf_adaprune.errors import CalibrationError
 from hf_adaprune.importance import covariance
 from hf_adaprune.layerwise import regional_weights, sequential_repairs
 from hf_adaprune.masking import masked
+from hf_adaprune.parts import DAMPING_SCALES
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, Site, find_sites

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from ..errors import MissingDependencyError
 from .loop import Proposal, View
 from .space import Choice
 
-__all__ = ["propose_random", "propose_sobol", "propose_tpe"]
+__all__ = ["need_optuna", "propose_random", "propose_sobol", "propose_tpe"]
 
 
 def propose_random(view: View, count: int) -> Sequence[Proposal]:
@@ -30,6 +32,21 @@ def propose_sobol(view: View, count: int) -> Sequence[Proposal]:
     return [Proposal(view.space.from_cube(draw)) for draw in engine.draw(count, dtype=torch.float64)]
 
 
+def need_optuna() -> Any:
+    """The library behind `tpe`.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the strategy `tpe` is optuna's, which the extra `tpe` brings: pip install hf_adaprune[tpe]."
+        ) from error
+    return optuna
+
+
 def propose_tpe(view: View, count: int) -> Sequence[Proposal]:
     """Tree-structured Parzen estimator (AdaPruner's optimiser, 2503.06184 eq. 7-11) as optuna implements it.
 
@@ -39,20 +56,26 @@ def propose_tpe(view: View, count: int) -> Sequence[Proposal]:
     Raises:
         MissingDependencyError: optuna is not installed.
     """
+    optuna = need_optuna()
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        import optuna
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the strategy `tpe` is optuna's, which the extra `tpe` brings: pip install hf_adaprune[tpe]."
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            # Versions differ in what they call experimental, default or deprecated of the very same sampler.
+            warnings.simplefilter("ignore")
+            return _ask_tpe(view, count, optuna)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _ask_tpe(view: View, count: int, optuna: Any) -> list[Proposal]:
     sampler = optuna.samplers.TPESampler(
-        seed=view.seed * 1_000_003 + view.number, multivariate=True, constant_liar=True, warn_independent_sampling=False
+        seed=(view.seed * 1_000_003 + view.number) % 2**32, multivariate=True, constant_liar=True
     )
     study = optuna.create_study(sampler=sampler)
     ranges = _ranges(view, optuna)
     for trial, value, _ in view.observations():
-        if all(dimension.path in trial.point for dimension in view.space.dimensions):
+        if view.space.holds(trial.point) and math.isfinite(value):
             values = _parameters(view, trial.point)
             study.add_trial(optuna.trial.create_trial(params=values, distributions=ranges, value=value))
     proposals = []
@@ -75,7 +98,8 @@ def _ranges(view: View, optuna: Any) -> dict[str, Any]:
 
 
 def _parameters(view: View, point: Any) -> dict[str, Any]:
-    names, vector = view.space.names(), view.space.encode(point).tolist()
+    low, high = view.space.bounds()
+    names, vector = view.space.names(), view.space.encode(point).clamp(low, high).tolist()
     values: dict[str, Any] = {}
     for dimension, span in view.space.spans():
         own = vector[span]

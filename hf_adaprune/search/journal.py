@@ -1,7 +1,8 @@
 """The journal of a search: append-only JSONL, one line per event, so that a kill loses at most the running trial.
 
-The first line says what the search is (space, model, texts, seed); a journal is only continued by the same search. Every
-trial is one line, written and flushed to disk when it is done; a line that a kill tore is cut off when it is resumed.
+The first line says what the search is (space, model, texts, seed); a journal is only continued by the same search.
+Every trial is one line, written and flushed to disk when it is done; a line that a kill tore is cut off when it is
+resumed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .space import Point
 __all__ = ["Estimate", "Final", "Journal", "Trial", "compare", "mean_value"]
 
 FORMAT = 1
+_OPENING = b'{"kind":"search",'
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -101,7 +103,8 @@ def compare(rows: Sequence[Sequence[float]], reference: Sequence[Sequence[float]
     logarithms (averaged over pruning ratios), with the delta method over windows.
 
     Args:
-        rows, reference (sequence of rows): see [`Trial`].
+        rows (sequence of rows): see [`Trial`].
+        reference (sequence of rows): the same of what they are compared with, usually trial 0.
         logarithmic (`bool`): compare logarithms; for objectives that are positive.
 
     Raises:
@@ -165,7 +168,8 @@ class Journal:
         if journal.path.exists() and journal.path.stat().st_size:
             if not resume:
                 raise JournalError(
-                    f"there is a journal at {journal.path}. Go on with it (resume=True, --resume), or name another file."
+                    f"there is a journal at {journal.path}. Go on with it (resume=True, --resume), or name another "
+                    "file."
                 )
             journal._read(repair=True)
             if journal.header:
@@ -234,7 +238,11 @@ class Journal:
         known = self.measured()
         most = max((trial.windows for trial in known), default=0)
         full = [trial for trial in known if trial.windows == most]
-        return min(full, key=lambda trial: (self.estimate(trial).value, trial.number), default=None)
+        return min(full, key=self._rank, default=None)
+
+    def _rank(self, trial: Trial) -> tuple[bool, float, int]:
+        value = self.estimate(trial).value
+        return math.isnan(value), value, trial.number  # NaN sorts nowhere by itself
 
     def winner(self) -> Trial | None:
         """The trial that won the last measurement; `None` before it."""
@@ -254,12 +262,19 @@ class Journal:
         assert self.path is not None
         data = self.path.read_bytes()
         good = 0
+        if not data.startswith(_OPENING[: len(data)]):
+            raise JournalError(
+                f"{self.path} is no journal of a search: its first line should say what the search is. Name another "
+                "file."
+            )
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # torn by a kill
             try:
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except JournalError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise JournalError(f"{self.path}, line {number} is no event of a search: {error!r}.") from error
             good += len(line)
         if repair and good < len(data):

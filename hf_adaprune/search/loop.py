@@ -14,12 +14,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..errors import BudgetError, ConfigError, JournalError, MissingDependencyError
+from ..errors import BudgetError, ConfigError, JournalError
 from ..search_config import SearchConfig
 from .journal import Final, Journal, Rows, Trial, compare, mean_value
 from .space import Point, Space
 
-__all__ = ["Alone", "Candidate", "Problem", "Progress", "Proposal", "Slot", "Strategy", "View", "run_search"]
+__all__ = [
+    "Alone",
+    "Candidate",
+    "Problem",
+    "Progress",
+    "Proposal",
+    "Slot",
+    "Strategy",
+    "View",
+    "cost_axis",
+    "finalists",
+    "front",
+    "run_search",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +100,8 @@ class Proposal:
 
     Args:
         point (`dict[str, Any]`): fields by path.
-        predicted (`tuple[float, float]`, *optional*): mean and standard deviation expected of the difference to trial 0.
+        predicted (`tuple[float, float]`, *optional*): mean and standard deviation expected of the difference to trial
+            0.
     """
 
     point: Point
@@ -135,7 +149,11 @@ class View:
         """The best of the trials that saw the most windows."""
         observed = self.observations()
         most = max((trial.windows for trial, _, _ in observed), default=0)
-        full = [(value, trial.number, trial) for trial, value, _ in observed if trial.windows == most]
+        full = [
+            (value, trial.number, trial)
+            for trial, value, _ in observed
+            if trial.windows == most and not math.isnan(value)
+        ]
         return min(full)[2] if full else None
 
 
@@ -290,7 +308,7 @@ def _trial(run: _Run, name: str, number: int, proposal: Proposal, before: Sequen
     try:
         candidate = run.problem.candidate(proposal.point)
     except (BudgetError, ConfigError) as error:
-        if number == 0 or isinstance(error, MissingDependencyError):
+        if number == 0:
             raise
         logger.info("trial %d has no candidate: %s", number, error)
         return replace(trial, error=str(error), seconds=time.monotonic() - started)
@@ -335,13 +353,14 @@ def _tell(run: _Run, trial: Trial) -> None:
 def finalists(journal: Journal, count: int, pareto: str | None = None) -> list[Trial]:
     """Trial 0 and the best others, each model once; with `pareto` all that no other trial beats in both.
 
-    Trials that saw all windows come first: an estimate from a few windows may be luck.
+    Trials that saw all windows come first: an estimate from a few windows may be luck. Models whose objective is not
+    finite are left out.
     """
-    known = journal.measured()
+    known = [t for t in journal.measured() if t.number == 0 or math.isfinite(journal.estimate(t).value)]
     most = max(trial.windows for trial in known)
     ranked = sorted(known, key=lambda t: (t.windows < most, journal.estimate(t).value, t.number))
     if pareto is not None:
-        points = [(journal.estimate(t).value, _axis(t, pareto)) for t in ranked]
+        points = [(journal.estimate(t).value, cost_axis(t, pareto)) for t in ranked]
         ranked = [t for t, p in zip(ranked, points, strict=True) if not any(_beats(q, p) for q in points)]
         count = len(ranked)
     chosen = [journal.trials[0]]
@@ -353,7 +372,7 @@ def finalists(journal: Journal, count: int, pareto: str | None = None) -> list[T
     return chosen
 
 
-def _axis(trial: Trial, cost: str) -> float:
+def cost_axis(trial: Trial, cost: str) -> float:
     """A cost as something to minimise: `ratio` and speeds are better when higher."""
     higher = cost == "ratio" or cost.endswith("_per_second")
     return -trial.costs[cost] if higher else trial.costs[cost]
@@ -366,15 +385,16 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def front(journal: Journal, cost: str) -> list[tuple[Trial, float]]:
     """The measured front of a Pareto search: finalists that no other beats on fresh text, and their objective there."""
     rows = {final.number: final.rows for final in journal.finals}
-    points = {number: (mean_value(own), _axis(journal.trials[number], cost)) for number, own in rows.items()}
+    points = {number: (mean_value(own), cost_axis(journal.trials[number], cost)) for number, own in rows.items()}
     best = [n for n, p in points.items() if not any(_beats(q, p) for q in points.values())]
     return [(journal.trials[n], points[n][0]) for n in sorted(best, key=lambda n: points[n][1])]
 
 
 def _run_finals(run: _Run) -> None:
     journal = run.journal
-    if journal.winner() is not None:
-        return
+    decided = journal.event("winner")
+    if decided is not None and decided.get("trials") == len(journal.trials):
+        return  # a search that ran out of time and goes on chooses again
     if not journal.measured():
         raise JournalError("no trial was measured, so there is nothing to choose from.")
     chosen = finalists(journal, run.config.finalists, run.config.pareto)
@@ -395,4 +415,4 @@ def _run_finals(run: _Run) -> None:
         best = journal.best()
         assert best is not None
         value, number = mean_value(best.rows), best.number
-    journal.add_event("winner", {"number": number, "value": value})
+    journal.add_event("winner", {"number": number, "value": value, "trials": len(journal.trials)})

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 
 from ..config import PruningConfig
 from ..errors import ConfigError
+from ..parts import check_whole
 
 __all__ = ["Choice", "Number", "Point", "Simplex", "Space", "Vector", "default_space"]
 
@@ -22,6 +23,7 @@ Point = dict[str, Any]
 DEFAULT_LIMIT = 20
 # Where spread matters more than precision: 1e-6 of a weight changes no ranking.
 _DIGITS = 6
+SMALLEST_WEIGHT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Number:
         """The value at coordinates."""
         value = math.exp(coordinates[0]) if self.log else coordinates[0]
         value = min(max(value, self.low), self.high)
-        return round(value) if self.whole else float(f"{value:.{_DIGITS}g}")
+        if self.whole:
+            return round(value)
+        return min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high)
 
     def _scaled(self, value: float) -> float:
         return math.log(value) if self.log else float(value)
@@ -104,12 +108,20 @@ class Vector:
 
     def encode(self, value: Any) -> list[float]:
         """Coordinates of a value; no values are zeros."""
-        return [float(entry) for entry in value] or [0.0] * self.width
+        return self._settled([float(entry) for entry in value] or [0.0] * self.width)
 
     def decode(self, coordinates: Sequence[float]) -> Any:
         """The value at coordinates."""
-        shift = sum(coordinates) / len(coordinates) if self.centred else 0.0
-        return tuple(round(entry - shift, _DIGITS) for entry in coordinates)
+        return tuple(round(entry, _DIGITS) for entry in self._settled(coordinates))
+
+    def _settled(self, values: Sequence[float]) -> list[float]:
+        """Values brought into the range; of a centred vector by a shift and, where that does not do, by shrinking."""
+        if not self.centred:
+            return [min(max(entry, self.low), self.high) for entry in values]
+        mean = sum(values) / len(values)
+        shifted = [entry - mean for entry in values]
+        reach = max(entry / (self.high if entry > 0 else self.low) for entry in shifted)
+        return [entry / reach for entry in shifted] if reach > 1 + 1e-5 else shifted  # not for a rounded last digit
 
 
 @dataclass(frozen=True)
@@ -144,16 +156,21 @@ class Simplex:
 
     def encode(self, value: Any) -> list[float]:
         """Coordinates of a value; weights are scaled to add up to 1, none are equal ones."""
-        weights = [float(value.get(m, 0.0)) for m in self.members] if self.named else [float(w) for w in value]
+        named = isinstance(value, Mapping)
+        weights = [float(value.get(m, 0.0)) for m in self.members] if named else [float(w) for w in value]
         total = sum(weights)
         return [weight / total for weight in weights] if total > 0 else [1 / self.width] * self.width
 
     def decode(self, coordinates: Sequence[float]) -> Any:
         """The value at coordinates."""
+        total = sum(max(entry, 0.0) for entry in coordinates)
+        shares = [max(entry, 0.0) / total for entry in coordinates] if total > 0 else [1 / self.width] * self.width
         # What an optimiser leaves at 1e-9 is zero: a metric at weight zero need not be computed.
-        weights = [entry if entry > 1e-4 else 0.0 for entry in coordinates]
-        total = sum(weights)
-        weights = [round(w / total, _DIGITS) for w in weights] if total > 0 else [1 / self.width] * self.width
+        shares = [share if share > 0.99 * SMALLEST_WEIGHT else 0.0 for share in shares]
+        parts = [round(share / sum(shares) * 10**_DIGITS) for share in shares]
+        # The largest takes what rounding left, so that weights add up to 1 and come back the same.
+        parts[parts.index(max(parts))] += 10**_DIGITS - sum(parts)
+        weights = [part / 10**_DIGITS for part in parts]
         return dict(zip(self.members, weights, strict=True)) if self.named else tuple(weights)
 
 
@@ -271,15 +288,24 @@ class Space:
                 found = [{**before, **own} for before in found for own in one_hot]
         return found
 
+    def holds(self, point: Mapping[str, Any]) -> bool:
+        """Whether a point has every dimension in its width; one of another space, as a warm start may be, need not."""
+        return all(
+            dimension.path in point and len(dimension.encode(point[dimension.path])) == dimension.width
+            for dimension in self.dimensions
+        )
+
     def encode(self, point: Mapping[str, Any]) -> torch.Tensor:
         """A point as coordinates `[width]`, float64.
 
         Raises:
-            ConfigError: the point lacks a dimension.
+            ConfigError: the point lacks a dimension, or has one of another width.
         """
-        missing = [dimension.path for dimension in self.dimensions if dimension.path not in point]
-        if missing:
-            raise ConfigError(f"a point of another search space: it lacks {', '.join(missing)}.")
+        if not self.holds(point):
+            raise ConfigError(
+                f"a point of another search space: it should have {', '.join(d.path for d in self.dimensions)}, each "
+                f"as wide as here. Found {dict(point)}."
+            )
         parts = [entry for dimension in self.dimensions for entry in dimension.encode(point[dimension.path])]
         return torch.tensor(parts, dtype=torch.float64)
 
@@ -297,15 +323,6 @@ class Space:
             if isinstance(dimension, Simplex):
                 exponentials = [-math.log(draw) for draw in own]
                 coordinates += [entry / sum(exponentials) for entry in exponentials]
-            elif isinstance(dimension, Vector) and dimension.centred:
-                raw = [low + draw * (high - low) for draw, (low, high) in zip(own, dimension.bounds(), strict=True)]
-                mean = sum(raw) / len(raw)
-                shifted = [entry - mean for entry in raw]
-                # Shifting may leave the range at one end; shrinking keeps the sum at 0.
-                reach = (
-                    max((e / dimension.high if e > 0 else e / dimension.low) for e in shifted) if any(shifted) else 1
-                )
-                coordinates += [entry / max(1.0, reach) for entry in shifted]
             elif isinstance(dimension, Choice):
                 coordinates += dimension.encode(dimension.values[own.index(max(own))])
             else:
@@ -330,6 +347,10 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def apply_fields(config: PruningConfig, values: Mapping[str, Any]) -> PruningConfig:
     """A config with fields changed by path (`repair.damping`).
 
@@ -338,12 +359,9 @@ def apply_fields(config: PruningConfig, values: Mapping[str, Any]) -> PruningCon
     """
     changes: dict[str, Any] = {}
     for path, value in values.items():
-        value = tuple(value) if isinstance(value, list) else value
+        value = _frozen(value)
         part, _, name = path.partition(".")
-        if name:
-            changes.setdefault(part, {})[name] = value
-        else:
-            changes[part] = value
+        changes[part] = {**changes.get(part, {}), name: value} if name else value
     return config.with_changes(**changes)
 
 
@@ -361,6 +379,10 @@ def field_of(config: PruningConfig, path: str) -> Any:
                 "repair.damping."
             )
         value = getattr(value, name)
+    if is_dataclass(value) or path.partition(".")[0] == "search":
+        raise ConfigError(
+            f"`search.space` names {path!r}, which no trial can vary. Write part and field, such as repair.damping."
+        )
     return value
 
 
@@ -401,11 +423,13 @@ def default_space(config: PruningConfig, domains: Sequence[str]) -> Space:
         dimensions["importance.normalization"] = Choice("importance.normalization", ("log", "mean"), own.normalization)
     if config.allocation.method in ("global", "profile") and not config.uniform:
         points = config.allocation.profile or (0.0,) * PROFILE_POINTS
-        dimensions["allocation.profile"] = Vector("allocation.profile", -PROFILE_REACH, PROFILE_REACH, points, True)
+        # The config itself is trial 0, so the ranges reach to where it stands.
+        reach = max([PROFILE_REACH, *(abs(entry - sum(points) / len(points)) for entry in points)])
+        dimensions["allocation.profile"] = Vector("allocation.profile", -reach, reach, points, True)
         if {"channel", "mlp"} & set(config.units) and {"kv_group", "query_head", "attention"} & set(config.units):
-            dimensions["allocation.attention_balance"] = Number(
-                "allocation.attention_balance", -BALANCE_REACH, BALANCE_REACH, config.allocation.attention_balance
-            )
+            balance = config.allocation.attention_balance
+            reach = max(BALANCE_REACH, abs(balance))
+            dimensions["allocation.attention_balance"] = Number("allocation.attention_balance", -reach, reach, balance)
     if config.repair.method == "least_squares":
         low, high = DAMPING
         damping = config.repair.damping
@@ -432,15 +456,15 @@ def default_space(config: PruningConfig, domains: Sequence[str]) -> Space:
     return space
 
 
+_SPECIFICATION = {"low", "high", "log", "whole", "size", "centred", "choices", "simplex"}
+
+
 def _changed(space: Space, config: PruningConfig, path: str, given: Any, domains: Sequence[str]) -> Space:
     current = field_of(config, path)
     others = tuple(dimension for dimension in space.dimensions if dimension.path != path)
     known = next((dimension for dimension in space.dimensions if dimension.path == path), None)
     position = space.dimensions.index(known) if known is not None else len(others)
-    is_specification = isinstance(given, Mapping) and set(given) <= {
-        "low", "high", "log", "whole", "size", "centred", "choices", "simplex",
-    }  # fmt: skip
-    if not is_specification:
+    if not (isinstance(given, Mapping) and set(given) <= _SPECIFICATION):
         return Space(others, {**space.fixed, path: given})
     dimension = _dimension(path, dict(given), current, known, domains)
     return Space((*others[:position], dimension, *others[position:]), space.fixed)
@@ -450,38 +474,85 @@ def _dimension(
     path: str, given: dict[str, Any], current: Any, known: Dimension | None, domains: Sequence[str]
 ) -> Dimension:
     if "choices" in given:
-        values = tuple(given["choices"])
-        return Choice(path, values, current if current in values else values[0])
+        return _choice(path, given, current)
     if "simplex" in given:
-        named = isinstance(current, Mapping)
-        members = tuple(given["simplex"]) if given["simplex"] is not True else tuple(current) or tuple(domains)
-        if len(members) < 2:
-            raise ConfigError(f"`search.space[{path!r}]` weights fewer than two things: {list(members)}.")
-        default = tuple(current.get(m, 0.0) for m in members) if named else tuple(current)
-        return Simplex(path, members, default or (1.0,) * len(members), named)
+        return _simplex(path, given, current, domains)
     if isinstance(known, (Number, Vector)) and not given.get("size"):
-        return replace(known, **given)
-    if not {"low", "high"} <= set(given) or not given["low"] < given["high"]:
+        ranges = ("low", "high", "log", "whole", "centred")
+        own: dict[str, Any] = {name: value for name, value in vars(known).items() if name in ranges}
+        given = {**own, **given, "size": known.width if isinstance(known, Vector) else None}
+    low: Any = given.get("low")
+    high: Any = given.get("high")
+    size: Any = given.get("size")
+    if not (_is_number(low) and _is_number(high) and low < high):
         raise ConfigError(
-            f"`search.space[{path!r}]` should be a value (fixes the field), or a mapping with `low` < `high`, `choices` "
-            f"or `simplex`. Found {given!r}."
+            f"`search.space[{path!r}]` should be a value (fixes the field), or a mapping with `low` < `high`, "
+            f"`choices` or `simplex`. Found {given!r}."
         )
-    low, high = float(given["low"]), float(given["high"])
     if given.get("log") and low <= 0:
         raise ConfigError(f"`search.space[{path!r}]` is logarithmic; `low` should be above 0. Found {low:g}.")
-    if given.get("size"):
-        values = tuple(current) if current else ()
-        default = values if len(values) == given["size"] else (0.0,) * int(given["size"])
-        return Vector(path, low, high, default, bool(given.get("centred")))
+    if size is not None:
+        check_whole(f"search.space[{path!r}].size", size, 1, what="values of the vector")
+        if given.get("log") or given.get("whole"):
+            raise ConfigError(f"`search.space[{path!r}]` is a vector, which cannot be `log` or `whole`.")
+        if given.get("centred") and not low < 0 < high:
+            raise ConfigError(
+                f"`search.space[{path!r}]` is centred, so its sum is 0: `low` should be below 0 and `high` above. "
+                f"Found {low:g} and {high:g}."
+            )
+        values = tuple(current) if isinstance(current, (list, tuple)) else ()
+        default = values if len(values) == size else (0.0,) * size
+        return Vector(path, float(low), float(high), default, bool(given.get("centred")))
+    if given.get("centred"):
+        raise ConfigError(f"`search.space[{path!r}]` is one number, which cannot be `centred`. Give a `size`.")
+    if current is not None and not _is_number(current):
+        raise ConfigError(
+            f"`search.space[{path!r}]` ranges over numbers, but the field holds {current!r}. Give `choices`, or a "
+            "`size` for a list of numbers."
+        )
+    if known is not None and current is not None:
+        current = min(max(current, low), high)  # as near to the config as the range allows
     if current is None or not low <= current <= high:
         current = math.sqrt(low * high) if given.get("log") else (low + high) / 2
-    return Number(path, low, high, current, bool(given.get("log")), bool(given.get("whole")))
+    return Number(path, float(low), float(high), current, bool(given.get("log")), bool(given.get("whole")))
+
+
+def _choice(path: str, given: Mapping[str, Any], current: Any) -> Choice:
+    values = tuple(_frozen(value) for value in given["choices"])
+    if len(values) < 2 or any(value in values[:index] for index, value in enumerate(values)):
+        raise ConfigError(
+            f"`search.space[{path!r}]` should name two or more `choices`, each once. Found {list(values)}."
+        )
+    return Choice(path, values, current if current in values else values[0])
+
+
+def _simplex(path: str, given: Mapping[str, Any], current: Any, domains: Sequence[str]) -> Simplex:
+    named = isinstance(current, Mapping)
+    if not named and not isinstance(current, (list, tuple)):
+        raise ConfigError(f"`search.space[{path!r}]` is no field of weights, so it cannot be a `simplex`.")
+    members = given["simplex"]
+    members = (tuple(current) if named else tuple(domains)) if members is True else tuple(members)
+    if len(set(members)) < 2 or len(set(members)) < len(members):
+        raise ConfigError(
+            f"`search.space[{path!r}]` should weight two things or more, each named once. Found {list(members)}."
+        )
+    if not named and current and len(current) != len(members):
+        raise ConfigError(f"`search.space[{path!r}]` names {len(members)} weights, the config has {len(current)}.")
+    default = tuple(current.get(member, 0.0) for member in members) if named else tuple(current)
+    return Simplex(path, members, default or (1.0,) * len(members), named)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check(space: Space, config: PruningConfig) -> None:
     """Every corner that one dimension alone can reach is a valid config; told before any trial."""
     default = space.default
-    space.apply(config, default)
+    try:
+        space.apply(config, default)
+    except TypeError as error:
+        raise ConfigError(f"`search.space` gives a field a value of the wrong type: {error}.") from error
     for dimension in space.dimensions:
         ends: list[Any] = []
         if isinstance(dimension, Number):

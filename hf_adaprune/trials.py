@@ -1,0 +1,325 @@
+"""Trials from cached statistics: a point becomes scores, a plan, repairs, and one masked forward on selection text.
+
+No backward pass, no calibration pass and no reload: what a trial costs beside its forward is small dense algebra.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from .budgets import allocate_within, even_scores, nested_plans
+from .calibration import TokenBlocks
+from .compensation import Repair, repair_plan
+from .config import ImportanceConfig, PruningConfig
+from .costs import Costs
+from .errors import ConfigError
+from .evaluation import (
+    ChoiceRow,
+    per_row_errors,
+    per_window_loss,
+    per_window_top_kl,
+    top_tokens,
+)
+from .importance import METRICS, Context, Scores, block_influence, mix_scores, raw_scores, scored_kinds
+from .masking import masked
+from .offers import offers_of
+from .plan import PruningPlan
+from .search.journal import Rows
+from .search.loop import Candidate, Slot
+from .search.space import Space
+from .sites import ModelSites
+from .statistics import Statistics, mean_cosine
+
+__all__ = ["CachedScores", "Measure", "Trials", "custom_measure", "row_measure", "window_measure"]
+
+BATCH_TOKENS = 2048  # of a forward: more gains nothing on a CPU, fewer leave its cores waiting
+
+
+class CachedScores:
+    """Scores for any weights over calibration domains and metrics, from numbers that are computed once.
+
+    Metrics that are linear in the sample weights are mixed from those of the single domains, which is exact. Metrics
+    that invert moments cost seconds, so they are computed for each domain alone and for the `center` (the weights of
+    trial 0), and interpolated between these: exact there, and a lower bound on the way, since a removal's error after
+    the best refit is concave in the moments. All others are computed anew, which is cheap.
+
+    Args:
+        sites ([`ModelSites`]): the dense model.
+        units (`tuple[str, ...]`): what may go.
+        statistics ([`Statistics`]): with a Gram matrix per domain where several domains are weighted.
+        center (`tuple[float, ...]`): domain weights that are exact for every metric; equal ones where empty.
+        seed (`int`): of random scores.
+    """
+
+    def __init__(
+        self, sites: ModelSites, units: tuple[str, ...], statistics: Statistics, center: tuple[float, ...], seed: int
+    ) -> None:
+        self.sites, self.statistics, self.seed = sites, statistics, seed
+        self.kinds = scored_kinds(sites, units)
+        count = len(statistics.domains)
+        weights = center or (1.0,) * count
+        self.center = tuple(weight / sum(weights) for weight in weights)
+        self._raw: dict[Any, dict[str, torch.Tensor]] = {}
+
+    def scores(self, config: ImportanceConfig, weights: tuple[float, ...] = ()) -> Scores:
+        """Scores of all units.
+
+        Args:
+            config ([`ImportanceConfig`]): metrics and how they are mixed.
+            weights (`tuple[float, ...]`, *optional*): of the domains; equal where empty.
+        """
+        total = sum(weights)
+        own = tuple(weight / total for weight in weights) if weights else (1 / len(self.center),) * len(self.center)
+        raw = {name: self._metric(name, config, own) for name, weight in config.metrics.items() if weight > 0}
+        influence = block_influence(self._context(config, own)) if config.metrics.get("block_influence") else None
+        return mix_scores(self.sites, self.kinds, raw, config, influence)
+
+    def _metric(self, name: str, config: ImportanceConfig, weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
+        metric = METRICS[name]
+        if not (metric.linear or metric.needs.gram):
+            return raw_scores(self.sites, self.kinds, name, self._context(config, weights))
+        mixed: dict[str, torch.Tensor] = {}
+        for anchor, share in self._anchors(weights):
+            for site, own in self._anchor(name, config, anchor).items():
+                mixed[site] = mixed[site] + share * own if site in mixed else share * own
+        return mixed
+
+    def _anchors(self, weights: tuple[float, ...]) -> list[tuple[tuple[float, ...], float]]:
+        """The weights as a mixture of the center and of single domains, with as much of the center as fits."""
+        inside = [(weight / middle) for weight, middle in zip(weights, self.center, strict=True) if middle > 0]
+        share = min(1.0, min(inside, default=0.0))
+        share = 1.0 if share > 1 - 1e-9 else share
+        found = [(self.center, share)] if share > 1e-9 else []
+        for domain, (weight, middle) in enumerate(zip(weights, self.center, strict=True)):
+            rest = weight - share * middle
+            if rest > 1e-9:
+                found.append((tuple(float(other == domain) for other in range(len(weights))), rest))
+        return found
+
+    def _anchor(self, name: str, config: ImportanceConfig, weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
+        metric = METRICS[name]
+        ridge = (config.damping, config.damping_scale) if metric.needs.gram else ()
+        key = (name, weights, ridge)
+        if key not in self._raw:
+            self._raw[key] = raw_scores(self.sites, self.kinds, name, self._context(config, weights))
+        return self._raw[key]
+
+    def _context(self, config: ImportanceConfig, weights: tuple[float, ...]) -> Context:
+        spread = self.statistics.sample_weights(weights)
+        return Context(self.statistics, spread, config.reduction, config.damping, config.damping_scale, self.seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """What a search minimises, cut into windows that can be measured one after the other.
+
+    Args:
+        rows (`Callable`): `(start, stop)` to rows `(count, sum)` of these windows, with the model as it is then.
+        first (`int`): windows that every trial sees.
+        windows (`int`): windows that a promising one sees.
+        fresh (`int`): windows after these, for the last measurement.
+        logarithmic (`bool`): whether values are compared by their logarithms.
+        digest (`str`): of the texts, for the journal.
+    """
+
+    rows: Callable[[int, int], list[tuple[float, float]]]
+    first: int
+    windows: int
+    fresh: int
+    logarithmic: bool
+    digest: str
+
+
+def window_measure(sites: ModelSites, blocks: TokenBlocks, objective: str, *, first: int, windows: int) -> Measure:
+    """KL to the dense model, or loss, on selection windows.
+
+    Args:
+        sites ([`ModelSites`]): the dense model; its top tokens are read now.
+        blocks ([`TokenBlocks`]): windows of the trials, then the fresh ones.
+        objective (`str`): `kl` or `loss`.
+        first (`int`): see [`Measure`].
+        windows (`int`): see [`Measure`].
+    """
+    model = sites.model
+    batch = max(1, BATCH_TOKENS // blocks.input_ids.shape[1])
+    dense = top_tokens(model, blocks, batch_size=batch) if objective == "kl" else None
+
+    def rows(start: int, stop: int) -> list[tuple[float, float]]:
+        part = blocks.select(slice(start, stop))
+        if dense is not None:
+            own = replace(dense, tokens=dense.tokens[start:stop], log_probabilities=dense.log_probabilities[start:stop])
+            sums = per_window_top_kl(model, own, part, batch)
+        else:
+            sums = per_window_loss(model, part, batch)
+        return [(count, value) for value, count in sums.tolist()]
+
+    return Measure(rows, first, windows, len(blocks) - windows, True, blocks.digest)
+
+
+def row_measure(model: Any, tokenizer: Any, rows: Sequence[ChoiceRow], *, first: int, windows: int) -> Measure:
+    """One minus the accuracy (by log-likelihood over the choice's length) on multiple-choice rows.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        tokenizer: its tokenizer.
+        rows (sequence of `ChoiceRow`): rows of the trials, then the fresh ones.
+        first (`int`): see [`Measure`].
+        windows (`int`): see [`Measure`].
+    """
+    digest = hashlib.sha256(repr([(row.context, row.choices, row.label) for row in rows]).encode()).hexdigest()
+
+    def measure(start: int, stop: int) -> list[tuple[float, float]]:
+        return [(1.0, error) for error in per_row_errors(model, tokenizer, rows[start:stop])]
+
+    return Measure(measure, first, windows, len(rows) - windows, False, digest)
+
+
+def custom_measure(model: Any, objective: Callable[[Any], Any]) -> Measure:
+    """A function of the model that the caller brings.
+
+    Args:
+        model (`PreTrainedModel`): handed to the function, behaving as the candidate.
+        objective (`Callable`): returns a number to minimise, or one number per sample (always the same samples), from
+            which the noise is estimated.
+
+    Raises:
+        ConfigError: it returns something else, or numbers that are not finite.
+    """
+
+    def measure(start: int, stop: int) -> list[tuple[float, float]]:
+        with torch.inference_mode():
+            found = objective(model)
+        values = torch.as_tensor(found, dtype=torch.float64).flatten().tolist()
+        if not values or not all(value == value and abs(value) != float("inf") for value in values):
+            raise ConfigError(f"the objective should return a finite number or several. Found {found!r}.")
+        return [(1.0, value) for value in values]
+
+    name = getattr(objective, "__qualname__", type(objective).__name__)
+    return Measure(measure, 1, 1, 0, False, f"custom:{name}")
+
+
+@dataclass(eq=False)
+class _Payload:
+    plans: tuple[PruningPlan, ...]
+    config: PruningConfig
+    repairs: list[dict[str, Repair]] = field(default_factory=list)
+
+
+class Trials:
+    """The problem of a search over one model (see [`hf_adaprune.search.loop.Problem`]).
+
+    Args:
+        sites ([`ModelSites`]): the dense model; untouched after every trial.
+        config ([`PruningConfig`]): trial 0.
+        space ([`Space`]): what varies.
+        statistics ([`Statistics`]): of the dense model.
+        measure ([`Measure`]): what is minimised.
+        costs ([`Costs`], *optional*): what plans cost; made anew where not given.
+    """
+
+    def __init__(
+        self,
+        sites: ModelSites,
+        config: PruningConfig,
+        space: Space,
+        statistics: Statistics,
+        measure: Measure,
+        costs: Costs | None = None,
+    ) -> None:
+        self.sites, self.config, self.space, self.statistics, self.own = sites, config, space, statistics, measure
+        self.first, self.windows, self.fresh = measure.first, measure.windows, measure.fresh
+        self.logarithmic = measure.logarithmic
+        center = config.calibration.domain_weights
+        self.scores = CachedScores(sites, config.units, statistics, center, config.seed)
+        self.costs = costs or Costs.of(sites, config)
+        search = config.search
+        self.ratios = search.ratios if search is not None else ()
+        wanted = ("ratio", "parameters", *config.budgets, *([search.pareto] if search and search.pareto else []))
+        self.cost_names = tuple(dict.fromkeys(wanted))
+        self.slots = tuple(
+            Slot(
+                offer.site.name,
+                offer.site.layer,
+                offer.site.kind,
+                offer.site.units(self.scores.kinds[offer.site.name]),
+                offer.site.unit_parameters(self.scores.kinds[offer.site.name]),
+            )
+            for offer in offers_of(sites, even_scores(sites, config), config)
+        )
+
+    def config_of(self, point: Mapping[str, Any]) -> PruningConfig:
+        """The config that a point stands for, without its search."""
+        return self.space.apply(self.config, point).with_changes(search=None)
+
+    def plans(self, config: PruningConfig) -> tuple[PruningPlan, ...]:
+        """The plan of a config, or the nested plans of a search over several ratios, ascending."""
+        scores = self.scores.scores(config.importance, config.calibration.domain_weights)
+        cosine = None
+        if self.statistics.cosine is not None:
+            spread = self.statistics.sample_weights(config.calibration.domain_weights)
+            cosine = mean_cosine(self.statistics, spread)
+        if self.ratios:
+            return tuple(nested_plans(self.sites, scores, config, self.ratios, self.costs, cosine).values())
+        return (allocate_within(self.sites, scores, config, self.costs, cosine),)
+
+    def candidate(self, point: Mapping[str, Any]) -> Candidate:
+        """The candidate of a point.
+
+        Raises:
+            BudgetError, ConfigError: the point has no plan.
+        """
+        config = self.config_of(point)
+        plans = self.plans(config)
+        repair = {name: getattr(config.repair, name) for name in ("method", "damping", "damping_scale", "intercept")}
+        weights = list(config.calibration.domain_weights) if config.repair.method != "none" else []
+        said = json.dumps([[plan.digest for plan in plans], repair, weights], sort_keys=True)
+        plan = plans[-1]
+        costs = {name: self.costs.cost(name, plan) for name in self.cost_names}
+        widths = {name: _units_kept(kept, self.scores.kinds[name]) for name, kept in plan.changed()}
+        return Candidate(hashlib.sha256(said.encode()).hexdigest(), costs, widths, _Payload(plans, config))
+
+    def repairs(self, payload: _Payload) -> list[dict[str, Repair]]:
+        """Cached repairs of a candidate's plans; computed once."""
+        if not payload.repairs:
+            weights = self.statistics.sample_weights(payload.config.calibration.domain_weights)
+            repair = replace(
+                payload.config.repair, intercept=payload.config.repair.intercept and not self.config.uniform
+            )
+            payload.repairs.extend(
+                repair_plan(self.sites, plan, self.statistics, weights, repair, torch.float32) for plan in payload.plans
+            )
+        return payload.repairs
+
+    def measure(self, candidate: Candidate, start: int, stop: int) -> Rows:
+        """Rows of windows `[start, stop)`: the count, and the objective's sum for every plan."""
+        payload: _Payload = candidate.payload
+        columns = []
+        with _quiet_bars():
+            for plan, repairs in zip(payload.plans, self.repairs(payload), strict=True):
+                with masked(self.sites, plan, repairs, narrow=True):
+                    columns.append(self.own.rows(start, stop))
+        return tuple((rows[0][0], *(value for _, value in rows)) for rows in zip(*columns, strict=True))
+
+
+def _units_kept(kept: Any, kind: str) -> int:
+    return len(kept.kept_groups) if kind in ("kv_group", "expert") else len(kept.kept)
+
+
+@contextmanager
+def _quiet_bars() -> Any:
+    """No progress bars of single stops: the search has a line of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
