@@ -20,15 +20,17 @@ if TYPE_CHECKING:
         ImportanceConfig,
         PruningConfig,
         RepairConfig,
+        SearchConfig,
         TextSource,
     )
     from .errors import AdaPruneError
     from .importance import METRICS
     from .loading import result_of
     from .masking import masked
-    from .pipeline import PruningResult, prune
+    from .pipeline import PruningResult, prune, search_plan
     from .plan import PruningPlan, SitePlan
     from .saving import save_pruned
+    from .searching import SearchResult
     from .sites import find_sites
     from .surgery import apply_plan
 
@@ -50,6 +52,8 @@ _WHERE = {
     "PruningResult": "pipeline",
     "RECIPES": "config",
     "RepairConfig": "config",
+    "SearchConfig": "config",
+    "SearchResult": "searching",
     "SitePlan": "plan",
     "TextSource": "config",
     "apply_plan": "surgery",
@@ -58,6 +62,7 @@ _WHERE = {
     "prune": "pipeline",
     "result_of": "loading",
     "save_pruned": "saving",
+    "search_plan": "pipeline",
 }
 
 __all__ = [
@@ -76,6 +81,8 @@ __all__ = [
     "PruningPlan",
     "PruningResult",
     "RepairConfig",
+    "SearchConfig",
+    "SearchResult",
     "SitePlan",
     "TextSource",
     "apply_plan",
@@ -84,6 +91,7 @@ __all__ = [
     "prune",
     "result_of",
     "save_pruned",
+    "search_plan",
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures import Architecture
 from .budgets import check_budgets
-from .config import PruningConfig, Source, TextSource
+from .calibration import TokenBlocks
+from .config import PruningConfig, SearchConfig, Source, TextSource
 from .costs import Costs
+from .errors import ConfigError
 from .evaluation import Measurement, perplexity
 from .model_config import PROVENANCE_KEY, known_architecture
 from .plan import PruningPlan
+from .recording import collect_statistics
+from .searching import SearchResult, check_search, find_best, search_needs
 from .sites import ModelSites, find_sites
 from .stages import (
     Clock,
@@ -33,12 +37,13 @@ from .stages import (
     layer_by_layer_config,
     what_to_collect,
 )
+from .statistics import Needs, Statistics
 from .surgery import apply_plan, assign_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PruningResult", "Sizes", "prune"]
+__all__ = ["PruningResult", "Sizes", "prune", "search_plan"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class PruningResult:
         evaluation (`dict[str, dict[str, Measurement]]`): per report source, `dense` and `pruned` perplexity.
         calibration (`dict[str, Any]`): tokens, windows, digest and domains of the pool.
         seconds (`dict[str, float]`): time per stop.
+        search ([`SearchResult`], *optional*): what a search found; `config` and `plan` are its winner's.
     """
 
     model: Any
@@ -94,6 +100,7 @@ class PruningResult:
     evaluation: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    search: SearchResult | None = None
 
     @property
     def pruning_ratio(self) -> float:
@@ -120,6 +127,7 @@ class PruningResult:
             },
             "calibration": dict(self.calibration),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            **({} if self.search is None else {"search": self.search.to_dict()}),
         }
 
     def save_pretrained(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
@@ -138,8 +146,12 @@ def prune(
     plan: PruningPlan | None = None,
     plan_path: str | os.PathLike[str] | None = None,
     architecture: Architecture | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    warm_start: str | os.PathLike[str] | None = None,
+    objective: Callable[[Any], Any] | None = None,
 ) -> PruningResult:
-    """Prune a causal language model, in place.
+    """Prune a causal language model, in place; with `config.search`, by the best config and plan that it finds.
 
     Args:
         model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory, on any device.
@@ -152,13 +164,17 @@ def prune(
         plan_path (`str`, *optional*): the plan is written here as soon as it is decided, so that an interrupted run can
             go on with `plan=PruningPlan.load(plan_path)`.
         architecture ([`Architecture`], *optional*): of a family that is not built in.
+        journal (`str`, *optional*): file in which a search writes every trial; see [`search_plan`] for this and the next.
+        resume (`bool`, *optional*, defaults to `False`): go on with that journal.
+        warm_start (`str`, *optional*): journal of another search to start from.
+        objective (`Callable`, *optional*): function of the model that a search minimises.
 
     Returns:
         [`PruningResult`]
 
     Raises:
         UnsupportedModelError: the model cannot be pruned.
-        ConfigError, BudgetError, CalibrationError: before any work is lost; the model is untouched then.
+        ConfigError, BudgetError, CalibrationError, JournalError: before any work is lost; the model is untouched then.
 
     Example:
 
@@ -184,8 +200,20 @@ def prune(
     costs = Costs.of(sites, config)
     if plan is not None:
         sites.check(plan)
+        config = config.with_changes(search=None)
     else:
         check_budgets(sites, config, costs)  # what cannot be met fails before any text is read
+    asked = config.search
+    if asked is not None:
+        check_search(config)
+        if asked.pareto is not None:
+            raise ConfigError("`search.pareto` finds many plans. Call search_plan() and prune with the one you choose.")
+        if asked.ratios and config.pruning_ratio not in asked.ratios:
+            raise ConfigError(
+                f"`pruning_ratio` {config.pruning_ratio:g} should be one of `search.ratios` {list(asked.ratios)}: that "
+                "plan is carried out."
+            )
+        needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
     if plan_path is not None:
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     clock.stop("find sites")
@@ -197,7 +225,19 @@ def prune(
 
     folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
     with folder as place:
-        plan, statistics = decide(sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs)
+        found: SearchResult | None = None
+        if asked is not None:
+            assert blocks is not None and needs is not None
+            statistics: Statistics | None
+            found, statistics = _searched(
+                sites, tokenizer, config, blocks, needs, place, costs, clock,
+                journal=journal, resume=resume, warm_start=warm_start, objective=objective,
+            )  # fmt: skip
+            config, plan = found.config, found.plan
+        else:
+            plan, statistics = decide(
+                sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs
+            )
         if plan_path is not None:
             plan.save(plan_path)
         cached = cached_repairs(sites, plan, statistics, config)
@@ -238,7 +278,88 @@ def prune(
         evaluation,
         facts,
         clock.seconds,
+        found,
     )
+
+
+def search_plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: PruningConfig | None = None,
+    *,
+    journal: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    warm_start: str | os.PathLike[str] | None = None,
+    objective: Callable[[Any], Any] | None = None,
+    architecture: Architecture | None = None,
+) -> SearchResult:
+    """Search for the best way to prune a model, which stays as it is.
+
+    A trial is scored, allocated and repaired from statistics that are collected once, and measured by one forward on
+    selection text. Under `accelerate launch` the processes share the calibration windows and the trials.
+
+    Args:
+        model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
+        config ([`PruningConfig`], *optional*): where the search starts, with its [`SearchConfig`]; the recipe `default`
+            and 60 trials where not given. Name `calibration.selection` texts.
+        journal (`str`, *optional*): file in which every trial is written when it is done; a kill loses at most the
+            running one.
+        resume (`bool`, *optional*, defaults to `False`): go on with that journal, to the same trials as without a stop.
+        warm_start (`str`, *optional*): journal of another search (of a smaller model, or another ratio) over the same
+            space; its best points are tried first.
+        objective (`Callable`, *optional*): function of the model that returns a number to minimise, or one per sample.
+        architecture ([`Architecture`], *optional*): of a family that is not built in.
+
+    Returns:
+        [`SearchResult`]: carry its plan out with `prune(model, tokenizer, result.config, plan=result.plan)`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be pruned.
+        ConfigError, BudgetError, CalibrationError, JournalError: before any trial.
+    """
+    clock = Clock()
+    config = PruningConfig.recipe("default", search=SearchConfig()) if config is None else config
+    config = config.with_changes(search={}) if config.search is None else config
+    sites = find_sites(model, known_architecture(model.config, architecture) if architecture else _carried(model))
+    check_weights(sites)
+    costs = Costs.of(sites, config)
+    check_budgets(sites, config, costs)
+    check_search(config)
+    needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
+    blocks, _, _ = gather_texts(sites, tokenizer, config.with_changes(calibration={"report": ()}), True)
+    assert blocks is not None
+    clock.stop("texts")
+    folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
+    with folder as place:
+        return _searched(
+            sites, tokenizer, config, blocks, needs, place, costs, clock,
+            journal=journal, resume=resume, warm_start=warm_start, objective=objective,
+        )[0]  # fmt: skip
+
+
+def _searched(
+    sites: ModelSites,
+    tokenizer: Any,
+    config: PruningConfig,
+    blocks: TokenBlocks,
+    needs: Needs,
+    folder: str | None,
+    costs: Costs,
+    clock: Clock,
+    **options: Any,
+) -> tuple[SearchResult, Statistics]:
+    calibration = config.calibration
+    statistics = collect_statistics(
+        sites,
+        blocks,
+        needs,
+        gradient_samples=calibration.gradient_samples,
+        gram_place=config.gram_place,
+        folder=folder,
+    )
+    clock.stop("statistics")
+    return find_best(sites, tokenizer, config, statistics, costs=costs, clock=clock, **options), statistics
 
 
 def _carried(model: Any) -> Architecture | None:

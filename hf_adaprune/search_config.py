@@ -37,7 +37,7 @@ class SearchConfig:
             to 1; the list names what is weighted).
         objective (`str`, *optional*, defaults to `"kl"`): minimised on selection text: `kl` (to the dense model, over
             its 128 most likely next tokens and the rest as one), `loss`, `accuracy` (of multiple-choice rows, see
-            `tasks`; 1 - accuracy is minimised) or `custom` (the function passed to `prune` or `search`).
+            `tasks`; 1 - accuracy is minimised) or `custom` (the function passed to `prune` or `search_plan`).
         tasks (`tuple[str, ...]`, *optional*): files of multiple-choice rows for `accuracy`.
         selection_tokens (`int`, *optional*, defaults to 24576): tokens a promising trial sees.
         first_tokens (`int`, *optional*, defaults to 6144): tokens every trial sees. It sees the rest only if it could

@@ -24,7 +24,7 @@ from .errors import CalibrationError, ConfigError, JournalError
 from .evaluation import read_rows
 from .importance import METRICS
 from .plan import PruningPlan
-from .search.journal import Journal, Trial
+from .search.journal import Journal, Trial, mean_value
 from .search.loop import WARM_POINTS, Alone, Progress, View, finalists, front, run_search
 from .search.space import Point, Simplex, Space, default_space
 from .sites import ModelSites
@@ -102,6 +102,20 @@ class SearchResult:
         winner = self.journal.winner()
         assert winner is not None
         return winner
+
+    def to_dict(self) -> dict[str, Any]:
+        """The search in short, as JSON types: what varied, what won, and by how much."""
+        winner, search = self.winner, self.asked.search
+        values = {final.number: mean_value(final.rows) for final in self.journal.finals}
+        return {
+            "trials": len(self.journal.trials),
+            "strategy": list(search.strategy) if search is not None else [],
+            "objective": search.objective if search is not None else "",
+            "space": self.space.to_dict(),
+            "winner": {"trial": winner.number, "strategy": winner.strategy, "point": dict(winner.point)},
+            "on_fresh_text": {str(number): value for number, value in values.items()},
+            "seed": self.asked.seed,
+        }
 
 
 def check_search(config: PruningConfig) -> None:
