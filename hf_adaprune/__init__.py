@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         TextSource,
     )
     from .errors import AdaPruneError
-    from .importance import METRICS
     from .loading import result_of
     from .masking import masked
+    from .metrics import METRICS
     from .pipeline import PruningResult, prune, search_plan
     from .plan import PruningPlan, SitePlan
     from .saving import save_pruned
@@ -45,7 +45,7 @@ _WHERE = {
     "CalibrationConfig": "config",
     "Experts": "architectures",
     "ImportanceConfig": "config",
-    "METRICS": "importance",
+    "METRICS": "metrics",
     "Mlp": "architectures",
     "PruningConfig": "config",
     "PruningPlan": "plan",

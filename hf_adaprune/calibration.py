@@ -90,6 +90,8 @@ class TokenBlocks:
     def split(self, fraction: float, seed: int) -> tuple[TokenBlocks, TokenBlocks]:
         """Two disjoint parts (kept, held out), both in the order of this one.
 
+        A domain keeps at least one window as long as others can give what is held out.
+
         Args:
             fraction (`float`): share of windows to hold out, in [0, 1), of every domain to within one window. A
                 positive fraction holds out at least one window where there are two.
@@ -103,20 +105,36 @@ class TokenBlocks:
         total = min(max(int(fraction * len(self) + 0.5), int(fraction > 0)), max(len(self) - 1, 0))
         generator = torch.Generator().manual_seed(seed)
         held = torch.zeros(len(self), dtype=torch.bool)
-        seen = taken = 0
-        for index in range(len(self.domains)):
+        sizes = torch.bincount(self.domain, minlength=len(self.domains)).tolist()
+        for index, count in enumerate(_held_out(sizes, total)):
             members = (self.domain == index).nonzero().flatten()
-            seen += len(members)
-            # Rounding the running total, not each domain, makes the parts add up to `total`.
-            count = (2 * seen * total + len(self)) // (2 * len(self)) - taken if len(self) else 0
             held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-            taken += count
         return self.select((~held).nonzero().flatten()), self.select(held.nonzero().flatten())
 
     def batches(self, size: int) -> Iterator[TokenBlocks]:
         """Yield the windows in order, at most `size` at a time."""
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size))
+
+
+def _held_out(sizes: list[int], total: int) -> list[int]:
+    """How many windows each domain gives where `total` are held out: its share, to within one."""
+    counts: list[int] = []
+    windows, seen = sum(sizes), 0
+    for size in sizes:
+        seen += size
+        # Rounding the running total, not each domain, makes the parts add up to `total`.
+        counts.append((2 * seen * total + windows) // (2 * windows) - sum(counts) if windows else 0)
+    for index, size in enumerate(sizes):
+        if not 0 < size == counts[index]:
+            continue
+        # An empty domain could not be weighted, so the one furthest behind its share gives a window instead.
+        behind = [size * total - windows * count for size, count in zip(sizes, counts, strict=True)]
+        able = [other for other, own in enumerate(sizes) if own - counts[other] > 1 and behind[other] >= 0]
+        if able:
+            counts[index] -= 1
+            counts[max(able, key=lambda other: behind[other])] += 1
+    return counts
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The command line: prune, evaluate, show, demo.
+"""The command line: prune, search, evaluate, show, demo.
 
 Results go to standard output, everything else to standard error. torch and transformers are imported by the commands
 that need them, so that `--help` answers at once.
@@ -10,17 +10,32 @@ import argparse
 import json
 import logging
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .cli_model import Loader
+from .cli_search import (
+    SEARCH_FIELDS,
+    SUFFIXES,
+    add_search_arguments,
+    carry_out,
+    check_request,
+    plans_table,
+    read_budgets,
+    read_space,
+    search_table,
+    winner_config,
+    write_plans,
+)
 from .config import RECIPES, UNITS, PruningConfig
-from .errors import AdaPruneError, ConfigError, MissingDependencyError, UnsupportedModelError
+from .errors import AdaPruneError, ConfigError, MissingDependencyError
 from .plan import PruningPlan
+from .search_config import BUDGETS
 
 __all__ = ["build_config", "main"]
 
@@ -40,8 +55,10 @@ FIELDS = {
     "report": ("calibration", "report"),
     "samples": ("calibration", "samples"),
     "sequence_length": ("calibration", "sequence_length"),
+    "budget": ("budgets",),
 }
-SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+READERS = {"budget": read_budgets, "space": read_space}
+SIZES = {"pruning_ratio", "target_parameters", "target_bytes"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(words)
-    with _manners(arguments.quiet):
+    with _manners(arguments.quiet or not _is_first()):
         try:
             arguments.run(arguments, words)
         except AdaPruneError as error:
@@ -67,13 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _is_first() -> bool:
+    """Whether this process writes, saves and talks: of several that `accelerate launch` started, the first does."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    if _is_first():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"hf-adaprune: {' '.join(text.split())}\n")
+    if _is_first():
+        sys.stderr.write(f"hf-adaprune: {' '.join(text.split())}\n")
 
 
 def _answer(arguments: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
@@ -145,7 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     loads.add_argument("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")
     loads.add_argument("--device", help="where to work, such as cuda (default: cpu)")
     loads.add_argument("--trust-remote-code", action="store_true", help="run code that MODEL brings")
-    _prune_arguments(commands.add_parser("prune", parents=[loads, common], help="prune a model and save it"))
+    prune = commands.add_parser("prune", parents=[loads, common], help="prune a model and save it")
+    _prune_arguments(prune)
+    prune.add_argument("--plan", metavar="FILE", help="carry out this plan instead of deciding one")
+    prune.set_defaults(run=_prune)
+    search = commands.add_parser("search", parents=[loads, common], help="look for the best way to prune, then do it")
+    _prune_arguments(search)
+    add_search_arguments(search)
+    search.set_defaults(run=_search)
     source: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "SOURCE"}
 
     evaluate = commands.add_parser("evaluate", parents=[loads, common], help="perplexity, tasks and speed of a model")
@@ -159,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sequence-length", type=int, help="window of perplexity")
     evaluate.set_defaults(run=_evaluate)
 
-    show = commands.add_parser("show", parents=[common], help="what a plan or a checkpoint keeps of every layer")
-    show.add_argument("path", metavar="PLAN|CHECKPOINT", help="a plan (JSON) or the folder of a checkpoint")
+    show = commands.add_parser("show", parents=[common], help="what a plan or a checkpoint keeps, what a search found")
+    show.add_argument("path", metavar="PLAN|CHECKPOINT|JOURNAL", help="a JSON file, a checkpoint's folder, a journal")
     show.add_argument("--plot", metavar="FILE", help="draw it, too: .png, .svg or .pdf")
     show.set_defaults(run=_show)
 
@@ -185,11 +216,14 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     budget.add_argument("--target-parameters", type=_count, metavar="N", help="parameters to keep in all, such as 110M")
     budget.add_argument("--target-bytes", type=_count, metavar="N", help="bytes of the weights to keep, such as 220M")
+    budget.add_argument(
+        "--budget", action="append", metavar="KIND=VALUE",
+        help=f"hold to this, and to others given so: KIND is one of {', '.join(BUDGETS)}, VALUE such as 0.3 or 110M",
+    )  # fmt: skip
     add("--recipe", metavar="NAME", help=f"how: {', '.join(RECIPES)} (default)")
     add("--config", metavar="FILE.json", help="fields of PruningConfig, or the pruning_config.json of another run")
-    add("--plan", metavar="FILE", help="carry out this plan instead of deciding one")
     add("--calibration", **source, help="texts to measure on: files, data sets (name:config:split), self or python")
-    add("--selection", **source, help="texts for a search; here only kept apart from the others")
+    add("--selection", **source, help="texts that a search chooses on; never part of the others")
     add("--report", **source, help="texts to report perplexity on, dense and pruned")
     add("--samples", type=int, metavar="N", help=f"calibration windows ({default.calibration.samples})")
     add("--sequence-length", type=int, metavar="N", help=f"tokens per window ({default.calibration.sequence_length})")
@@ -199,31 +233,30 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
     add("--layer-by-layer", action="store_true", default=None, help="hold the moments of one layer at a time")
     add("--seed", type=int, metavar="N", help="of everything drawn at random")
     add("--dry-run", action="store_true", help="check everything and estimate size, memory and time; write nothing")
-    prune.set_defaults(run=_prune)
 
 
 def build_config(arguments: argparse.Namespace) -> PruningConfig:
     """The config of a command line: options override `--config`, which overrides the recipe.
 
     Args:
-        arguments (`argparse.Namespace`): of `prune`.
+        arguments (`argparse.Namespace`): of `prune` or `search`.
 
     Raises:
         ConfigError: unknown names, values out of range, or a file that is no config.
     """
     changes: dict[str, Any] = {}
-    for option, (name, *inner) in FIELDS.items():
-        value = getattr(arguments, option)
+    for option, (name, *inner) in {**FIELDS, **SEARCH_FIELDS}.items():
+        value = getattr(arguments, option, None)
         if value is None:
             continue
-        value = tuple(value) if isinstance(value, list) else value
+        value = READERS[option](value) if option in READERS else tuple(value) if isinstance(value, list) else value
         if inner:
             changes.setdefault(name, {})[inner[0]] = value
         else:
             changes[name] = value
-    if {"pruning_ratio", "target_parameters", "target_bytes"} & set(changes):
+    if {"budgets", *SIZES} & set(changes):
         # One budget replaces another that a config file sets.
-        changes = {"target_parameters": None, "target_bytes": None, **changes}
+        changes = {"target_parameters": None, "target_bytes": None, "budgets": {}, **changes}
     asked = _config_file(Path(arguments.config)) if arguments.config else {}
     if "version" in asked:
         # Written by a run: every field is in it, and a recipe beside it has nothing left to say.
@@ -244,98 +277,48 @@ def _config_file(path: Path) -> dict[str, Any]:
     return dict(data.get("config", data))
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Loader:
-    """Where a model comes from, and how it is opened."""
-
-    name: str
-    dtype: Any
-    device: str | None
-    options: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> _Loader:
-        import torch
-
-        dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype, None)
-        if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ConfigError(f"`--dtype` should be auto, bfloat16, float16 or float32. Found {arguments.dtype!r}.")
-        options = {"revision": arguments.revision, "gguf_file": arguments.gguf_file}
-        options["trust_remote_code"] = arguments.trust_remote_code or None
-        return cls(arguments.model, dtype, arguments.device, {k: v for k, v in options.items() if v is not None})
-
-    @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except AdaPruneError:
-            raise
-        except ImportError as error:
-            raise MissingDependencyError(f"{what} of {self.name} needs a library that is missing: {error}") from error
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UnsupportedModelError(f"{what} of {self.name} could not be loaded: {error}") from error
-
-    def skeleton(self) -> Any:
-        """The model's sites, without weights; refused where no pruning could follow."""
-        from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        from .estimate import bound_skeleton
-
-        with self._told("the config"):
-            config = AutoConfig.from_pretrained(self.name, **self.options)
-        if getattr(config, "quantization_config", None) and "gguf_file" not in self.options:
-            raise UnsupportedModelError(
-                f"{self.name} holds quantised weights. Prune first and quantise the result: name the "
-                "checkpoint with the original weights, or a GGUF file with --gguf-file."
-            )
-        named = list(getattr(config, "architectures", None) or ())
-        known: set[str] = set()
-        for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            known.update([entry] if isinstance(entry, str) else entry)
-        if named and not known & set(named) and "auto_map" not in config.__dict__:
-            raise UnsupportedModelError(
-                f"{self.name} is a {named[0]}, which is no causal language model (an encoder, or a decoder without its "
-                "head). Name a decoder that AutoModelForCausalLM loads."
-            )
-        remote = {"trust_remote_code": True} if self.options.get("trust_remote_code") else {}
-        with self._told("the model"):
-            return bound_skeleton(config, None if self.dtype == "auto" else self.dtype, **remote)
-
-    def model(self) -> Any:
-        """The model with its weights."""
-        from transformers import AutoModelForCausalLM, GgufConfig
-
-        options = dict(self.options)
-        if "gguf_file" in options:
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        with self._told("the model"):
-            model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **options)
-            return model if self.device is None else model.to(self.device)
-
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        from transformers import AutoTokenizer
-
-        with self._told("the tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(self.name, **self.options)
-            # Without its files some classes make an empty tokenizer, which turns every text into nothing.
-            if len(tokenizer) <= len(tokenizer.all_special_ids):
-                raise UnsupportedModelError(f"the tokenizer of {self.name} could not be loaded: its files are missing.")
-            return tokenizer
-
-
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
 def _prune(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     config = build_config(arguments)
+    _need_output(arguments)
+    plan = PruningPlan.load(arguments.plan) if arguments.plan else None
+    if plan is not None:
+        config = config.with_changes(search=None)
+    elif config.search is not None:
+        raise ConfigError("this config has a search. Run `hf-adaprune search`, or take `search` out of the file.")
+    _prepare_and_run(arguments, words, config, plan, None)
+
+
+def _search(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    config = build_config(arguments)
+    config = config.with_changes(search={}) if config.search is None else config
+    assert config.search is not None
+    _need_output(arguments)
+    output = Path(arguments.output or "pruned")
+    journal = Path(arguments.journal) if arguments.journal else output.with_name(output.name + ".journal.jsonl")
+    check_request(config, journal, arguments.resume or arguments.dry_run, arguments.warm_start)
+    if config.search.ratios:
+        # The highest of them is what has to be reachable, and what the estimate is of.
+        highest = max(config.search.ratios)
+        config = config.with_changes(pruning_ratio=highest, target_parameters=None, target_bytes=None)
+    _prepare_and_run(arguments, words, config, None, journal)
+
+
+def _need_output(arguments: argparse.Namespace) -> None:
     if arguments.output is None and not arguments.dry_run:
         raise ConfigError("`--output` is missing: the folder of the pruned model. To write nothing, add --dry-run.")
-    plan = PruningPlan.load(arguments.plan) if arguments.plan else None
+
+
+def _prepare_and_run(
+    arguments: argparse.Namespace,
+    words: Sequence[str],
+    config: PruningConfig,
+    plan: PruningPlan | None,
+    journal: Path | None,
+) -> None:
+    """Check everything and estimate; then prune, or find plans, and save."""
     from .estimate import estimate
     from .reporting import size_table
     from .saving import check_output
@@ -343,7 +326,7 @@ def _prune(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     output = None if arguments.output is None else Path(arguments.output)
     if output is not None:
         check_output(output)
-    loader = _Loader.of(arguments)
+    loader = Loader.of(arguments)
     sites = loader.skeleton()
     if plan is not None:
         sites.check(plan)
@@ -356,17 +339,69 @@ def _prune(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     assert output is not None
     if not arguments.quiet:
         _complain(f"about {expected.seconds:.0f} s and {expected.peak_bytes / 2**20:,.0f} MiB of memory.")
-    _prune_and_save(arguments, words, loader, config, plan, output, sites)
+    if config.search is not None and (config.search.pareto or config.search.ratios):
+        assert journal is not None
+        _find_plans(arguments, words, loader, config, output, sites, journal)
+    else:
+        _prune_and_save(arguments, words, loader, config, plan, output, sites, journal)
+
+
+def _find_plans(
+    arguments: argparse.Namespace,
+    words: Sequence[str],
+    loader: Loader,
+    config: PruningConfig,
+    output: Path,
+    dense: Any,
+    journal: Path,
+) -> None:
+    """Search, and write the plans of all sizes; nothing is pruned."""
+    from .pipeline import search_plan
+
+    assert config.search is not None
+    tokenizer = _tokenizer(loader, needed=True)
+    try:
+        result = search_plan(loader.model(), tokenizer, config, **_journal_options(arguments, journal))
+        rows = write_plans(result, output, dense) if _is_first() else []
+    except (AdaPruneError, KeyboardInterrupt) as error:
+        _say_how_to_resume(words, journal, error)
+        raise
+    if not rows:
+        return
+    example = carry_out(arguments, output / rows[-1]["config"], output / rows[-1]["plan"], "DIR")
+    parts = [
+        f"{loader.name}: {len(rows)} plans in {output}",
+        plans_table(rows, config.search.objective),
+        search_table(result, journal),
+        f"to carry one out: {example}",
+    ]
+    data = {**result.to_dict(), "output": str(output), "journal": str(journal), "points": rows}
+    _answer(arguments, data, "\n\n".join(parts))
+
+
+def _journal_options(arguments: argparse.Namespace, journal: Path | None) -> dict[str, Any]:
+    return {} if journal is None else {
+        "journal": journal, "resume": arguments.resume, "warm_start": arguments.warm_start
+    }  # fmt: skip
+
+
+def _say_how_to_resume(words: Sequence[str], journal: Path, error: BaseException) -> None:
+    if journal.is_file():
+        again = shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
+        _complain(f"the trials so far are kept in {journal}; to go on: hf-adaprune {again}")
+    elif isinstance(error, KeyboardInterrupt):
+        _complain("nothing was written; to start again, run the same command.")
 
 
 def _prune_and_save(
     arguments: argparse.Namespace,
     words: Sequence[str],
-    loader: _Loader,
+    loader: Loader,
     config: PruningConfig,
     plan: PruningPlan | None,
     output: Path,
     dense: Any,
+    journal: Path | None,
 ) -> None:
     from .pipeline import prune
     from .reporting import evaluation_table, plan_table, size_table
@@ -374,35 +409,58 @@ def _prune_and_save(
     from .stages import needs_text
 
     kept_plan = output.with_name(output.name + ".plan.json")
+    kept_config = output.with_name(output.name + ".config.json")
+    writes = plan is None and _is_first()
     try:
         # A plan left by an earlier run must not pass for this one's.
-        if plan is None:
+        if writes:
             kept_plan.unlink(missing_ok=True)
-        tokenizer = _tokenizer(loader, needed=needs_text(config))
+        tokenizer = _tokenizer(loader, needed=needs_text(config) or journal is not None)
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        result = prune(loader.model(), tokenizer, config, plan=plan, plan_path=None if plan else kept_plan)
-        result.save_pretrained(output)
+        options = _journal_options(arguments, journal)
+        result = prune(loader.model(), tokenizer, config, plan=plan, plan_path=kept_plan if writes else None, **options)
+        if _is_first():
+            result.save_pretrained(output)
     except (AdaPruneError, KeyboardInterrupt) as error:
-        if plan is None and kept_plan.is_file():
-            again = shlex.join([*words, "--plan", str(kept_plan)])
-            _complain(f"the plan is kept in {kept_plan}; to carry it out: hf-adaprune {again}")
+        if writes and kept_plan.is_file():
+            again = f"hf-adaprune {shlex.join([*words, '--plan', str(kept_plan)])}"
+            if journal is not None:
+                _keep_winner(config, journal, kept_config)
+                again = carry_out(arguments, kept_config, kept_plan, str(output))
+            _complain(f"the plan is kept in {kept_plan}; to carry it out: {again}")
+        elif journal is not None:
+            _say_how_to_resume(words, journal, error)
         elif isinstance(error, KeyboardInterrupt):
             _complain("nothing was written; to start again, run the same command.")
         raise
+    if not _is_first():
+        return
     if plan is None or Path(arguments.plan).resolve() == kept_plan.resolve():
         kept_plan.unlink(missing_ok=True)
+        if arguments.config and Path(arguments.config).resolve() == kept_config.resolve():
+            kept_config.unlink(missing_ok=True)
     after = find_sites(result.model).layer_parameters
     parts = [
         f"{loader.name} -> {output}, recipe {config.recipe_name}, pruning ratio {result.pruning_ratio:.4f}",
         size_table(result.before, result.after),
         plan_table(result.plan, dense, after),
         evaluation_table(result),
+        "" if result.search is None or journal is None else search_table(result.search, journal),
         f"repair: {result.repair_schedule}" + "".join(f"; {k} {s:.0f} s" for k, s in result.seconds.items() if s >= 1),
     ]
-    _answer(arguments, {**result.to_dict(), "output": str(output)}, "\n\n".join(part for part in parts if part))
+    data = {**result.to_dict(), "output": str(output), **({} if journal is None else {"journal": str(journal)})}
+    _answer(arguments, data, "\n\n".join(part for part in parts if part))
 
 
-def _tokenizer(loader: _Loader, needed: bool) -> Any:
+def _keep_winner(config: PruningConfig, journal: Path, file: Path) -> None:
+    """Write the config of a search's winner, which its plan is carried out with."""
+    from .search.journal import Journal
+
+    own = winner_config(Journal.load(journal), config)
+    file.write_text(json.dumps({"config": own.to_dict()}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _tokenizer(loader: Loader, needed: bool) -> Any:
     try:
         return loader.tokenizer()
     except AdaPruneError:
@@ -427,7 +485,7 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     if named:
         _lm_eval()
     rows = {Path(task).stem: read_rows(task) for task in arguments.tasks if task not in named}
-    loader = _Loader.of(arguments)
+    loader = Loader.of(arguments)
     model, tokenizer = loader.model(), loader.tokenizer()
     found: dict[str, dict[str, Any]] = {}
     for source in sources:
@@ -490,12 +548,30 @@ def _named_tasks(model: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, 
 
 
 def _show(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    if _is_journal(Path(arguments.path)):
+        from .journal_plot import plot_journal
+        from .journal_report import describe_journal
+        from .search.journal import Journal
+
+        journal = Journal.load(arguments.path)
+        if arguments.plot:
+            plot_journal(journal, arguments.plot)
+        summary = describe_journal(journal)
+        _answer(arguments, summary.to_dict(), str(summary))
+        return
     from .reporting import describe, plot_widths
 
     description = describe(arguments.path)
     if arguments.plot:
         plot_widths(description.layers, arguments.plot, description.title)
     _answer(arguments, description.to_dict(), str(description))
+
+
+def _is_journal(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(32).startswith(b'{"kind":"search",')
 
 
 def _demo(arguments: argparse.Namespace, words: Sequence[str]) -> None:

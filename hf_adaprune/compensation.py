@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from .config import RepairConfig
 from .errors import CalibrationError
-from .importance import cholesky, covariance, ridge_diagonal, second_moments
+from .moments import cholesky, covariance, ridge_diagonal, second_moments
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
 from .statistics import Statistics

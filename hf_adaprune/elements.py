@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from .sites import Matrix, ModelSites, Site
+from .workers import Alone
 
 __all__ = ["ELEMENT_TERMS", "Elements"]
 
@@ -71,8 +72,10 @@ class Elements:
             else:
                 self.total[key], self.square[key] = value, value.square()
 
-    def close_domain(self, domain: int) -> None:
-        """Reduce what the samples of a domain amount to, and start anew."""
+    def close_domain(self, domain: int, workers: Alone) -> None:
+        """Reduce what the samples of a domain amount to, over all processes, and start anew."""
+        if workers.count > 1:
+            self._add_up(workers)
         for key, total in self.total.items():
             matrix, reader = self.matrices[key]
             weight = matrix.parameter.detach().float()
@@ -86,6 +89,21 @@ class Elements:
                 self.terms[key][domain, number] = term.sum(over).cpu()
             self.terms[key][domain, 3] = first.sum(over).abs().cpu()
         self.total, self.square, self.samples = {}, {}, 0
+
+    def _add_up(self, workers: Alone) -> None:
+        """Terms are absolute values of means, so it is gradients that add up over processes."""
+        samples = torch.tensor([self.samples])
+        workers.add_up(samples)
+        self.samples = int(samples)
+        seen = set(workers.gather(list(self.total)))
+        for key, (matrix, _) in self.matrices.items():
+            if key not in seen:
+                continue
+            for sums in (self.total, self.square):
+                if key not in sums:
+                    sums[key] = torch.zeros_like(matrix.parameter, dtype=torch.float32, requires_grad=False)
+                sums[key] = sums[key].contiguous()
+                workers.add_up(sums[key])
 
     def of(self, site: Site) -> dict[str, torch.Tensor]:
         """The terms of a site by matrix path, `[domains, terms, rows]`."""

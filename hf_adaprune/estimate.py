@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from .config import PruningConfig
 from .pipeline import Sizes
 from .plan import PruningPlan
 from .reporting import text_table
+from .search_config import SPEEDS
+from .searching import search_needs
 from .sites import ModelSites, find_sites
 from .stages import even_plan, what_to_collect
 from .statistics import SEGMENT, Needs
@@ -54,6 +56,8 @@ class Estimate:
         calibration_flops (`float`): of the calibration pass.
         repair_flops (`float`): of scores and repair.
         report_flops (`float`): of perplexity on the report sources, dense and pruned.
+        search_flops (`float`): of a search at most: every trial scores, repairs and reads all its selection text,
+            which only promising ones do; proposals, and the rows of `accuracy`, are not counted.
         seconds (`float`): of the whole run, loading apart.
     """
 
@@ -65,6 +69,7 @@ class Estimate:
     calibration_flops: float
     repair_flops: float
     report_flops: float
+    search_flops: float
     seconds: float
 
     @property
@@ -78,7 +83,7 @@ class Estimate:
 
     def __str__(self) -> str:
         """A table."""
-        flops = self.calibration_flops + self.repair_flops + self.report_flops
+        flops = self.calibration_flops + self.repair_flops + self.report_flops + self.search_flops
         minutes, seconds = divmod(round(self.seconds), 60)
         rows = [
             ("Gram matrices", f"{self.gram_bytes / 2**20:,.0f} MiB ({self.gram_place})" if self.gram_bytes else "none"),
@@ -86,6 +91,8 @@ class Estimate:
             ("arithmetic, about", f"{flops / 1e12:,.2f} TFLOP"),
             ("time, about", f"{minutes} min {seconds:02d} s"),
         ]
+        if self.search_flops:
+            rows.insert(3, ("of it the search, at most", f"{self.search_flops / 1e12:,.2f} TFLOP"))
         return text_table(("this run will take", ""), rows)
 
 
@@ -143,11 +150,13 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
     Raises:
         BudgetError, ConfigError: the run would be refused.
     """
-    plan, before = even_plan(sites, config), Sizes.of(sites)
+    plan, before = even_plan(sites, _foreseeable(config)), Sizes.of(sites)
     dtype = next(sites.model.parameters()).dtype
     removed = sites.removed_parameters(plan, _added_biases(sites, plan, config))
     after = Sizes(before.decoder - removed, before.total - removed, before.bytes - removed * dtype.itemsize)
     needs = what_to_collect(config, None) or Needs()
+    if config.search is not None:
+        needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
     measures = what_to_collect(config, None) is not None
     speed = measure_speed(dtype) if speed is None else speed
     own = config.calibration
@@ -164,10 +173,39 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
     walked = 3 * tokens * forward if walks else 0.0
     report = 2 * len(own.report) * own.evaluation_tokens * (_forward_flops(sites, own.evaluation_length) + head)
     solving = _solve_flops(sites, config, needs)
-    seconds = (calibration + walked + report) / (MODEL_SHARE * speed.model) + solving / (MODEL_SHARE * speed.double)
+    reading, trying = _search_flops(sites, config, needs, head)
+    seconds = (calibration + walked + report + reading) / (MODEL_SHARE * speed.model)
+    seconds += (solving + trying) / (MODEL_SHARE * speed.double)
     peak = _peak_bytes(sites, config, needs, before, after, gram if config.gram_place != "disk" else 0)
-    flops = (float(calibration + walked), float(solving), float(report))
+    flops = (float(calibration + walked), float(solving), float(report), float(reading + trying))
     return Estimate(before, after, config.gram_place, gram, peak, *flops, seconds)
+
+
+def _foreseeable(config: PruningConfig) -> PruningConfig:
+    """The config without budgets on speed, which need the weights on their device to be timed.
+
+    What is left says how large the model may be; a speed may ask for less.
+    """
+    if not set(config.budgets) & set(SPEEDS):
+        return config
+    sizes = {name: goal for name, goal in config.budgets.items() if name not in SPEEDS}
+    return config.with_changes(budgets=sizes or {"ratio": 0.0})
+
+
+def _search_flops(sites: ModelSites, config: PruningConfig, needs: Needs, head: int) -> tuple[float, float]:
+    """Of all trials at most: forwards on selection text, and one repair each; the dense model reads the text once."""
+    search = config.search
+    if search is None:
+        return 0.0, 0.0
+    plans = max(1, len(search.ratios))
+    finals = min(search.finalists + 1, search.trials)
+    tokens = plans * (search.trials * search.selection_tokens + finals * search.final_tokens)
+    tokens += search.selection_tokens + search.final_tokens
+    tokens = 0 if search.objective == "accuracy" else tokens
+    # Scores that invert Gram matrices are computed once, for all trials.
+    cached = config.with_changes(repair={"schedule": "cached"})
+    tried = plans * (search.trials + finals) * _solve_flops(sites, cached, replace(needs, gram=False))
+    return tokens * (_forward_flops(sites, search.sequence_length) + head), tried
 
 
 def _added_biases(sites: ModelSites, plan: PruningPlan, config: PruningConfig) -> list[str]:

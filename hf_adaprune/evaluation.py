@@ -43,6 +43,7 @@ __all__ = [
 
 CHUNK_POSITIONS = 256
 BUFFER_POSITIONS = 64
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,8 @@ def _top_divergences(logits: torch.Tensor, tokens: torch.Tensor, dense: torch.Te
     log_p = dense.double()
     p, q = log_p.exp(), log_q.exp()
     top = (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)
-    p_rest, q_rest = (1 - p.sum(-1)).clamp(min=0), (1 - q.sum(-1)).clamp(min=1e-12)
+    # What is left of 1 is known to float32's rounding; below it, a logarithm would make divergence out of noise.
+    p_rest, q_rest = (1 - p.sum(-1)).clamp(min=0), (1 - q.sum(-1)).clamp(min=ROUNDING)
     rest = torch.where(p_rest > 0, p_rest * (p_rest.clamp(min=1e-300) / q_rest).log(), 0.0)
     return (top + rest).cpu()
 

@@ -184,7 +184,7 @@ class ImportanceConfig:
     """Which metrics score the units, and how several become one.
 
     Args:
-        metrics (`dict[str, float]`, *optional*, defaults to `{"obs": 1.0}`): names of `hf_adaprune.importance.METRICS`
+        metrics (`dict[str, float]`, *optional*, defaults to `{"obs": 1.0}`): names of `hf_adaprune.METRICS`
             and their weights in the mixture.
         normalization (`str`, *optional*, defaults to `"none"`): what is done to each metric before it is weighted:
             `none`; `mean` (divided by its mean over the model); `zscore` (standardised per site, FLAP); `rank`
@@ -204,7 +204,7 @@ class ImportanceConfig:
     damping_scale: str = "column"
 
     def __post_init__(self) -> None:
-        """Check every field. Names of metrics are checked where the table is, in `importance`."""
+        """Check every field. Names of metrics are checked where the table is, in `metrics`."""
         metrics = dict(self.metrics)
         if not metrics or any(not isinstance(w, (int, float)) or w < 0 for w in metrics.values()):
             raise ConfigError("`importance.metrics` should map metric names to non-negative weights.")

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,9 @@ from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
 from .model_config import PROVENANCE_KEY, known_architecture
+from .parallel import collect_together, processes
 from .plan import PruningPlan
-from .recording import collect_statistics
-from .searching import SearchResult, check_search, find_best, search_needs
+from .searching import SearchResult, check_search, find_best, search_needs, shared_costs
 from .sites import ModelSites, find_sites
 from .stages import (
     Clock,
@@ -39,6 +40,7 @@ from .stages import (
 )
 from .statistics import Needs, Statistics
 from .surgery import apply_plan, assign_layer
+from .workers import Alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,6 +155,9 @@ def prune(
 ) -> PruningResult:
     """Prune a causal language model, in place; with `config.search`, by the best config and plan that it finds.
 
+    Under `accelerate launch` all processes have to call it: they share the windows and trials of a search, and each
+    prunes its own copy of the model by the same plan. Save on one of them, `if PartialState().is_main_process`.
+
     Args:
         model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory, on any device.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
@@ -164,7 +169,7 @@ def prune(
         plan_path (`str`, *optional*): the plan is written here as soon as it is decided, so that an interrupted run can
             go on with `plan=PruningPlan.load(plan_path)`.
         architecture ([`Architecture`], *optional*): of a family that is not built in.
-        journal (`str`, *optional*): file in which a search writes every trial; see [`search_plan`] for this and the next.
+        journal (`str`, *optional*): file in which a search writes every trial; see [`search_plan`] for it and the next.
         resume (`bool`, *optional*, defaults to `False`): go on with that journal.
         warm_start (`str`, *optional*): journal of another search to start from.
         objective (`Callable`, *optional*): function of the model that a search minimises.
@@ -197,7 +202,9 @@ def prune(
     check_weights(sites)
     before = Sizes.of(sites)
     needs = what_to_collect(config, plan)
-    costs = Costs.of(sites, config)
+    # Only a search is shared; a run without one does not wait for other processes.
+    workers = processes() if config.search is not None and plan is None else Alone()
+    costs = shared_costs(sites, config, workers)
     if plan is not None:
         sites.check(plan)
         config = config.with_changes(search=None)
@@ -218,7 +225,7 @@ def prune(
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     clock.stop("find sites")
 
-    blocks, held_out, reports = gather_texts(sites, tokenizer, config, needs is not None)
+    blocks, held_out, reports = workers.each(partial(gather_texts, sites, tokenizer, config, needs is not None))
     clock.stop("texts")
     dense = {name: perplexity(model, report) for name, report in reports.items()}
     clock.stop("report dense")
@@ -230,7 +237,7 @@ def prune(
             assert blocks is not None and needs is not None
             statistics: Statistics | None
             found, statistics = _searched(
-                sites, tokenizer, config, blocks, needs, place, costs, clock,
+                sites, tokenizer, config, blocks, needs, place, costs, clock, workers,
                 journal=journal, resume=resume, warm_start=warm_start, objective=objective,
             )  # fmt: skip
             config, plan = found.config, found.plan
@@ -238,7 +245,7 @@ def prune(
             plan, statistics = decide(
                 sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs
             )
-        if plan_path is not None:
+        if plan_path is not None and workers.rank == 0:
             plan.save(plan_path)
         cached = cached_repairs(sites, plan, statistics, config)
         del statistics
@@ -296,7 +303,9 @@ def search_plan(
     """Search for the best way to prune a model, which stays as it is.
 
     A trial is scored, allocated and repaired from statistics that are collected once, and measured by one forward on
-    selection text. Under `accelerate launch` the processes share the calibration windows and the trials.
+    selection text. Under `accelerate launch` the processes share the calibration windows and the trials: all of them
+    have to call it, each with the whole model on its device, and all get the same result. The first one writes the
+    journal.
 
     Args:
         model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory.
@@ -323,17 +332,19 @@ def search_plan(
     config = config.with_changes(search={}) if config.search is None else config
     sites = find_sites(model, known_architecture(model.config, architecture) if architecture else _carried(model))
     check_weights(sites)
-    costs = Costs.of(sites, config)
+    workers = processes()
+    costs = shared_costs(sites, config, workers)
     check_budgets(sites, config, costs)
     check_search(config)
     needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
-    blocks, _, _ = gather_texts(sites, tokenizer, config.with_changes(calibration={"report": ()}), True)
+    unreported = config.with_changes(calibration={"report": ()})
+    blocks, _, _ = workers.each(partial(gather_texts, sites, tokenizer, unreported, True))
     assert blocks is not None
     clock.stop("texts")
     folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
     with folder as place:
         return _searched(
-            sites, tokenizer, config, blocks, needs, place, costs, clock,
+            sites, tokenizer, config, blocks, needs, place, costs, clock, workers,
             journal=journal, resume=resume, warm_start=warm_start, objective=objective,
         )[0]  # fmt: skip
 
@@ -347,19 +358,22 @@ def _searched(
     folder: str | None,
     costs: Costs,
     clock: Clock,
+    workers: Alone,
     **options: Any,
 ) -> tuple[SearchResult, Statistics]:
     calibration = config.calibration
-    statistics = collect_statistics(
+    statistics = collect_together(
         sites,
         blocks,
         needs,
+        workers,
         gradient_samples=calibration.gradient_samples,
         gram_place=config.gram_place,
         folder=folder,
     )
     clock.stop("statistics")
-    return find_best(sites, tokenizer, config, statistics, costs=costs, clock=clock, **options), statistics
+    found = find_best(sites, tokenizer, config, statistics, costs=costs, workers=workers, clock=clock, **options)
+    return found, statistics
 
 
 def _carried(model: Any) -> Architecture | None:

@@ -7,6 +7,8 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from .errors import StatisticsError
 from .experts import ExpertTap, tapped_experts
 from .sites import ModelSites, Site
 from .statistics import SEGMENT, Needs, SiteStatistics, Statistics
+from .workers import Alone
 
 __all__ = ["collect_statistics", "exact_products", "quiet_model"]
 
@@ -38,6 +41,7 @@ def collect_statistics(
     gram_place: str = "cpu",
     folder: str | Path | None = None,
     description: str = "calibration",
+    workers: Alone | None = None,
 ) -> Statistics:
     """Run the model over calibration windows and keep the statistics.
 
@@ -51,18 +55,26 @@ def collect_statistics(
         gram_place (`str`, *optional*, defaults to `"cpu"`): `model`, `cpu` or `disk`.
         folder (`str`, *optional*): where Gram matrices on disk go; a temporary folder of the system where not given.
         description (`str`, *optional*, defaults to `"calibration"`): of the progress bar.
+        workers ([`Alone`], *optional*): processes that share the windows; see
+            [`hf_adaprune.parallel.collect_together`].
 
     Raises:
         StatisticsError: activations or gradients are not finite.
     """
-    recorder = _Recorder(sites, blocks, needs, gradient_samples, gram_place, folder)
+    workers = workers or Alone()
+    recorder = workers.each(lambda: _Recorder(sites, blocks, needs, gradient_samples, gram_place, folder))
+    sweeps = [sweep for sweep in recorder.sweeps(workers) if sweep.everywhere]
     with quiet_model(sites.model), recorder.hooks():
-        windows = len(blocks) + len(recorder.gradient_index)
-        bar = transformers_logging.tqdm(total=windows, desc=description, unit="window")
+        windows = sum(len(indices) for sweep in sweeps for indices in sweep.own)
+        # Shares are alike, so the bar of the first process tells of all.
+        bar = transformers_logging.tqdm(total=windows, desc=description, unit="window", disable=workers.rank > 0)
         with contextlib.closing(bar):
-            for indices, backward in recorder.batches():
-                recorder.run(indices, backward)
-                bar.update(len(indices))
+            for sweep in sweeps:
+                workers.each(partial(recorder.walk, sweep, bar.update))
+                if recorder.elements is not None and sweep.domain is not None:
+                    recorder.elements.close_domain(sweep.domain, workers)
+    workers.each(recorder.make_whole)
+    recorder.add_up(workers)
     return recorder.statistics()
 
 
@@ -97,6 +109,21 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """A part of the pass after which the processes meet.
+
+    Args:
+        own (`list[torch.Tensor]`): indices of windows of one domain each, that this process runs.
+        everywhere (`int`): how many such batches all processes have.
+        domain (`int`, *optional*): of a backward sweep.
+    """
+
+    own: list[torch.Tensor]
+    everywhere: int
+    domain: int | None = None
 
 
 class _Recorder:
@@ -145,24 +172,49 @@ class _Recorder:
         self.mask: torch.Tensor | None = None
         self.backward = False
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, bool]]:
-        """Indices of windows of one domain: a backward sweep over some windows, then a forward sweep over all.
+    def sweeps(self, workers: Alone) -> Iterator[_Sweep]:
+        """A backward sweep over some windows, domain by domain, then a forward sweep over all, without the head.
 
-        Two sweeps, so that the activations a backward pass keeps and the Gram matrices, which only the forward sweep
-        fills, are never in memory together.
+        Two of them, so that the activations a backward pass keeps and the Gram matrices, which only the forward sweep
+        fills, are never in memory together. Of several processes each takes every n-th batch of the whole sweep: a
+        window runs in the batch that it has with one process, and so its numbers do not depend on how many there are.
         """
         with_gradients = torch.zeros(len(self.blocks), dtype=torch.bool)
         with_gradients[self.gradient_index] = True
+        turn = 0
         for domain in range(len(self.blocks.domains)):
             chosen = torch.where((self.blocks.domain == domain) & with_gradients)[0]
             # One window at a time keeps the logits of a backward pass small, and samples apart for weight gradients.
-            yield from ((window, True) for window in chosen.split(1) if len(window))
-            if self.elements is not None and len(chosen):
-                self.elements.close_domain(domain)
+            batches = chosen.split(1) if len(chosen) else ()
+            own = [batch for place, batch in enumerate(batches, turn) if place % workers.count == workers.rank]
+            turn += len(batches)
+            yield _Sweep(own, len(batches), domain)
         size = max(1, _FORWARD_TOKENS // self.blocks.input_ids.shape[1])
+        forward: list[torch.Tensor] = []
         for domain in range(len(self.blocks.domains)):
             chosen = torch.where(self.blocks.domain == domain)[0]
-            yield from ((windows, False) for windows in chosen.split(size) if len(windows))
+            forward += chosen.split(size) if len(chosen) else ()
+        yield _Sweep(forward[workers.rank :: workers.count], len(forward))
+
+    def walk(self, sweep: _Sweep, tell: Callable[[int], Any]) -> None:
+        """Run the windows of a sweep."""
+        for indices in sweep.own:
+            self.run(indices, backward=sweep.domain is not None)
+            tell(len(indices))
+
+    def make_whole(self) -> None:
+        """A process that had no windows has zeros to add."""
+        if self.needs.gram:
+            for site in self.sites:
+                self._grams(site)
+
+    def add_up(self, workers: Alone) -> None:
+        """Sums over samples become those of all processes; what one keeps per sample is zero on the others."""
+        for site in self.sites:
+            for _, tensor in sorted(self.keep[site.name].items()):
+                workers.add_up(tensor)
+        if self.cosine is not None:
+            workers.add_up(self.cosine)
 
     def run(self, indices: torch.Tensor, backward: bool) -> None:
         model, device = self.sites.model, self.sites.device
@@ -234,12 +286,15 @@ class _Recorder:
 
     def _gram(self, site: Site) -> torch.Tensor:
         """The Gram matrix that the windows at hand add to."""
+        return self._grams(site)[int(self.blocks.domain[self.samples[0]]) if self.needs.per_domain else 0]
+
+    def _grams(self, site: Site) -> torch.Tensor:
         kept = self.keep[site.name]
         if "gram" not in kept:
             domains = len(self.blocks.domains) if self.needs.per_domain else 1
             matrices = (site.groups, site.group_size) if site.kind == "experts" else (site.columns,)
             kept["gram"] = _allocate((domains, *matrices, matrices[-1]), self.gram_place, self.folder, site)
-        return kept["gram"][int(self.blocks.domain[self.samples[0]]) if self.needs.per_domain else 0]
+        return kept["gram"]
 
     def _gradient_rows(self) -> list[int]:
         return [self.position[int(sample)] for sample in self.samples]

@@ -72,7 +72,7 @@ def save_pruned(
     """Save a pruned model so that `AutoModelForCausalLM.from_pretrained` opens it.
 
     The folder holds the checkpoint as transformers writes it, `pruning_config.json` (the config and everything that was
-    measured) and `pruning_plan.json`.
+    measured) and `pruning_plan.json`. Of several processes one should call it: `if PartialState().is_main_process`.
 
     Args:
         result ([`PruningResult`]): what [`prune`] returned.

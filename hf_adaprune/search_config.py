@@ -10,9 +10,10 @@ from typing import Any
 from .errors import ConfigError
 from .parts import check_choice, check_number, check_whole
 
-__all__ = ["BUDGETS", "OBJECTIVES", "SIZES", "STRATEGIES", "SearchConfig"]
+__all__ = ["BUDGETS", "OBJECTIVES", "REFINING", "SIZES", "STRATEGIES", "SearchConfig"]
 
 STRATEGIES = ("gp", "predictor", "evolution", "random", "sobol", "tpe")
+REFINING = ("predictor", "evolution")  # these share the budget of the best candidate anew, and vary no space
 OBJECTIVES = ("kl", "loss", "accuracy", "custom")
 SIZES = ("ratio", "parameters", "bytes", "macs")
 SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
@@ -105,7 +106,7 @@ class SearchConfig:
         check_whole("search.batch", self.batch, 1, what="candidates proposed at a time")
         if self.pareto is not None:
             check_choice("search.pareto", self.pareto, BUDGETS)
-        ratios = tuple(sorted(float(ratio) for ratio in self.ratios))
+        ratios = tuple(sorted({float(ratio) for ratio in self.ratios}))
         object.__setattr__(self, "ratios", ratios)
         for ratio in ratios:
             check_number("search.ratios", ratio, 0.0, 1.0, what="pruning ratios", open_high=True)

@@ -22,20 +22,31 @@ from .costs import Costs
 from .documents import read_source
 from .errors import CalibrationError, ConfigError, JournalError
 from .evaluation import read_rows
-from .importance import METRICS
+from .metrics import METRICS
 from .plan import PruningPlan
 from .search.journal import Journal, Trial, mean_value
-from .search.loop import WARM_POINTS, Alone, Progress, View, finalists, front, run_search
-from .search.space import Point, Simplex, Space, default_space
+from .search.loop import WARM_POINTS, Progress, Slot, View, finalists, front, run_search
+from .search.space import Choice, Point, Simplex, Space, default_space
+from .search_config import REFINING
 from .sites import ModelSites
 from .stages import Clock, text_part, what_to_collect
 from .statistics import Needs, Statistics
 from .trials import Measure, Trials, custom_measure, row_measure, window_measure
+from .workers import Alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FrontPoint", "SearchResult", "check_search", "find_best", "search_needs", "selection_blocks"]
+__all__ = [
+    "FrontPoint",
+    "SearchResult",
+    "check_search",
+    "find_best",
+    "measure_of",
+    "search_needs",
+    "selection_blocks",
+    "shared_costs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +58,6 @@ _STRATEGIES = {
     "predictor": ("predictor", "propose_predictor"),
     "evolution": ("evolution", "propose_evolution"),
 }
-REFINES = ("predictor", "evolution")
 # Fields that a trial can change without a new pass over the calibration text.
 _SEARCHABLE = ("importance.", "allocation.", "repair.")
 _SINGLE = (
@@ -139,7 +149,7 @@ def check_search(config: PruningConfig) -> None:
                 f"`search.space` names {path!r}, which a trial from cached statistics cannot change. It may vary "
                 f"{', '.join(_SINGLE)} and fields of importance, allocation and repair; set others in the config."
             )
-    refining = [name for name, _ in search.shares() if name in REFINES]
+    refining = [name for name, _ in search.shares() if name in REFINING]
     if refining and (config.uniform or search.pareto or search.ratios):
         raise ConfigError(
             f"the strategy {refining[0]!r} refines how one budget is shared by the layers, which `uniform`, "
@@ -179,11 +189,17 @@ def search_needs(config: PruningConfig, domains: int) -> Needs:
     Args:
         config ([`PruningConfig`]): where it starts, with its search.
         domains (`int`): calibration domains.
+
+    Raises:
+        ConfigError: an unknown metric, or fewer windows with gradients than weighted domains.
     """
-    needs = what_to_collect(config, None) or Needs()
-    names = tuple(str(number) for number in range(domains))
+    space = default_space(config, tuple(str(number) for number in range(domains)))
+    needs = what_to_collect(space.apply(config, space.default), None) or Needs()
     weighted = False
-    for dimension in default_space(config, names).dimensions:
+    for dimension in space.dimensions:
+        for value in dimension.values if isinstance(dimension, Choice) else ():
+            own = space.apply(config, {**space.default, dimension.path: value})
+            needs = needs | (what_to_collect(own, None) or Needs())
         if dimension.path == "importance.metrics" and isinstance(dimension, Simplex):
             for name in dimension.members:
                 if name not in METRICS:
@@ -191,6 +207,11 @@ def search_needs(config: PruningConfig, domains: int) -> Needs:
                 needs = needs | METRICS[name].needs
         weighted = weighted or dimension.path == "calibration.domain_weights"
     weighted = weighted or bool(config.calibration.domain_weights)
+    if weighted and (needs.gradients or needs.elements) and config.calibration.gradient_samples < domains:
+        raise ConfigError(
+            f"`calibration.gradient_samples` should give each of the {domains} weighted domains a window. Found "
+            f"{config.calibration.gradient_samples}."
+        )
     return replace(needs, per_domain=needs.per_domain or (weighted and domains > 1))
 
 
@@ -258,12 +279,24 @@ def selection_blocks(
     return merged.select(slice(0, sum(wanted))), windows
 
 
-def _measure(
+def measure_of(
     sites: ModelSites,
     tokenizer: PreTrainedTokenizerBase | None,
     config: PruningConfig,
-    objective: Callable[[Any], Any] | None,
+    objective: Callable[[Any], Any] | None = None,
 ) -> Measure:
+    """What a config's search minimises; the dense model's top tokens are read now.
+
+    Args:
+        sites ([`ModelSites`]): the dense model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed by every objective but `custom`.
+        config ([`PruningConfig`]): with its search.
+        objective (`Callable`, *optional*): function of the model, instead of the config's objective.
+
+    Raises:
+        CalibrationError: no selection text, or no tokenizer.
+        ConfigError: the objective is missing or returns something else than numbers.
+    """
     search = config.search
     assert search is not None
     if objective is not None or search.objective == "custom":
@@ -298,7 +331,7 @@ def find_best(
     resume: bool = False,
     warm_start: str | os.PathLike[str] | None = None,
     objective: Callable[[Any], Any] | None = None,
-    workers: Any = None,
+    workers: Alone | None = None,
     clock: Clock | None = None,
 ) -> SearchResult:
     """Search on statistics that are collected already; the model is untouched.
@@ -313,7 +346,8 @@ def find_best(
         resume (`bool`, *optional*, defaults to `False`): go on with the journal if it is there.
         warm_start (`str`, *optional*): journal of another search whose best points are tried first.
         objective (`Callable`, *optional*): function of the model to minimise, instead of the config's objective.
-        workers (*optional*): processes that share the trials; see [`hf_adaprune.parallel`].
+        workers ([`Alone`], *optional*): processes that share the trials; see [`hf_adaprune.parallel`]. All of them
+            come back with the same plan and trials.
         clock ([`Clock`], *optional*): counts seconds.
 
     Raises:
@@ -325,19 +359,44 @@ def find_best(
     clock = clock or Clock()
     workers = workers or Alone()
     check_search(config)
-    costs = costs or Costs.of(sites, config)
+    costs = costs or shared_costs(sites, config, workers)
     check_budgets(sites, _highest(config), costs)
-    space = default_space(config, statistics.domains)
-    warm = _warm_points(warm_start, space) if warm_start is not None else []
-    measure = _measure(sites, tokenizer, config, objective)
+    space = default_space(config, statistics.domains, statistics.shares)
+    warm = workers.lead(lambda: _warm_points(warm_start, space)) if warm_start is not None else []
+    measure = workers.each(lambda: measure_of(sites, tokenizer, config, objective))
     trials = Trials(sites, config, space, statistics, measure, costs)
-    book = _journal(sites, config, space, statistics, measure, warm, journal, resume, workers)
+    book = _journal(sites, config, space, statistics, measure, warm, trials.slots, journal, resume, workers)
     clock.stop("selection text")
     strategies = {name: strategy(name) for name, _ in search.shares()}
-    with _live(search.trials, len(book.trials), enabled=workers.rank == 0) as live:
+    with _Line(search.trials, len(book.trials), workers.rank == 0, measure.logarithmic) as live:
         run_search(trials, space, search, book, strategies, seed=config.seed, workers=workers, live=live, warm=warm)
     clock.stop("search")
-    return _result(trials, space, config, book)
+    found = workers.lead(lambda: _found(trials, config, book))
+    return SearchResult(found.config, found.plan, book, space, config, found.front, found.nested)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the first process makes of the journal; the others hear of it rather than compute it, bit for bit."""
+
+    config: PruningConfig
+    plan: PruningPlan
+    front: tuple[FrontPoint, ...]
+    nested: Mapping[float, PruningPlan]
+
+
+def shared_costs(sites: ModelSites, config: PruningConfig, workers: Alone) -> Costs:
+    """Costs with which all processes decide alike: speeds differ by device and moment, so the first one measures them.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        config ([`PruningConfig`]): budgets and search.
+        workers ([`Alone`]): the processes.
+    """
+    named = {*config.budgets, *([config.search.pareto] if config.search is not None else [])}
+    if workers.count == 1 or not named & set(_SPEEDS):
+        return Costs.of(sites, config)
+    return Costs.of(sites, config, workers.lead(lambda: Costs.of(sites, config).speed_table))
 
 
 def _highest(config: PruningConfig) -> PruningConfig:
@@ -349,7 +408,7 @@ def _highest(config: PruningConfig) -> PruningConfig:
     return config
 
 
-def _result(trials: Trials, space: Space, config: PruningConfig, book: Journal) -> SearchResult:
+def _found(trials: Trials, config: PruningConfig, book: Journal) -> _Found:
     search = config.search
     assert search is not None
     winner = book.winner()
@@ -362,7 +421,7 @@ def _result(trials: Trials, space: Space, config: PruningConfig, book: Journal) 
         configs = [(trials.config_of(trial.point), trial, value) for trial, value in front(book, search.pareto)]
         points = tuple(FrontPoint(trials.plans(one)[0], one, trial.costs, value) for one, trial, value in configs)
     plan = nested.get(config.pruning_ratio, plans[-1])
-    return SearchResult(own, plan, book, space, config, points, nested)
+    return _Found(own, plan, points, nested)
 
 
 def _journal(
@@ -372,9 +431,10 @@ def _journal(
     statistics: Statistics,
     measure: Measure,
     warm: Sequence[Point],
+    slots: Sequence[Slot],
     path: str | os.PathLike[str] | None,
     resume: bool,
-    workers: Any,
+    workers: Alone,
 ) -> Journal:
     """The journal on the first process; the others keep theirs in memory, with the same trials."""
     from . import __version__
@@ -393,22 +453,18 @@ def _journal(
         "selection": measure.digest,
         "windows": [measure.first, measure.windows, measure.fresh],
         "logarithmic": measure.logarithmic,
+        # What a reader of the journal needs to tell shares from the widths of trials.
+        "sites": {slot.name: slot.units for slot in slots},
+        "unit_parameters": {slot.name: slot.cost for slot in slots},
         "warm": hashlib.sha256(json.dumps(list(warm), sort_keys=True).encode()).hexdigest() if warm else "",
     }
-    problem: JournalError | None = None
-    book = Journal()
-    if workers.rank == 0:
-        try:
-            book = Journal.start(path, header, resume=resume)
-        except JournalError as error:
-            problem = error
-    problem = workers.share(problem)
-    if problem is not None:
-        raise problem
-    if workers.count > 1:
-        header, found, finals, events = workers.share((book.header, book.trials, book.finals, book.events))
-        if workers.rank:
-            book.header, book.trials, book.finals, book.events = header, list(found), list(finals), list(events)
+    if len(set(workers.gather([(header["statistics"], header["selection"])]))) > 1:
+        raise CalibrationError(
+            "the processes read different calibration or selection text. Give all of them the same files and versions."
+        )
+    book = workers.lead(lambda: Journal.start(path, header, resume=resume))
+    if workers.rank:
+        book.path = None
     logger.debug("search asked for %s", later)
     return book
 
@@ -447,7 +503,8 @@ def _warm_points(path: str | os.PathLike[str], space: Space) -> list[Point]:
 class _Line:
     """The live line: trial, last, best, what was predicted, time left."""
 
-    def __init__(self, trials: int, done: int, enabled: bool) -> None:
+    def __init__(self, trials: int, done: int, enabled: bool, logarithmic: bool = True) -> None:
+        self.said = _percent if logarithmic else _plain
         self.bar = (
             transformers_logging.tqdm(total=trials, initial=done, desc="search", unit="trial") if enabled else None
         )
@@ -455,10 +512,10 @@ class _Line:
     def __call__(self, progress: Progress) -> None:
         if self.bar is None:
             return
-        said = f"best {_percent(progress.best)} (trial {progress.best_number}), last {_percent(progress.value)}"
+        said = f"best {self.said(progress.best)} (trial {progress.best_number}), last {self.said(progress.value)}"
         if progress.trial.predicted is not None:
             mean, deviation = progress.trial.predicted
-            said += f", predicted {_percent(mean)} ± {100 * deviation:.1f}"
+            said += f", predicted {self.said(mean)} ± {self.said(deviation).lstrip('+')}"
         minutes, seconds = divmod(round(progress.seconds_left), 60)
         self.bar.set_postfix_str(f"{said}, {minutes}:{seconds:02d} left", refresh=False)
         self.bar.update(1)
@@ -475,5 +532,5 @@ def _percent(difference: float) -> str:
     return "failed" if math.isnan(difference) else f"{100 * math.expm1(min(difference, 20.0)):+.1f} %"
 
 
-def _live(trials: int, done: int, enabled: bool) -> _Line:
-    return _Line(trials, done, enabled)
+def _plain(difference: float) -> str:
+    return "failed" if math.isnan(difference) else f"{difference:+.4f}"

@@ -14,15 +14,18 @@ import torch
 from .allocation import allocate
 from .budgets import allocate_within, even_cosine, even_scores, gone_first
 from .calibration import TokenBlocks, calibration_blocks, report_blocks
+from .clustering import cluster_domains
 from .compensation import Moments, Repair, check_enough_tokens, output_error, repair_plan
 from .config import PruningConfig, RepairConfig, Source
 from .costs import Costs
 from .documents import Documents, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError, UnsupportedModelError
 from .evaluation import per_window_loss
-from .importance import METRICS, Scores, covariance, needs_of, score_units, unit_of
+from .importance import Scores, needs_of, score_units, unit_of
 from .layerwise import regional_weights, sequential_repairs
 from .masking import masked
+from .metrics import METRICS
+from .moments import covariance
 from .offers import target_removal
 from .plan import PruningPlan
 from .recording import collect_statistics, quiet_model
@@ -144,7 +147,8 @@ def decide(
 def needs_text(config: PruningConfig) -> bool:
     """Whether a config reads any text, and so needs a tokenizer."""
     walks = config.repair.method == "least_squares" or config.repair.regional_steps > 0
-    return what_to_collect(config, None) is not None or walks or bool(config.calibration.report)
+    reads = walks or bool(config.calibration.report) or config.search is not None
+    return reads or what_to_collect(config, None) is not None
 
 
 def check_weights(sites: ModelSites) -> None:
@@ -282,6 +286,8 @@ def gather_texts(
             vocab_size=vocabulary,
             allow_fewer=True,
         )
+        if own.clusters:
+            blocks = cluster_domains(sites, blocks, own.clusters, config.seed)
         if config.repair.method != "none" and config.repair.holdout > 0 and len(blocks) > 1:
             blocks, held_out = blocks.split(config.repair.holdout, config.seed)
         widest = {site.name: site.whole for site in sites if unit_of(site, config.units)}

@@ -104,6 +104,12 @@ class Statistics:
     digest: str
     storage: Any = field(default=None, repr=False)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Every domain's share of the windows: the domain weights that leave all windows alike."""
+        counts = torch.bincount(self.domain, minlength=len(self.domains))
+        return tuple((counts.double() / len(self.domain)).tolist())
+
     def sample_weights(self, domain_weights: tuple[float, ...] = ()) -> torch.Tensor:
         """One weight per sample, `[samples]`: a domain's weight shared by its samples, with mean 1 over the pool."""
         return spread_weights(self.domain, len(self.domains), domain_weights)

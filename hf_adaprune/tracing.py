@@ -15,7 +15,9 @@ from .experts import tapped_experts
 from .recording import quiet_model
 from .sites import ModelSites, Site
 
-__all__ = ["LayerCalls", "layer_calls", "watched_inputs"]
+__all__ = ["LayerCalls", "layer_calls", "mean_hidden_states", "watched_inputs"]
+
+_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,42 @@ def layer_calls(sites: ModelSites, blocks: TokenBlocks) -> LayerCalls:
             with contextlib.suppress(_Enough):
                 sites.model.base_model(input_ids=window[None].to(sites.device), use_cache=False)
     return LayerCalls(torch.cat(first), tuple(arguments[number] for number in range(len(sites.layers))))
+
+
+@torch.no_grad()
+def mean_hidden_states(sites: ModelSites, blocks: TokenBlocks) -> torch.Tensor:
+    """Mean hidden state of every window before the middle layer, over its tokens that are no padding.
+
+    Half a forward pass per window. `output_hidden_states=True` would run all of it, and leave hooks of transformers in
+    the model for good.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        blocks ([`TokenBlocks`]): windows.
+
+    Returns:
+        `torch.Tensor` of shape `[windows, hidden size]`: float64, on the CPU.
+    """
+    states: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+        raise _Enough
+
+    means = []
+    middle = sites.layers[len(sites.layers) // 2]
+    with quiet_model(sites.model), contextlib.ExitStack() as stack:
+        stack.callback(middle.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for batch in blocks.batches(max(1, _BATCH_TOKENS // blocks.input_ids.shape[1])):
+            mask = batch.attention_mask
+            inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(sites.device), "use_cache": False}
+            if not mask.all():
+                inputs["attention_mask"] = mask.long().to(sites.device)
+            with contextlib.suppress(_Enough):
+                sites.model.base_model(**inputs)
+            hidden = states.pop().double().cpu()
+            means.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
+    return torch.cat(means)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from .calibration import TokenBlocks
 from .compensation import Repair, repair_plan
 from .config import ImportanceConfig, PruningConfig
 from .costs import Costs
-from .errors import ConfigError
+from .errors import CalibrationError, ConfigError
 from .evaluation import (
     ChoiceRow,
     per_row_errors,
@@ -28,8 +28,9 @@ from .evaluation import (
     per_window_top_kl,
     top_tokens,
 )
-from .importance import METRICS, Context, Scores, block_influence, mix_scores, raw_scores, scored_kinds
+from .importance import Scores, mix_scores, raw_scores, scored_kinds
 from .masking import masked
+from .metrics import METRICS, Context, block_influence
 from .offers import offers_of
 from .plan import PruningPlan
 from .search.journal import Rows
@@ -40,6 +41,7 @@ from .statistics import Statistics, mean_cosine
 
 __all__ = ["CachedScores", "Measure", "Trials", "custom_measure", "row_measure", "window_measure"]
 
+CLOSE = 1e-4  # weights of a point have six digits, and what they differ by from the center costs no metric anew
 BATCH_TOKENS = 2048  # of a forward: more gains nothing on a CPU, fewer leave its cores waiting
 
 
@@ -55,7 +57,7 @@ class CachedScores:
         sites ([`ModelSites`]): the dense model.
         units (`tuple[str, ...]`): what may go.
         statistics ([`Statistics`]): with a Gram matrix per domain where several domains are weighted.
-        center (`tuple[float, ...]`): domain weights that are exact for every metric; equal ones where empty.
+        center (`tuple[float, ...]`): domain weights that are exact for every metric; every window alike where empty.
         seed (`int`): of random scores.
     """
 
@@ -64,9 +66,7 @@ class CachedScores:
     ) -> None:
         self.sites, self.statistics, self.seed = sites, statistics, seed
         self.kinds = scored_kinds(sites, units)
-        count = len(statistics.domains)
-        weights = center or (1.0,) * count
-        self.center = tuple(weight / sum(weights) for weight in weights)
+        self.center = _normalized(center or statistics.shares)
         self._raw: dict[Any, dict[str, torch.Tensor]] = {}
 
     def scores(self, config: ImportanceConfig, weights: tuple[float, ...] = ()) -> Scores:
@@ -74,10 +74,9 @@ class CachedScores:
 
         Args:
             config ([`ImportanceConfig`]): metrics and how they are mixed.
-            weights (`tuple[float, ...]`, *optional*): of the domains; equal where empty.
+            weights (`tuple[float, ...]`, *optional*): of the domains; every window alike where empty.
         """
-        total = sum(weights)
-        own = tuple(weight / total for weight in weights) if weights else (1 / len(self.center),) * len(self.center)
+        own = _normalized(weights or self.statistics.shares)
         raw = {name: self._metric(name, config, own) for name, weight in config.metrics.items() if weight > 0}
         influence = block_influence(self._context(config, own)) if config.metrics.get("block_influence") else None
         return mix_scores(self.sites, self.kinds, raw, config, influence)
@@ -95,8 +94,9 @@ class CachedScores:
     def _anchors(self, weights: tuple[float, ...]) -> list[tuple[tuple[float, ...], float]]:
         """The weights as a mixture of the center and of single domains, with as much of the center as fits."""
         inside = [(weight / middle) for weight, middle in zip(weights, self.center, strict=True) if middle > 0]
-        share = min(1.0, min(inside, default=0.0))
-        share = 1.0 if share > 1 - 1e-9 else share
+        share = min(inside, default=0.0)
+        if share > 1 - CLOSE:
+            return [(self.center, 1.0)]
         found = [(self.center, share)] if share > 1e-9 else []
         for domain, (weight, middle) in enumerate(zip(weights, self.center, strict=True)):
             rest = weight - share * middle
@@ -128,6 +128,7 @@ class Measure:
         fresh (`int`): windows after these, for the last measurement.
         logarithmic (`bool`): whether values are compared by their logarithms.
         digest (`str`): of the texts, for the journal.
+        blocks ([`TokenBlocks`], *optional*): the windows, where they are text.
     """
 
     rows: Callable[[int, int], list[tuple[float, float]]]
@@ -136,6 +137,7 @@ class Measure:
     fresh: int
     logarithmic: bool
     digest: str
+    blocks: TokenBlocks | None = None
 
 
 def window_measure(sites: ModelSites, blocks: TokenBlocks, objective: str, *, first: int, windows: int) -> Measure:
@@ -161,7 +163,7 @@ def window_measure(sites: ModelSites, blocks: TokenBlocks, objective: str, *, fi
             sums = per_window_loss(model, part, batch)
         return [(count, value) for value, count in sums.tolist()]
 
-    return Measure(rows, first, windows, len(blocks) - windows, True, blocks.digest)
+    return Measure(rows, first, windows, len(blocks) - windows, True, blocks.digest, blocks)
 
 
 def row_measure(model: Any, tokenizer: Any, rows: Sequence[ChoiceRow], *, first: int, windows: int) -> Measure:
@@ -223,6 +225,9 @@ class Trials:
         statistics ([`Statistics`]): of the dense model.
         measure ([`Measure`]): what is minimised.
         costs ([`Costs`], *optional*): what plans cost; made anew where not given.
+
+    Raises:
+        CalibrationError: domains are weighted, and one of them has no window.
     """
 
     def __init__(
@@ -238,6 +243,12 @@ class Trials:
         self.first, self.windows, self.fresh = measure.first, measure.windows, measure.fresh
         self.logarithmic = measure.logarithmic
         center = config.calibration.domain_weights
+        empty = [name for name, share in zip(statistics.domains, statistics.shares, strict=True) if not share]
+        if empty and any(dimension.path == "calibration.domain_weights" for dimension in space.dimensions):
+            raise CalibrationError(
+                f"{', '.join(empty)} has no calibration window left to weight: the check of repairs holds them out. "
+                "Raise calibration.samples, or lower repair.holdout or calibration.clusters."
+            )
         self.scores = CachedScores(sites, config.units, statistics, center, config.seed)
         self.costs = costs or Costs.of(sites, config)
         search = config.search
@@ -277,14 +288,23 @@ class Trials:
             BudgetError, ConfigError: the point has no plan.
         """
         config = self.config_of(point)
-        plans = self.plans(config)
-        repair = {name: getattr(config.repair, name) for name in ("method", "damping", "damping_scale", "intercept")}
-        weights = list(config.calibration.domain_weights) if config.repair.method != "none" else []
-        said = json.dumps([[plan.digest for plan in plans], repair, weights], sort_keys=True)
+        with _quiet_bars():
+            plans = self.plans(config)
+        said = json.dumps([[plan.digest for plan in plans], *self._repair_facts(config)], sort_keys=True)
         plan = plans[-1]
         costs = {name: self.costs.cost(name, plan) for name in self.cost_names}
         widths = {name: _units_kept(kept, self.scores.kinds[name]) for name, kept in plan.changed()}
         return Candidate(hashlib.sha256(said.encode()).hexdigest(), costs, widths, _Payload(plans, config))
+
+    def _repair_facts(self, config: PruningConfig) -> list[Any]:
+        """What decides a repair beside its plan."""
+        own = config.repair
+        if own.method == "none":
+            return ["none"]
+        weights = list(_normalized(config.calibration.domain_weights or self.statistics.shares))
+        if own.method == "bias":
+            return ["bias", weights]
+        return [own.method, own.damping, own.damping_scale, own.intercept and not self.config.uniform, weights]
 
     def repairs(self, payload: _Payload) -> list[dict[str, Repair]]:
         """Cached repairs of a candidate's plans; computed once."""
@@ -307,6 +327,10 @@ class Trials:
                 with masked(self.sites, plan, repairs, narrow=True):
                     columns.append(self.own.rows(start, stop))
         return tuple((rows[0][0], *(value for _, value in rows)) for rows in zip(*columns, strict=True))
+
+
+def _normalized(weights: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 def _units_kept(kept: Any, kind: str) -> int:

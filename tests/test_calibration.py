@@ -64,6 +64,16 @@ def test_split_is_a_stratified_partition(domain: list[int], fraction: float, see
     assert (kept.digest, held.digest) == (again[0].digest, again[1].digest)
 
 
+@pytest.mark.parametrize("domain", [[0] * 9 + [1], [1] + [0] * 9, [0, 1, 1, 2, 2, 2, 2], [2] * 20 + [0, 1]])
+def test_split_leaves_every_domain_a_window_where_it_can(domain: list[int]) -> None:
+    """A domain without windows could not be weighted."""
+    blocks = blocks_of([[index] for index in range(len(domain))], domain, ("a", "b", "c"), 1)
+    for fraction in (0.05, 0.2, 0.35, 0.5):
+        kept, held = blocks.split(fraction, 0)
+        assert set(kept.domain.tolist()) == set(domain)
+        assert len(held) == max(1, int(fraction * len(domain) + 0.5))
+
+
 def test_split_depends_on_its_seed_and_refuses_everything() -> None:
     blocks = blocks_of([[index] for index in range(40)], [0] * 40, ("a",), 1)
     assert blocks.split(0.5, 0)[1].digest != blocks.split(0.5, 1)[1].digest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from conftest import tiny_model
 from texts import calibration_make_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM
 
-from hf_adaprune import PruningPlan, cli, pipeline, saving
+from hf_adaprune import PruningConfig, PruningPlan, cli, pipeline, saving
 from hf_adaprune.cli import main
+from hf_adaprune.search import loop
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,16 @@ def work(tmp_path: Path) -> Path:
 def prune_words(dense: Path, work: Path, *more: str) -> list[str]:
     text = ["--calibration", str(work / "calibration.txt"), "--samples", "8", "--sequence-length", "32"]
     return ["prune", str(dense), "--output", str(work / "out"), *text, "--quiet", *more]
+
+
+SEARCH = {"selection_tokens": 128, "first_tokens": 64, "final_tokens": 96, "sequence_length": 32, "initial": 4}
+
+
+def search_words(dense: Path, work: Path, *more: str) -> list[str]:
+    (work / "selection.txt").write_text(calibration_prose(3, 600))
+    (work / "config.txt").write_text(json.dumps({"search": SEARCH}))
+    words = prune_words(dense, work, "--selection", str(work / "selection.txt"), "--config", str(work / "config.txt"))
+    return ["search", *words[1:], *more]
 
 
 def left_in(work: Path) -> list[str]:
@@ -255,6 +267,157 @@ def test_tasks_by_name_are_lm_evals(
     piqa = json.loads(capsys.readouterr().out)["results"]["piqa"]
     assert piqa["acc"]["standard_error"] == 0.1 and piqa["acc"]["samples"] == 7
     assert piqa["acc_norm"]["standard_error"] is None
+
+
+def test_search_end_to_end(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = search_words(dense, work, "--trials", "4", "--strategy", "random", "--report", str(work / "report.txt"))
+    assert main([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    journal = work / "out.journal.jsonl"
+    assert found["search"]["trials"] == 4 and found["journal"] == str(journal) and "trial" not in err
+    assert left_in(work) == ["out", "out.journal.jsonl"] and not (work / "out" / journal.name).exists()
+    model = AutoModelForCausalLM.from_pretrained(work / "out")
+    assert sum(p.numel() for p in model.parameters()) == found["after"]["total"]
+    assert json.loads((work / "out" / "pruning_config.json").read_text())["config"]["search"] is None
+
+    assert "--resume" in refused(capsys, *words[:3], str(work / "other"), *words[4:], "--journal", str(journal))
+    before = journal.read_text()
+    again = [*words[:3], str(work / "again"), *words[4:], "--journal", str(journal), "--resume"]
+    assert main(again) == 0
+    text = capsys.readouterr().out
+    assert journal.read_text() == before and f"hf-adaprune show {journal}" in text and "4 trials" in text
+    plans = [PruningPlan.load(work / name / "pruning_plan.json").digest for name in ("out", "again")]
+    assert plans == [found["plan_digest"]] * 2
+
+    assert main(["show", str(journal), "--plot", str(work / "journal.png")]) == 0
+    assert f"winner: trial {found['search']['winner']['trial']}" in capsys.readouterr().out
+    assert (work / "journal.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["show", str(journal), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trials"] == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "ratios"),
+    [(["--ratios", "0.2", "0.3"], [0.2, 0.3]), (["--pareto", "parameters", "--space", '{"repair.damping": 0.02}'], [])],
+)
+def test_many_plans_in_a_folder(
+    more: list[str], ratios: list[float], dense: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(search_words(dense, work, "--trials", "3", "--strategy", "random", *more)) == 0
+    command = capsys.readouterr().out.split("to carry one out: hf-adaprune ")[1].split()
+    table = json.loads((work / "out" / "front.json").read_text())["points"]
+    assert table and len(list((work / "out").iterdir())) == 1 + 2 * len(table)
+    for number, row in enumerate(table):
+        config = PruningConfig.from_pretrained(work / "out" / row["config"])
+        assert config.search is None and PruningPlan.load(work / "out" / row["plan"]).model_type == "llama"
+        if ratios:
+            assert config.pruning_ratio == ratios[number] == row["costs"]["asked"]
+            assert row["costs"]["ratio"] == pytest.approx(ratios[number], abs=0.03)
+        else:
+            assert config.repair.damping == 0.02
+    assert len(table) == len(ratios) or not ratios
+    command[command.index("DIR")] = str(work / "pruned")
+    assert main([*command, "--json", "--quiet"]) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert after["plan_digest"] == PruningPlan.load(work / "out" / table[-1]["plan"]).digest
+    assert after["after"]["total"] == table[-1]["costs"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "weight=3"], "KIND one of ratio"),
+        (["--budget", "parameters"], "KIND=VALUE"),
+        (["--budget", "parameters=many"], "should be a number"),
+        (["--budget", "ratio=0.1", "--budget", "ratio=0.2"], "given twice"),
+        (["--budget", "parameters=1"], "but plans reach"),
+        (["--ratios", "0.2", "0.99"], "reach|at most|budget"),
+        (["--space", "nowhere.json"], "Cannot read nowhere.json"),
+        (["--space", "{"], "is not JSON"),
+        (["--space", '{"repair.dumping": 1}'], "repair.dumping"),
+        (["--strategy", "annealing"], "`search.strategy` should be one of"),
+        (["--strategy", "gp:3", "random:9"], "fit together"),
+        (["--objective", "custom"], "needs a function"),
+        (["--objective", "accuracy"], "needs `search.tasks`"),
+        (["--objective", "accuracy", "--tasks", "nowhere.jsonl"], "no file of multiple-choice rows"),
+        (["--warm-start", "nowhere.jsonl"], "there is no journal at nowhere"),
+        (["--pareto", "beauty"], "`search.pareto` should be one of"),
+    ],
+)
+def test_mistakes_in_a_search_cost_nothing(
+    words: list[str],
+    message: str,
+    dense: Path,
+    work: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loaded(self: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(cli.Loader, "model", loaded)
+    line = refused(capsys, *search_words(dense, work, *words))
+    assert re.search(message, line), line
+    assert left_in(work) == []
+
+
+def test_a_search_needs_selection_text(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = prune_words(dense, work)
+    assert "`--selection` is missing" in refused(capsys, "search", *words[1:])
+    (work / "config.txt").write_text(json.dumps({"search": SEARCH}))
+    assert "hf-adaprune search" in refused(capsys, *words, "--config", str(work / "config.txt"))
+
+
+def test_budgets_of_the_command_line(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["prune", "m", "--budget", "parameters=110M", "--budget", "macs=2.5k", "--budget", "ratio=0.3"]
+    config = cli.build_config(cli._parser().parse_args(words))
+    assert config.budgets == {"parameters": 110e6, "macs": 2500.0, "ratio": 0.3}
+    assert main(prune_words(dense, work, "--budget", "parameters=34k", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["after"]["total"] <= 34_000
+
+
+def test_a_search_can_be_estimated(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flops = []
+    for trials in ("10", "20"):
+        words = search_words(dense, work, "--trials", trials, "--budget", "decode_tokens_per_second=1", "--dry-run")
+        assert main([*words, "--json"]) == 0
+        flops.append(json.loads(capsys.readouterr().out)["search_flops"])
+    assert 1.3 * flops[0] < flops[1] < 2 * flops[0]
+    assert left_in(work) == []
+
+
+def test_an_interrupted_search_goes_on(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    words = search_words(dense, work, "--trials", "3", "--strategy", "random")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_run_finals", interrupted)
+        assert main(words) == 130
+    again = shlex.split(capsys.readouterr().err.split("to go on: hf-adaprune ")[1].splitlines()[0])
+    assert left_in(work) == ["out.journal.jsonl"] and again == [*words, "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "check_round_trip", interrupted)
+        assert main(again) == 130
+    err = capsys.readouterr().err
+    assert left_in(work) == ["out.config.json", "out.journal.jsonl", "out.plan.json"]
+    plan = PruningPlan.load(work / "out.plan.json")
+    assert main([*shlex.split(err.split("to carry it out: hf-adaprune ")[1].splitlines()[0]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan_digest"] == plan.digest
+    assert left_in(work) == ["out", "out.journal.jsonl"]
+
+
+def test_only_the_first_process_saves_and_talks(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(prune_words(dense, work, "--recipe", "magnitude")) == 0
+    assert main(["show", str(work / "nowhere")]) == 2
+    assert capsys.readouterr() == ("", "") and left_in(work) == []
 
 
 def test_help_loads_nothing_heavy() -> None:

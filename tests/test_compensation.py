@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from texts import random_blocks
 
 from hf_adaprune.compensation import (
     Moments,
+    _regress,
     bias_repair,
     check_enough_tokens,
     output_error,
@@ -23,9 +25,9 @@ from hf_adaprune.compensation import (
 )
 from hf_adaprune.config import RepairConfig
 from hf_adaprune.errors import CalibrationError
-from hf_adaprune.importance import covariance
 from hf_adaprune.layerwise import regional_weights, sequential_repairs
 from hf_adaprune.masking import masked
+from hf_adaprune.moments import covariance
 from hf_adaprune.parts import DAMPING_SCALES
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.recording import collect_statistics
@@ -335,3 +337,72 @@ def test_weights_of_domains_choose_the_moments() -> None:
         torch.testing.assert_close(weighted.weight, expected.weight, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(weighted.bias, expected.bias, rtol=1e-3, atol=1e-5)
     assert repair_plan(sites, plan, both, torch.ones(8), RepairConfig("none")) == {}
+
+
+# -- the algebra ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", DAMPING_SCALES)
+@pytest.mark.parametrize("removed", [3, 40])
+@pytest.mark.parametrize("with_cross", [False, True])
+def test_the_regression_equals_its_formula(scale: str, removed: int, with_cross: bool) -> None:
+    """`W_K* = (W C[:, K] + d W_K) (C_KK + d)^-1`, whichever of outputs and removed columns are fewer."""
+    generator = torch.Generator().manual_seed(removed)
+    rows = torch.randn(200, 48, generator=generator, dtype=torch.float64)
+    rows = rows @ torch.randn(48, 48, generator=generator, dtype=torch.float64)
+    matrix, weight = rows.T @ rows / 200, torch.randn(16, 48, generator=generator, dtype=torch.float64)
+    cross = torch.randn(48, 48, generator=generator, dtype=torch.float64) @ matrix if with_cross else None
+    columns = torch.randperm(48, generator=generator)[removed:].sort().values
+    config = RepairConfig(damping=0.03, damping_scale=scale)
+    own = matrix.diagonal()[columns]
+    chosen = {"mean": own.mean(), "column": own, "median": own.median()}[scale]
+    ridge = torch.diag(config.damping * chosen * torch.ones_like(own) + 1e-6 * own.mean())
+    goal = weight @ (matrix if cross is None else cross)[:, columns] + weight[:, columns] @ ridge
+    expected = goal @ torch.linalg.inv(matrix[columns][:, columns] + ridge)
+    before = matrix.clone()
+    found = _regress(weight, matrix, columns, config, cross)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    assert torch.equal(matrix, before)
+
+
+def with_massive_column(statistics: Statistics, kept: SitePlan, stays: bool) -> Statistics:
+    """Moments in which one column of every reader is 10,000 times as large: one that stays, or one that goes."""
+    column = next(column for column in range(48) if (column in kept.kept) == stays)
+    scaled = {}
+    for name, own in statistics.sites.items():
+        gram, sums = own.gram.clone(), own.sums.clone()
+        gram[:, column] *= 1e4
+        gram[:, :, column] *= 1e4
+        sums[:, column] *= 1e4
+        scaled[name] = replace(own, gram=gram, sums=sums)
+    return replace(statistics, sites=scaled)
+
+
+@pytest.mark.parametrize("scale", DAMPING_SCALES)
+@pytest.mark.parametrize("massive", [None, True, False], ids=["plain", "massive column stays", "massive column goes"])
+def test_float32_is_close_to_float64(massive: bool | None, scale: str) -> None:
+    sites, statistics = dense("llama")
+    name = "layers.1.mlp"
+    plan = PruningPlan("llama", 3, {name: some_units(sites.by_name[name])})
+    if massive is not None:
+        statistics = with_massive_column(statistics, plan.sites[name], massive)
+    for damping in (1e-2, 1e-6):
+        config = RepairConfig(damping=damping, damping_scale=scale)
+        wide = repair_plan(sites, plan, statistics, torch.ones(len(BLOCKS)), config)[name].weight
+        narrow = repair_plan(sites, plan, statistics, torch.ones(len(BLOCKS)), config, torch.float32)[name].weight
+        own = sites.by_name[name].reader.weight[:, sites.by_name[name].column_index(plan.sites[name])]
+        assert (narrow - wide).norm() < 1e-5 * (wide - own).norm()
+        again = repair_plan(sites, plan, statistics, torch.ones(len(BLOCKS)), config)[name].weight
+        assert torch.equal(again, wide)
+
+
+def test_float32_bears_fewer_tokens_than_columns() -> None:
+    sites, _ = dense("llama")
+    name = "layers.1.mlp"
+    statistics = collect_statistics(sites, random_blocks(1, 12), Needs(gram=True))
+    plan = PruningPlan("llama", 3, {name: some_units(sites.by_name[name])})
+    for damping, tolerance in ((1e-2, 1e-4), (1e-5, 1e-1)):
+        config = RepairConfig(damping=damping)
+        wide = repair_plan(sites, plan, statistics, torch.ones(1), config)[name].weight
+        narrow = repair_plan(sites, plan, statistics, torch.ones(1), config, torch.float32)[name].weight
+        assert (narrow - wide).norm() < tolerance * wide.norm()

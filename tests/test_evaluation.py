@@ -6,10 +6,12 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_adaprune import evaluation
@@ -20,11 +22,14 @@ from hf_adaprune.evaluation import (
     kl_divergence,
     mean_over_windows,
     multiple_choice,
+    per_row_errors,
     per_window_kl,
     per_window_loss,
+    per_window_top_kl,
     perplexity,
     read_rows,
     throughput,
+    top_tokens,
 )
 
 VOCABULARY = 300
@@ -119,18 +124,50 @@ def test_loss_is_float32_for_a_bfloat16_model(evaluation_model: LlamaForCausalLM
     torch.testing.assert_close(per_window_loss(half, blocks), naive_losses(half, blocks), rtol=1e-6, atol=1e-6)
 
 
-def test_no_large_float32_copy(evaluation_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = 0
-    entropy = torch.nn.functional.cross_entropy
+class WidestFloat32(TorchDispatchMode):
+    """The most positions that any float32 tensor over the vocabulary had."""
 
-    def watching(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        nonlocal largest
-        largest = max(largest, len(logits))
-        return entropy(logits, *args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = 0
 
-    monkeypatch.setattr(evaluation.F, "cross_entropy", watching)
-    per_window_loss(evaluation_model, make_blocks([600, 300], 600), 2)
-    assert largest == 256
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.dtype == torch.float32 and output.shape[-1:] == (VOCABULARY,):
+            self.positions = max(self.positions, output.numel() // VOCABULARY)
+        return output
+
+
+def test_no_large_float32_copy(evaluation_model: LlamaForCausalLM, evaluation_dense: LlamaForCausalLM) -> None:
+    """Logits stay in the model's dtype; float32 exists for a chunk of them."""
+    model, dense = (copy.deepcopy(own).to(torch.bfloat16) for own in (evaluation_model, evaluation_dense))
+    blocks = make_blocks([600, 300], 600)
+    known = top_tokens(dense, blocks, 8)
+    measures = {
+        64: lambda: per_window_loss(model, blocks, 2),
+        256: lambda: per_window_kl(model, dense, blocks, 2),
+    }
+    for positions, measure in measures.items():
+        with WidestFloat32() as watched:
+            measure()
+        assert watched.positions == positions
+    for measure in (lambda: top_tokens(dense, blocks, 8, 2), lambda: per_window_top_kl(model, known, blocks, 2)):
+        with WidestFloat32() as watched:
+            measure()
+        assert 0 < watched.positions <= 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalizers_equal_logsumexp(dtype: torch.dtype) -> None:
+    logits = 30 * torch.randn(131, 50, generator=torch.Generator().manual_seed(0))
+    logits[7, 3:] = -math.inf
+    logits[8, 0] = -math.inf
+    logits[9] = 1e4
+    logits[10] -= 1e4
+    logits = logits.to(dtype)
+    before = logits.clone()
+    torch.testing.assert_close(evaluation._log_normalizers(logits), logits.float().logsumexp(-1), rtol=1e-6, atol=1e-5)
+    assert torch.equal(logits, before)
 
 
 def test_perplexity_and_its_standard_error(evaluation_model: LlamaForCausalLM) -> None:
@@ -192,6 +229,47 @@ def test_a_token_that_the_dense_model_excludes_adds_nothing(evaluation_model: Ll
     assert 0 < kl_divergence(evaluation_model, logits, blocks).value < math.inf
 
 
+def test_top_tokens_give_a_lower_bound_that_rises_to_the_divergence(
+    evaluation_model: LlamaForCausalLM, evaluation_dense: LlamaForCausalLM
+) -> None:
+    blocks = make_blocks([300, 8, 2, 1, 40], 300)
+    whole = per_window_kl(evaluation_model, evaluation_dense, blocks)
+    found = []
+    for k in (1, 4, 32, 128, VOCABULARY, 2 * VOCABULARY):
+        known = top_tokens(evaluation_dense, blocks, k)
+        assert len(known) == 5 and known.tokens.shape == (5, 299, min(k, VOCABULARY))
+        found.append(per_window_top_kl(evaluation_model, known, blocks))
+        assert torch.equal(found[-1][:, 1], whole[:, 1])
+    sums = torch.stack(found)[..., 0]
+    assert (sums.diff(dim=0) >= -1e-4).all() and (sums <= whole[:, 0] + 1e-4).all()
+    assert (sums[0, :3] < 0.9 * whole[:3, 0]).all() and (sums[:, :3] > 0).all()
+    torch.testing.assert_close(sums[-2], whole[:, 0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(sums[-1], sums[-2])
+    assert sums[:, 3].tolist() == [0.0] * 6
+
+
+def test_top_tokens_of_the_same_model_diverge_by_nothing(evaluation_model: LlamaForCausalLM) -> None:
+    blocks = make_blocks([40, 13], 40)
+    for k in (1, 16, VOCABULARY):
+        sums = per_window_top_kl(evaluation_model, top_tokens(evaluation_model, blocks, k), blocks)
+        assert (sums[:, 0].abs() < 1e-6 * sums[:, 1]).all()
+
+
+def test_top_tokens_do_not_depend_on_batches_and_padding(
+    evaluation_model: LlamaForCausalLM, evaluation_dense: LlamaForCausalLM
+) -> None:
+    lengths = [20, 7, 3, 12]
+    zeros, garbage = make_blocks(lengths, 20), make_blocks(lengths, 20, pad=17)
+    one = per_window_top_kl(evaluation_model, top_tokens(evaluation_dense, zeros, 9), zeros)
+    for size in (2, 4):
+        known = top_tokens(evaluation_dense, garbage, 9, size)
+        other = per_window_top_kl(evaluation_model, known, garbage, size)
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+    short = zeros.select([2, 1])  # a batch in which all windows are padded
+    known = top_tokens(evaluation_dense, short, 9, 2)
+    torch.testing.assert_close(per_window_top_kl(evaluation_model, known, short, 2), one[[2, 1]], rtol=1e-4, atol=1e-4)
+
+
 def test_training_flags_come_back(evaluation_model: LlamaForCausalLM, evaluation_dense: LlamaForCausalLM) -> None:
     blocks = make_blocks([6], 6)
     evaluation_model.train()
@@ -251,6 +329,21 @@ def test_multiple_choice_equals_brute_force(
             assert found[key].value == pytest.approx(sum(right) / 5)
             assert found[key].standard_error == pytest.approx(torch.tensor(right).double().std().item() / math.sqrt(5))
             assert found[key].samples == 5
+
+
+def test_errors_by_row_are_those_of_acc_norm(
+    evaluation_model: LlamaForCausalLM, evaluation_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    seen = set()
+    for wanted in range(3):
+        rows = [ChoiceRow(r.id, r.task, r.context, r.choices, min(wanted, len(r.choices) - 1)) for r in ROWS]
+        errors = per_row_errors(evaluation_model, evaluation_tokenizer, rows)
+        measured = multiple_choice(evaluation_model, evaluation_tokenizer, rows)["acc_norm"]
+        assert 1 - sum(errors) / len(rows) == pytest.approx(measured.value)
+        alone = [per_row_errors(evaluation_model, evaluation_tokenizer, [row], 1)[0] for row in rows]
+        assert errors == alone
+        seen.update(errors)
+    assert seen == {0.0, 1.0}
 
 
 def test_every_choice_is_found_when_it_is_the_likely_one(

@@ -14,18 +14,9 @@ from texts import random_blocks
 
 from hf_adaprune.config import ImportanceConfig
 from hf_adaprune.errors import ConfigError, StatisticsError
-from hf_adaprune.importance import (
-    METRICS,
-    block_costs,
-    cholesky,
-    covariance,
-    damped_inverse,
-    greedy_costs,
-    needs_of,
-    ridge_diagonal,
-    score_units,
-    unit_of,
-)
+from hf_adaprune.importance import needs_of, score_units, unit_of
+from hf_adaprune.metrics import METRICS, block_costs, greedy_costs
+from hf_adaprune.moments import cholesky, covariance, damped_inverse, ridge_diagonal
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.statistics import Needs, SiteStatistics, Statistics
@@ -381,7 +372,7 @@ def test_columns_are_standardised_before_they_are_pooled(llama: tuple[ModelSites
 
 
 def _context(statistics: Statistics) -> object:
-    from hf_adaprune.importance import Context
+    from hf_adaprune.metrics import Context
 
     return Context(statistics, torch.ones(len(statistics.tokens)))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import MIXTURES, logits_of, tiny_model, tokens
-from plans import KINDS, plan_of_kind, random_repairs, whole_plan
+from plans import KINDS, mixed_cut, plan_of_kind, random_repairs, whole_plan
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -166,6 +168,101 @@ def test_a_forward_that_others_put_there_survives() -> None:
     with masked(sites, plan, random_repairs(sites, plan)):
         assert reader.forward is not theirs
     assert reader.__dict__["forward"] is theirs
+
+
+@pytest.mark.parametrize("with_repairs", [False, True])
+def test_narrow_equals_wide_equals_cut(sites: ModelSites, with_repairs: bool) -> None:
+    ids = tokens()
+    before, dense = traces(sites.model), logits_of(sites.model, ids)
+    narrowed = 0
+    for plan, repairs in narrow_cases(sites):
+        repairs = repairs if with_repairs else {}
+        with masked(sites, plan, repairs):
+            wide = logits_of(sites.model, ids)
+        with masked(sites, plan, repairs, narrow=True):
+            widths = inner_widths(sites, plan, ids)
+            narrow = logits_of(sites.model, ids)
+        assert traces(sites.model) == before
+        for name, width in widths.items():
+            plain = all(type(m.module) is nn.Linear for m in (sites.by_name[name].reader, *sites.by_name[name].writers))
+            assert width == (len(plan.sites[name].kept) if plain else sites.by_name[name].columns)
+            narrowed += plain
+        other = find_sites(copy.deepcopy(sites.model))
+        apply_plan(other, plan, repairs)
+        assert (narrow - wide).abs().max() < 1e-5
+        assert (narrow - logits_of(other.model, ids)).abs().max() < 1e-5
+        assert (narrow - dense).abs().max() > 1e-2
+    assert torch.equal(logits_of(sites.model, ids), dense)
+    assert narrowed or not any(type(site.reader.module) is nn.Linear and site.kind == "mlp" for site in sites)
+
+
+def narrow_cases(sites: ModelSites) -> list[tuple[PruningPlan, dict]]:
+    """Channels alone (repairs with a bias), and channels beside removed sublayers."""
+    channels = plan_of_kind(sites, "channel")
+    cases = [mixed_cut(sites)]
+    return cases if channels is None else [(channels, random_repairs(sites, channels)), *cases]
+
+
+def inner_widths(sites: ModelSites, plan: PruningPlan, ids: torch.Tensor) -> dict[str, int]:
+    """How wide the inputs of the readers of narrowed MLPs are."""
+    found: dict[str, int] = {}
+    hooks = []
+    for name, kept in plan.changed():
+        site = sites.by_name[name]
+        if site.kind == "mlp" and not kept.is_empty:
+            hooks.append(
+                site.reader.module.register_forward_pre_hook(
+                    lambda _, args, name=name: found.update({name: args[0].shape[-1]})
+                )
+            )
+    logits_of(sites.model, ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"], indirect=True)
+def test_nothing_narrow_is_left_behind_after_an_exception(sites: ModelSites) -> None:
+    model, ids = sites.model, tokens()
+    before, dense = traces(model), logits_of(model, ids)
+    plan, repairs = mixed_cut(sites)
+    for given in ({}, repairs):
+        with pytest.raises(KeyboardInterrupt), masked(sites, plan, given, narrow=True):
+            assert len(traces(model)) > len(before)
+            logits_of(model, ids)
+            raise KeyboardInterrupt
+        assert traces(model) == before
+    site = next(site for site in sites if site.kind == "mlp" and site.name in repairs)
+    broken = {**repairs, site.name: "no repair"}  # an exception on the way in
+    with pytest.raises(AttributeError), masked(sites, plan, broken, narrow=True):
+        pass
+    assert traces(model) == before
+    assert torch.equal(logits_of(model, ids), dense)
+
+
+@pytest.mark.parametrize("with_repairs", [False, True])
+def test_modules_with_a_forward_of_their_own_are_not_narrowed(with_repairs: bool) -> None:
+    """As accelerate makes them, to move weights around the forward."""
+    sites = find_sites(tiny_model("llama"))
+    plan = plan_of_kind(sites, "channel")
+    assert plan is not None
+    repairs = random_repairs(sites, plan) if with_repairs else {}
+    ids = tokens()
+    with masked(sites, plan, repairs):
+        expected = logits_of(sites.model, ids)
+    writer = sites.by_name["layers.1.mlp"].writers[0].module
+    plain, calls = writer.forward, []
+
+    def theirs(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(hidden.shape)
+        return plain(hidden)
+
+    writer.forward = theirs
+    with masked(sites, plan, repairs, narrow=True):
+        assert writer.forward is theirs
+        assert inner_widths(sites, plan, ids)["layers.1.mlp"] == 48
+        torch.testing.assert_close(logits_of(sites.model, ids), expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2 and writer.__dict__["forward"] is theirs
 
 
 def test_gradients_flow_through_a_mask(sites: ModelSites) -> None:

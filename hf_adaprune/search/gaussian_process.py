@@ -25,6 +25,13 @@ __all__ = ["compress", "coverage", "fit_surrogate", "propose_gp"]
 # Differences above this are squeezed: how bad a bad candidate is teaches nothing about where the good ones lie.
 SQUEEZE = 0.15
 NOISE_FLOOR = 2e-3  # standard error below which trials are not told apart; trial 0 would have 0
+# Standard errors count so many times over: they say how other text would move a difference, but scores that move
+# smoothly also change plans by jumps. On searches of SmolLM2-135M with 60 trials, predictions of the trials to come had
+# the highest likelihood with 3, and 80 % intervals held 89 % (of trials by `gp`) and 70 % (of random ones) of them;
+# with 1 and the default RBF kernel 63 % and 70 %.
+ROUGHNESS = 3.0
+STEP = 0.3  # how fast intervals widen or narrow by what they held
+NUTS: dict[str, Any] = {"warmup_steps": 128, "num_samples": 128, "thinning": 16}
 POOL, RESTARTS, SAMPLES = 384, 4, 64
 NEAR = (0.02, 0.1, 0.3)  # how far initial conditions stray from the best points, as shares of the way to a random one
 
@@ -55,9 +62,10 @@ def propose_gp(view: View, count: int) -> Sequence[Proposal]:
         count (`int`): how many.
     """
     initial = view.config.initial
-    known = [entry for entry in view.observations() if view.space.holds(entry[0].point) and math.isfinite(entry[1])]
+    known = [entry for entry in view.observations() if _fits(view.space, entry[0]) and math.isfinite(entry[1])]
     if view.done < initial or len(known) < 3:
         return propose_sobol(view, count)
+    _load()
     from botorch.exceptions import BotorchWarning
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -72,8 +80,23 @@ def propose_gp(view: View, count: int) -> Sequence[Proposal]:
             point = _best_point(view.space, acquisition, inputs, outcomes[:, 0])
             vector = view.space.encode(point)
             pending.append(vector)
-            proposals.append(Proposal(point, _expected(model, vector, noise)))
+            mean, deviation = _expected(model, vector, noise)
+            proposals.append(Proposal(point, (mean, deviation * widening(known))))
     return proposals
+
+
+def _fits(space: Space, trial: Trial) -> bool:
+    """Whether the space alone makes a trial: those of strategies that refine an allocation lie outside it."""
+    return space.holds(trial.point) and len(trial.point) == len(space.dimensions)
+
+
+def _load() -> None:
+    """Import the libraries; what they warn of while they load (deprecated torch functions) is theirs to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import botorch
+        import botorch.acquisition.multi_objective.logei
+        import botorch.models.fully_bayesian  # noqa: F401
 
 
 def fit_surrogate(
@@ -89,15 +112,17 @@ def fit_surrogate(
         `tuple`: the model, inputs `[trials, width]`, outcomes `[trials, 1 or 2]` (higher is better), and the variance
         that a new observation's noise will typically have.
     """
+    _load()
     from botorch.fit import fit_gpytorch_mll
     from botorch.models import ModelListGP, SingleTaskGP
     from botorch.models.transforms import Normalize, Standardize
+    from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
     from gpytorch.mlls import ExactMarginalLogLikelihood, SumMarginalLogLikelihood
 
     inputs = torch.stack([view.space.encode(trial.point) for trial, _, _ in known])
     values = torch.tensor([[-compress(value)] for _, value, _ in known], dtype=torch.float64)
     errors = torch.tensor([[error * _slope(value)] for _, value, error in known], dtype=torch.float64)
-    variances = None if bool(errors.isnan().any()) else errors.clamp(min=NOISE_FLOOR).square()
+    variances = None if bool(errors.isnan().any()) else (ROUGHNESS * errors.clamp(min=NOISE_FLOOR)).square()
     typical = float(variances.median()) if variances is not None else 0.0
     bounds, width = view.space.bounds(), view.space.width
     options: dict[str, Any] = {
@@ -109,9 +134,11 @@ def fit_surrogate(
         from botorch.models.fully_bayesian import SaasFullyBayesianSingleTaskGP
 
         saas = SaasFullyBayesianSingleTaskGP(inputs, values, variances, **options)
-        fit_fully_bayesian_model_nuts(saas, warmup_steps=128, num_samples=128, thinning=16, disable_progbar=True)
+        fit_fully_bayesian_model_nuts(saas, **NUTS, disable_progbar=True)
         return saas, inputs, values, typical
-    model: Any = SingleTaskGP(inputs, values, variances, **options)
+    # Rougher than the default RBF, with the same priors that scale with the number of dimensions (2402.02229).
+    kernel = get_covar_module_with_dim_scaled_prior(ard_num_dims=width, use_rbf_kernel=False)
+    model: Any = SingleTaskGP(inputs, values, variances, covar_module=kernel, **options)
     if view.cost is None:
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         return model, inputs, values, typical
@@ -222,6 +249,25 @@ def _expected(model: Any, vector: torch.Tensor, noise: float) -> tuple[float, fl
     mean = getattr(posterior, "mixture_mean", posterior.mean)[..., 0].mean()
     variance = getattr(posterior, "mixture_variance", posterior.variance)[..., 0].mean()
     return -float(mean), math.sqrt(float(variance) + noise)
+
+
+def widening(known: Sequence[tuple[Trial, float, float]], level: float = 0.8) -> float:
+    """The factor on predicted deviations that the predictions so far ask for.
+
+    Adaptive conformal inference (Gibbs and Candes, 2106.00170): an interval that missed its trial widens the next ones,
+    one that held it narrows them, in the proportion that lets `level` of them hold in the long run. A maximiser of an
+    acquisition is where the model errs most, so its own deviation is too small there.
+
+    Args:
+        known (sequence): trials with their measured difference to trial 0 and its standard error, in order.
+        level (`float`, *optional*, defaults to 0.8): of the intervals.
+    """
+    factor = 0.0
+    for trial, value, _ in known:
+        if trial.predicted is not None and trial.answered_by is None:
+            held, _ = coverage([(trial, value)], level)
+            factor += STEP * (level - 1 if held else level)
+    return math.exp(factor)
 
 
 def coverage(trials: Sequence[tuple[Trial, float]], level: float = 0.8) -> tuple[int, int]:

@@ -12,10 +12,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from ..errors import BudgetError, ConfigError, JournalError
 from ..search_config import SearchConfig
+from ..workers import Alone
 from .journal import Final, Journal, Rows, Trial, compare, mean_value
 from .space import Point, Space
 
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # A candidate sees the rest of the text unless it is behind the best by more than so many standard errors of the paired
 # difference on the first windows.
@@ -180,21 +184,6 @@ class Progress:
     seconds_left: float
 
 
-class Alone:
-    """One process. Several are [`hf_adaprune.parallel.Processes`], with the same methods."""
-
-    count = 1
-    rank = 0
-
-    def share(self, value: Any) -> Any:
-        """The first process's value, on all."""
-        return value
-
-    def gather(self, values: list[Any]) -> list[Any]:
-        """The values of all processes, in their order, on all."""
-        return values
-
-
 @dataclass(eq=False)
 class _Run:
     problem: Problem
@@ -203,7 +192,7 @@ class _Run:
     seed: int
     journal: Journal
     strategies: Mapping[str, Strategy]
-    workers: Any
+    workers: Alone
     live: Callable[[Progress], None] | None
     warm: Sequence[Point]
     started: float = field(default_factory=time.monotonic)
@@ -218,7 +207,7 @@ def run_search(
     strategies: Mapping[str, Strategy],
     *,
     seed: int = 0,
-    workers: Any = None,
+    workers: Alone | None = None,
     live: Callable[[Progress], None] | None = None,
     warm: Sequence[Point] = (),
 ) -> Journal:
@@ -231,7 +220,7 @@ def run_search(
         journal ([`Journal`]): empty, or of the same search.
         strategies (`dict[str, Strategy]`): by name.
         seed (`int`, *optional*, defaults to 0): of everything random.
-        workers (*optional*): processes; one where not given.
+        workers ([`Alone`], *optional*): processes; one where not given.
         live (`Callable`, *optional*): called after every trial.
         warm (sequence of points, *optional*): the first trials after trial 0.
 
@@ -277,16 +266,27 @@ def _round(run: _Run, name: str, first: int, share: int, start: int, stop: int) 
         run.space, before, run.config, run.problem.slots, run.seed, start, start - first, share,
         run.problem.logarithmic, run.config.pareto,
     )  # fmt: skip
-    proposals = run.workers.share(_propose(run, name, view, stop - start) if run.workers.rank == 0 else None)
+    proposals = run.workers.lead(lambda: _propose(run, name, view, stop - start))
     todo = list(range(max(start, len(run.journal.trials)), stop))
     for chunk in range(0, len(todo), run.workers.count):
-        own = todo[chunk : chunk + run.workers.count]
-        mine = own[run.workers.rank : run.workers.rank + 1]
-        measured = [_trial(run, name, number, proposals[number - start], before) for number in mine]
-        for trial in sorted(run.workers.gather(measured), key=lambda t: t.number):
+        mine = todo[chunk : chunk + run.workers.count][run.workers.rank : run.workers.rank + 1]
+        making = [partial(_trial, run, name, number, proposals[number - start], before) for number in mine]
+        _write_down(run, _together(run.workers, making))
+
+
+def _write_down(run: _Run, trials: Sequence[Trial]) -> None:
+    def write() -> None:
+        for trial in sorted(trials, key=lambda t: t.number):
             run.journal.add(trial)
             run.fresh_trials += 1
             _tell(run, trial)
+
+    run.workers.each(write)
+
+
+def _together(workers: Alone, making: Sequence[Callable[[], T]]) -> list[T]:
+    """What all processes make, on all; where one of them fails, all do."""
+    return workers.gather(workers.each(lambda: [make() for make in making]))
 
 
 def _propose(run: _Run, name: str, view: View, count: int) -> list[Proposal]:
@@ -403,11 +403,8 @@ def _run_finals(run: _Run) -> None:
     todo = [trial for trial in chosen if trial.number not in done] if stop > start else []
     for chunk in range(0, len(todo), run.workers.count):
         own = todo[chunk : chunk + run.workers.count][run.workers.rank : run.workers.rank + 1]
-        measured = [
-            Final(trial.number, run.problem.measure(run.problem.candidate(trial.point), start, stop)) for trial in own
-        ]
-        for final in sorted(run.workers.gather(measured), key=lambda f: f.number):
-            journal.add_final(final)
+        finals = _together(run.workers, [partial(_final, run, trial, start, stop) for trial in own])
+        run.workers.each(partial(_write_finals, journal, finals))
     if stop > start:
         scored = [(mean_value(final.rows), final.number) for final in journal.finals]
         value, number = min(scored)
@@ -415,4 +412,14 @@ def _run_finals(run: _Run) -> None:
         best = journal.best()
         assert best is not None
         value, number = mean_value(best.rows), best.number
-    journal.add_event("winner", {"number": number, "value": value, "trials": len(journal.trials)})
+    event = {"number": number, "value": value, "trials": len(journal.trials)}
+    run.workers.each(lambda: journal.add_event("winner", event))
+
+
+def _write_finals(journal: Journal, finals: Sequence[Final]) -> None:
+    for final in sorted(finals, key=lambda f: f.number):
+        journal.add_final(final)
+
+
+def _final(run: _Run, trial: Trial, start: int, stop: int) -> Final:
+    return Final(trial.number, run.problem.measure(run.problem.candidate(trial.point), start, stop))

@@ -16,6 +16,7 @@ import torch
 from ..config import PruningConfig
 from ..errors import ConfigError
 from ..parts import check_whole
+from ..search_config import REFINING
 
 __all__ = ["Choice", "Number", "Point", "Simplex", "Space", "Vector", "default_space"]
 
@@ -391,13 +392,13 @@ def field_of(config: PruningConfig, path: str) -> Any:
 # Beside the config's own metrics. All are sums over samples or cheap from them, and positive, so that any mixes.
 METRICS = ("fisher", "obs_gradient_greedy", "first_order", "wanda_sp")
 PROFILE_POINTS = 5
-# A factor of 4.5 on scores at either end: beyond it whole stretches of layers would stay or go.
-PROFILE_REACH, BALANCE_REACH = 1.5, 1.5
-DAMPING = (1e-3, 0.3)
+# A factor of 7 on scores at either end: beyond it whole stretches of layers would stay or go.
+PROFILE_REACH, BALANCE_REACH = 2.0, 1.5
+DAMPING = (3e-4, 0.3)
 PARETO_RATIOS = (0.05, 0.5)
 
 
-def default_space(config: PruningConfig, domains: Sequence[str]) -> Space:
+def default_space(config: PruningConfig, domains: Sequence[str], shares: Sequence[float] = ()) -> Space:
     """The space around a config, with its own `search.space` applied.
 
     Weights over domains (where there are several), over metrics, their normalisation (where the config mixes metrics),
@@ -407,10 +408,14 @@ def default_space(config: PruningConfig, domains: Sequence[str]) -> Space:
     Args:
         config ([`PruningConfig`]): where the search starts.
         domains (`Sequence[str]`): calibration domains.
+        shares (`Sequence[float]`, *optional*): their shares of the windows, which are the weights of a config that
+            names none; equal where not given.
 
     Raises:
         ConfigError: an unknown field, or a specification that is none; more than 20 dimensions by default.
     """
+    if len(domains) > 1 and len(shares) == len(domains) and not config.calibration.domain_weights:
+        config = config.with_changes(calibration={"domain_weights": tuple(shares)})
     dimensions: dict[str, Dimension] = {}
     if len(domains) > 1:
         weights = config.calibration.domain_weights or (1.0,) * len(domains)
@@ -444,7 +449,8 @@ def default_space(config: PruningConfig, domains: Sequence[str]) -> Space:
     changes = dict(search.space) if search is not None else {}
     for path, given in changes.items():
         space = _changed(space, config, path, given, domains)
-    if not space.dimensions:
+    refining = search is not None and all(name in REFINING for name, _ in search.shares())
+    if not space.dimensions and not refining:
         raise ConfigError("nothing is left to search: every dimension is fixed. Free one in `search.space`.")
     if space.freedom > DEFAULT_LIMIT and not changes:
         raise ConfigError(

@@ -1,0 +1,106 @@
+"""The model that a command line names: looked at without its weights first, then loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import AdaPruneError, ConfigError, MissingDependencyError, UnsupportedModelError
+
+__all__ = ["Loader"]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Where a model comes from, and how it is opened.
+
+    Args:
+        name (`str`): folder or id on the Hub.
+        dtype (`torch.dtype`): of the weights, or `"auto"`.
+        device (`str`, *optional*): where it goes.
+        options (`dict[str, Any]`): of `from_pretrained`.
+    """
+
+    name: str
+    dtype: Any
+    device: str | None
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Loader:
+        """The loader that a command line names.
+
+        Raises:
+            ConfigError: no such dtype.
+        """
+        import torch
+
+        dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype, None)
+        if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"`--dtype` should be auto, bfloat16, float16 or float32. Found {arguments.dtype!r}.")
+        options = {"revision": arguments.revision, "gguf_file": arguments.gguf_file}
+        options["trust_remote_code"] = arguments.trust_remote_code or None
+        return cls(arguments.model, dtype, arguments.device, {k: v for k, v in options.items() if v is not None})
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except AdaPruneError:
+            raise
+        except ImportError as error:
+            raise MissingDependencyError(f"{what} of {self.name} needs a library that is missing: {error}") from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UnsupportedModelError(f"{what} of {self.name} could not be loaded: {error}") from error
+
+    def skeleton(self) -> Any:
+        """The model's sites, without weights; refused where no pruning could follow."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        from .estimate import bound_skeleton
+
+        with self._told("the config"):
+            config = AutoConfig.from_pretrained(self.name, **self.options)
+        if getattr(config, "quantization_config", None) and "gguf_file" not in self.options:
+            raise UnsupportedModelError(
+                f"{self.name} holds quantised weights. Prune first and quantise the result: name the "
+                "checkpoint with the original weights, or a GGUF file with --gguf-file."
+            )
+        named = list(getattr(config, "architectures", None) or ())
+        known: set[str] = set()
+        for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            known.update([entry] if isinstance(entry, str) else entry)
+        if named and not known & set(named) and "auto_map" not in config.__dict__:
+            raise UnsupportedModelError(
+                f"{self.name} is a {named[0]}, which is no causal language model (an encoder, or a decoder without its "
+                "head). Name a decoder that AutoModelForCausalLM loads."
+            )
+        remote = {"trust_remote_code": True} if self.options.get("trust_remote_code") else {}
+        with self._told("the model"):
+            return bound_skeleton(config, None if self.dtype == "auto" else self.dtype, **remote)
+
+    def model(self) -> Any:
+        """The model with its weights."""
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        options = dict(self.options)
+        if "gguf_file" in options:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        with self._told("the model"):
+            model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **options)
+            return model if self.device is None else model.to(self.device)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        with self._told("the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **self.options)
+            # Without its files some classes make an empty tokenizer, which turns every text into nothing.
+            if len(tokenizer) <= len(tokenizer.all_special_ids):
+                raise UnsupportedModelError(f"the tokenizer of {self.name} could not be loaded: its files are missing.")
+            return tokenizer
