@@ -25,7 +25,7 @@ from .evaluation import Measurement, perplexity
 from .model_config import PROVENANCE_KEY, known_architecture
 from .parallel import collect_together, processes
 from .plan import PruningPlan
-from .searching import SearchResult, check_search, find_best, search_needs, shared_costs
+from .searching import SearchResult, check_journal, check_search, find_best, search_needs, shared_costs
 from .sites import ModelSites, find_sites
 from .stages import (
     Clock,
@@ -213,6 +213,7 @@ def prune(
     asked = config.search
     if asked is not None:
         check_search(config)
+        workers.lead(partial(check_journal, config, journal, resume, warm_start))
         if asked.pareto is not None:
             raise ConfigError("`search.pareto` finds many plans. Call search_plan() and prune with the one you choose.")
         if asked.ratios and config.pruning_ratio not in asked.ratios:
@@ -336,6 +337,7 @@ def search_plan(
     costs = shared_costs(sites, config, workers)
     check_budgets(sites, config, costs)
     check_search(config)
+    workers.lead(partial(check_journal, config, journal, resume, warm_start))
     needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
     unreported = config.with_changes(calibration={"report": ()})
     blocks, _, _ = workers.each(partial(gather_texts, sites, tokenizer, unreported, True))

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from .budgets import check_budgets
 from .calibration import TokenBlocks, report_blocks
 from .config import PruningConfig
-from .costs import Costs
+from .costs import Costs, SpeedTable
 from .documents import read_source
 from .errors import CalibrationError, ConfigError, JournalError
 from .evaluation import read_rows
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FrontPoint",
     "SearchResult",
+    "check_journal",
     "check_search",
     "find_best",
     "measure_of",
@@ -366,6 +367,7 @@ def find_best(
     measure = workers.each(lambda: measure_of(sites, tokenizer, config, objective))
     trials = Trials(sites, config, space, statistics, measure, costs)
     book = _journal(sites, config, space, statistics, measure, warm, trials.slots, journal, resume, workers)
+    _keep_speeds(trials, book, workers)
     clock.stop("selection text")
     strategies = {name: strategy(name) for name, _ in search.shares()}
     with _Line(search.trials, len(book.trials), workers.rank == 0, measure.logarithmic) as live:
@@ -439,14 +441,9 @@ def _journal(
     """The journal on the first process; the others keep theirs in memory, with the same trials."""
     from . import __version__
 
-    asked = config.to_dict()
-    # More trials or minutes continue a search; nothing else may change.
-    later = {name: asked["search"].pop(name) for name in ("trials", "minutes")}
-    asked.pop("version")
-    asked["calibration"].pop("report")
     header = {
         "version": __version__,
-        "config": asked,
+        "config": _asked(config),
         "space": space.to_dict(),
         "model": model_digest(sites),
         "statistics": statistics.digest,
@@ -465,8 +462,65 @@ def _journal(
     book = workers.lead(lambda: Journal.start(path, header, resume=resume))
     if workers.rank:
         book.path = None
-    logger.debug("search asked for %s", later)
     return book
+
+
+def _asked(config: PruningConfig) -> dict[str, Any]:
+    """What of a config a journal is bound to: more trials or minutes continue a search, report text is no part of it."""
+    asked = config.to_dict()
+    for name in ("trials", "minutes"):
+        asked["search"].pop(name)
+    asked.pop("version")
+    asked["calibration"].pop("report")
+    return asked
+
+
+def check_journal(
+    config: PruningConfig,
+    journal: str | os.PathLike[str] | None,
+    resume: bool,
+    warm_start: str | os.PathLike[str] | None = None,
+) -> None:
+    """Refuse a journal that cannot be gone on with, before any text is read; texts and weights are compared later.
+
+    Args:
+        config ([`PruningConfig`]): with its search.
+        journal (`str`, *optional*): file of the journal.
+        resume (`bool`): whether it may be there.
+        warm_start (`str`, *optional*): journal to start from.
+
+    Raises:
+        JournalError: it is there and `resume` is not set, it belongs to another config, or a file is no journal.
+    """
+    if warm_start is not None and not Journal.load(warm_start).measured():
+        raise JournalError(f"{warm_start} has no measured trial to start from.")
+    if journal is None or not os.path.exists(journal) or not os.path.getsize(journal):
+        return
+    if not resume:
+        raise JournalError(
+            f"there is a journal at {journal}. Go on with it (resume=True, --resume), or name another file."
+        )
+    with open(journal, "rb") as file:
+        if not file.readline().endswith(b"\n"):
+            return  # torn by a kill at the very start
+    there, here = Journal.load(journal).header.get("config", {}), _asked(config)
+    different = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    if different:
+        raise JournalError(
+            f"{journal} belongs to another search: {', '.join(different)} of its config differ. Give the same "
+            "arguments, or another journal; to start from what it found, pass it as warm start."
+        )
+
+
+def _keep_speeds(trials: Trials, book: Journal, workers: Alone) -> None:
+    """Measured speeds go into the journal: a resumed search decides by the same table."""
+    if not set(trials.cost_names) & set(_SPEEDS):
+        return
+    event = book.event("speeds")
+    if event is None:
+        book.add_event("speeds", {"table": trials.costs.speed_table.to_dict()})
+    else:
+        trials.costs = replace(trials.costs, table=SpeedTable.from_dict(event["table"]))
 
 
 def model_digest(sites: ModelSites) -> str:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_adaprune import PruningConfig, apply_plan, find_sites, masked, prune
+from hf_adaprune import PruningConfig, apply_plan, find_sites, masked, prune, search_plan
 from hf_adaprune.calibration import report_blocks
 from hf_adaprune.demo import fetch_model
 from hf_adaprune.documents import read_source
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.evaluation import perplexity
 from hf_adaprune.plan import PruningPlan, SitePlan
+from hf_adaprune.search.journal import mean_value
 
 pytestmark = pytest.mark.real
 
@@ -117,3 +118,39 @@ def test_the_repair_takes_seconds_and_helps_every_site(folder: Path, tokenizer: 
     result = prune(model, tokenizer, config)
     assert result.seconds["repair"] < 30
     assert result.repairs and all(report.after < report.before for report in result.repairs)
+
+
+def test_a_search_is_never_worse_than_its_start(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = load(folder, torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "layers.9." in name}
+    config = PruningConfig.recipe(
+        "default",
+        pruning_ratio=0.2,
+        calibration={"samples": 24, "sequence_length": 256, "gradient_samples": 6, "selection": ("python:prose",)},
+        search={
+            "trials": 8, "initial": 4, "first_tokens": 1024, "selection_tokens": 2048, "final_tokens": 2048,
+            "sequence_length": 256,
+            # A narrow space: eight trials are few.
+            "space": {
+                "importance.metrics": {"fisher": 1.0, "obs_gradient_greedy": 1.0},
+                "importance.normalization": "log",
+                "allocation.profile": {"low": -1.0, "high": 1.0},
+            },
+        },
+    )  # fmt: skip
+    found = search_plan(model, tokenizer, config, journal=tmp_path / "journal.jsonl")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    trials = found.journal.trials
+    assert len(trials) == 8 and all(trial.rows for trial in trials)
+    assert all(0.2 <= trial.costs["ratio"] < 0.203 for trial in trials)
+    fresh = {final.number: mean_value(final.rows) for final in found.journal.finals}
+    assert fresh[found.winner.number] == min(fresh.values())
+    assert fresh[found.winner.number] <= fresh[0]
+    # Trial 0 is the recipe: the same plan as without a search.
+    plain = config.with_changes(search=None)
+    start = prune(model, tokenizer, plain).plan
+    assert {name: site.units - len(site.kept) for name, site in start.changed() if name.endswith("mlp")} == {
+        name: 1536 - kept for name, kept in trials[0].widths.items() if name.endswith("mlp")
+    }
