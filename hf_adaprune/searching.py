@@ -466,7 +466,7 @@ def _journal(
 
 
 def _asked(config: PruningConfig) -> dict[str, Any]:
-    """What of a config a journal is bound to: more trials or minutes continue a search, report text is no part of it."""
+    """What of a config a journal is bound to: more trials or minutes continue a search, report text is left out."""
     asked = config.to_dict()
     for name in ("trials", "minutes"):
         asked["search"].pop(name)
