@@ -137,6 +137,7 @@ class Processes(Alone):
 def _sendable(error: Exception | None) -> Exception | None:
     """The error itself where it survives pickling; what it says where it does not."""
     try:
+        # This process's own object, in memory only: what accelerate does to send it, tried before all have to wait.
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
         copy = None

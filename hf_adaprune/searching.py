@@ -27,7 +27,7 @@ from .plan import PruningPlan
 from .search.journal import Journal, Trial, mean_value
 from .search.loop import WARM_POINTS, Progress, Slot, View, finalists, front, run_search
 from .search.space import Choice, Point, Simplex, Space, default_space
-from .search_config import REFINING
+from .search_config import REFINING, SPEEDS
 from .sites import ModelSites
 from .stages import Clock, text_part, what_to_collect
 from .statistics import Needs, Statistics
@@ -156,15 +156,12 @@ def check_search(config: PruningConfig) -> None:
             f"the strategy {refining[0]!r} refines how one budget is shared by the layers, which `uniform`, "
             "`search.pareto` and `search.ratios` leave no room for. Use gp."
         )
-    if search.pareto in ("ratio", "parameters", "bytes", "macs", *_SPEEDS) and config.budgets:
+    if search.pareto is not None and config.budgets:
         raise ConfigError("`search.pareto` varies the size, which `budgets` would fix. Leave out one of them.")
     if search.objective != "custom" and search.objective != "accuracy" and search.selection_tokens < 4:
         raise ConfigError("`search.selection_tokens` is too small to measure anything.")
     for name, _ in search.shares():
         strategy(name)
-
-
-_SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
 def strategy(name: str) -> Callable[[View, int], Sequence[Any]]:
@@ -396,7 +393,7 @@ def shared_costs(sites: ModelSites, config: PruningConfig, workers: Alone) -> Co
         workers ([`Alone`]): the processes.
     """
     named = {*config.budgets, *([config.search.pareto] if config.search is not None else [])}
-    if workers.count == 1 or not named & set(_SPEEDS):
+    if workers.count == 1 or not named & set(SPEEDS):
         return Costs.of(sites, config)
     return Costs.of(sites, config, workers.lead(lambda: Costs.of(sites, config).speed_table))
 
@@ -514,7 +511,7 @@ def check_journal(
 
 def _keep_speeds(trials: Trials, book: Journal, workers: Alone) -> None:
     """Measured speeds go into the journal: a resumed search decides by the same table."""
-    if not set(trials.cost_names) & set(_SPEEDS):
+    if not set(trials.cost_names) & set(SPEEDS):
         return
     event = book.event("speeds")
     if event is None:
