@@ -34,9 +34,9 @@ from hf_adaprune.evaluation import multiple_choice, perplexity, read_rows
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.gaussian_process import coverage
 from hf_adaprune.search.journal import Journal
-from hf_adaprune.searching import find_best, measure_of, search_needs
+from hf_adaprune.searching import SearchResult, find_best, measure_of, search_needs
 from hf_adaprune.stages import gather_texts
-from hf_adaprune.trials import Trials
+from hf_adaprune.trials import CachedScores, Measure, Trials
 
 HERE = Path(__file__).parent
 
@@ -62,12 +62,13 @@ def arguments() -> argparse.Namespace:
 
 
 def config_of(args: argparse.Namespace, ratio: float, strategy: str, seed: int) -> PruningConfig:
+    """The config of a run: baselines are compared on the trials' own text, so that they need few finalists."""
     calibration = {"sources": args.calibration, "selection": args.selection, "samples": args.samples}
     return PruningConfig.recipe(
         "default",
         pruning_ratio=ratio,
         calibration=calibration,
-        search={"trials": args.trials, "strategy": (strategy,)},
+        search={"trials": args.trials, "strategy": (strategy,), "finalists": 4 if strategy == "gp" else 1},
         seed=seed,
     )
 
@@ -110,6 +111,24 @@ class Setting:
             gradient_samples=config.calibration.gradient_samples,
         )
         self.seconds = time.perf_counter() - started
+        self.measure: Measure | None = None
+        self.scores = CachedScores(self.sites, config.units, self.statistics, (), 0)
+
+    def find(self, ratio: float, strategy: str, seed: int) -> SearchResult:
+        """Run a search, or what is left of it; all runs share the dense model's tokens and what scores are made of."""
+        config = config_of(self.args, ratio, strategy, seed)
+        if self.measure is None:
+            self.measure = measure_of(self.sites, self.tokenizer, config)
+        return find_best(
+            self.sites,
+            self.tokenizer,
+            config,
+            self.statistics,
+            journal=self.journal(ratio, strategy, seed),
+            resume=True,
+            measure=self.measure,
+            scores=self.scores,
+        )
 
     def journal(self, ratio: float, strategy: str, seed: int) -> Path:
         """Where a run is written."""
@@ -123,14 +142,7 @@ def run(args: argparse.Namespace) -> None:
             for strategy in args.strategies:
                 started = time.perf_counter()
                 path = setting.journal(ratio, strategy, seed)
-                found = find_best(
-                    setting.sites,
-                    setting.tokenizer,
-                    config_of(args, ratio, strategy, seed),
-                    setting.statistics,
-                    journal=path,
-                    resume=True,
-                )
+                found = setting.find(ratio, strategy, seed)
                 said = {"seconds": round(time.perf_counter() - started), **found.to_dict()["on_fresh_text"]}
                 print(path.name, json.dumps(said), flush=True)
 
@@ -168,14 +180,7 @@ def report(args: argparse.Namespace) -> None:
                 journal = setting.journal(ratio, strategy, seed)
                 if not journal.exists() or journal.stem in done:
                     continue
-                found = find_best(
-                    setting.sites,
-                    setting.tokenizer,
-                    config_of(args, ratio, strategy, seed),
-                    setting.statistics,
-                    journal=journal,
-                    resume=True,
-                )
+                found = setting.find(ratio, strategy, seed)
                 if f"{ratio}_default" not in done:
                     trials = Trials(setting.sites, found.asked, found.space, setting.statistics, measure_of_nothing())
                     zero = trials.config_of(found.space.default)
@@ -185,8 +190,6 @@ def report(args: argparse.Namespace) -> None:
 
 
 def measure_of_nothing() -> Any:
-    from hf_adaprune.trials import Measure
-
     return Measure(lambda start, stop: [], 1, 1, 0, True, "")
 
 

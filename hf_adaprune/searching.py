@@ -31,7 +31,7 @@ from .search_config import REFINING, SPEEDS
 from .sites import ModelSites
 from .stages import Clock, text_part, what_to_collect
 from .statistics import Needs, Statistics
-from .trials import Measure, Trials, custom_measure, row_measure, window_measure
+from .trials import CachedScores, Measure, Trials, custom_measure, row_measure, window_measure
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -331,6 +331,8 @@ def find_best(
     objective: Callable[[Any], Any] | None = None,
     workers: Alone | None = None,
     clock: Clock | None = None,
+    measure: Measure | None = None,
+    scores: CachedScores | None = None,
 ) -> SearchResult:
     """Search on statistics that are collected already; the model is untouched.
 
@@ -347,6 +349,9 @@ def find_best(
         workers ([`Alone`], *optional*): processes that share the trials; see [`hf_adaprune.parallel`]. All of them
             come back with the same plan and trials.
         clock ([`Clock`], *optional*): counts seconds.
+        measure ([`Measure`], *optional*): of an earlier search with the same texts: saves reading the dense model's
+            tokens again.
+        scores ([`CachedScores`], *optional*): of an earlier search on the same statistics and domain weights.
 
     Raises:
         BudgetError, ConfigError, CalibrationError, JournalError: before any trial.
@@ -361,8 +366,8 @@ def find_best(
     check_budgets(sites, _highest(config), costs)
     space = default_space(config, statistics.domains, statistics.shares)
     warm = workers.lead(lambda: _warm_points(warm_start, space)) if warm_start is not None else []
-    measure = workers.each(lambda: measure_of(sites, tokenizer, config, objective))
-    trials = Trials(sites, config, space, statistics, measure, costs)
+    measure = measure or workers.each(lambda: measure_of(sites, tokenizer, config, objective))
+    trials = Trials(sites, config, space, statistics, measure, costs, scores)
     book = _journal(sites, config, space, statistics, measure, warm, trials.slots, journal, resume, workers)
     _keep_speeds(trials, book, workers)
     clock.stop("selection text")

@@ -225,6 +225,7 @@ class Trials:
         statistics ([`Statistics`]): of the dense model.
         measure ([`Measure`]): what is minimised.
         costs ([`Costs`], *optional*): what plans cost; made anew where not given.
+        scores ([`CachedScores`], *optional*): of an earlier search on these statistics and domain weights.
 
     Raises:
         CalibrationError: domains are weighted, and one of them has no window.
@@ -238,6 +239,7 @@ class Trials:
         statistics: Statistics,
         measure: Measure,
         costs: Costs | None = None,
+        scores: CachedScores | None = None,
     ) -> None:
         self.sites, self.config, self.space, self.statistics, self.own = sites, config, space, statistics, measure
         self.first, self.windows, self.fresh = measure.first, measure.windows, measure.fresh
@@ -249,7 +251,7 @@ class Trials:
                 f"{', '.join(empty)} has no calibration window left to weight: the check of repairs holds them out. "
                 "Raise calibration.samples, or lower repair.holdout or calibration.clusters."
             )
-        self.scores = CachedScores(sites, config.units, statistics, center, config.seed)
+        self.scores = scores or CachedScores(sites, config.units, statistics, center, config.seed)
         self.costs = costs or Costs.of(sites, config)
         search = config.search
         self.ratios = search.ratios if search is not None else ()
