@@ -163,6 +163,35 @@ class PruningPlan:
         """Layers that stay, by their old numbers."""
         return tuple(layer for layer in range(self.num_layers) if layer not in self.dropped_layers)
 
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """This plan and one for the model that it leads to, as one plan for the model that this one is for.
+
+        Args:
+            later ([`PruningPlan`]): its layers and units count what this plan keeps.
+
+        Raises:
+            PlanError: the other plan is for another model.
+        """
+        layers = self.kept_layers()
+        if (later.model_type, later.num_layers) != (self.model_type, len(layers)):
+            raise PlanError(
+                f"the later plan is for {later.num_layers} layers of {later.model_type}, this one leaves {len(layers)} of "
+                f"{self.model_type}."
+            )
+        sites = dict(self.sites)
+        for name, kept in later.sites.items():
+            number, kind = split_site_name(name)
+            first = site_name(layers[number], kind)
+            before = sites.get(first, SitePlan.whole(kept.groups, kept.group_size))
+            if (len(before.kept_groups), before.kept_per_group) != (kept.groups, kept.group_size):
+                raise PlanError(
+                    f"the later plan is for {name} with {kept.groups} x {kept.group_size} units, this one leaves "
+                    f"{len(before.kept_groups)} x {before.kept_per_group}."
+                )
+            sites[first] = SitePlan(before.groups, before.group_size, tuple(before.kept[unit] for unit in kept.kept))
+        dropped = (*self.dropped_layers, *(layers[number] for number in later.dropped_layers))
+        return PruningPlan(self.model_type, self.num_layers, sites, dropped)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types. Kept units are written as half-open runs `[start, stop]`."""
         return {

@@ -5,7 +5,9 @@ Tensors are swapped inside their `Parameter` objects, so optimisers, tied weight
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,16 +22,33 @@ from .sites import Matrix, ModelSites, Site, find_sites, layer_sites
 if TYPE_CHECKING:
     from .compensation import Repair
 
-__all__ = ["add_bias", "apply_plan", "assign_layer", "assign_repair", "cut_layer", "skip_sublayers"]
+__all__ = [
+    "Follow",
+    "add_bias",
+    "apply_plan",
+    "assign_layer",
+    "assign_repair",
+    "assign_units",
+    "cut_layer",
+    "skip_sublayers",
+    "take_structure",
+]
+
+# Told of every parameter that is about to be cut, with the function that cuts a tensor of its shape.
+Follow = Callable[[nn.Parameter, Callable[[torch.Tensor], torch.Tensor]], None]
 
 
-def apply_plan(sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair] | None = None) -> ModelSites:
-    """Cut a model in place, and regenerate its config.
+def apply_plan(
+    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair] | None = None, follow: Follow | None = None
+) -> ModelSites:
+    """Cut a model in place, and regenerate its config. LoRA factors of peft are cut with the weights they stand beside.
 
     Args:
         sites ([`ModelSites`]): the model; its entries are stale afterwards.
         plan ([`PruningPlan`]): which units stay.
         repairs (`dict[str, Repair]`, *optional*): new weights of readers, by site name.
+        follow (`Callable`, *optional*): called with every parameter before it is cut and the function that cuts a tensor
+            of its shape, so that what belongs to the parameter (moments of an optimizer) can be cut alike.
 
     Returns:
         [`ModelSites`]: the sites of the cut model.
@@ -51,7 +70,7 @@ def apply_plan(sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repai
             skip_sublayers(layer, site.layer, [kind], architecture, head_dim)
             biases[site.layer] = [path for path in biases.get(site.layer, []) if path != site.reader.path]
             continue
-        _cut_site(site, kept)
+        _cut_site(site, kept, follow)
         if name in repairs and assign_repair(site, repairs[name]):
             biases.setdefault(site.layer, []).append(site.reader.path)
     if plan.dropped_layers:
@@ -121,7 +140,7 @@ def assign_repair(site: Site, repair: Repair) -> bool:
         return False
     added = site.reader.bias is None
     if added:
-        add_bias(site.reader.module, site.reader.outputs)
+        add_bias(getattr(site.reader.module, "base_layer", site.reader.module), site.reader.outputs)
     bias = site.reader.bias
     assert bias is not None
     _put(bias, repair.bias.to(bias.device, bias.dtype))
@@ -177,26 +196,45 @@ def _assign(matrix: Matrix, weight: torch.Tensor) -> None:
     _put(parameter, stored.to(parameter.device, parameter.dtype, copy=True).contiguous())
 
 
-def _select(matrix: Matrix, dimension: int, index: torch.Tensor) -> None:
-    parameter = matrix.parameter
-    index = index.to(parameter.device)
-    if matrix.transposed:
-        dimension = 1 - dimension
-    _put(parameter, parameter.data.index_select(dimension, index).contiguous())
+def _select(matrix: Matrix, dimension: int, index: torch.Tensor, follow: Follow | None = None) -> None:
+    stored = 1 - dimension if matrix.transposed else dimension
+    _cut(matrix.parameter, partial(_take, dimension=stored, index=index), follow)
+    for factor in _factors(matrix.module, dimension):
+        _cut(factor.weight, partial(_take, dimension=dimension, index=index), follow)
+        if dimension == 0 and factor.bias is not None:
+            _cut(factor.bias, partial(_take, dimension=0, index=index), follow)
+        _state(factor, {("out_features", "in_features")[dimension]: len(index)})
 
 
-def _cut_site(site: Site, kept: SitePlan) -> None:
+def _take(tensor: torch.Tensor, dimension: int, index: torch.Tensor) -> torch.Tensor:
+    return tensor.index_select(dimension, index.to(tensor.device)).contiguous()
+
+
+def _cut(
+    parameter: nn.Parameter, select: Callable[[torch.Tensor], torch.Tensor], follow: Follow | None = None
+) -> None:
+    if follow is not None:
+        follow(parameter, select)
+    _put(parameter, select(parameter.data))
+
+
+def _factors(module: Any, dimension: int) -> list[Any]:
+    """LoRA factors that share a matrix's outputs (dimension 0: B) or inputs (1: A), of every adapter of peft."""
+    return list(getattr(module, ("lora_B", "lora_A")[dimension], {}).values())
+
+
+def _cut_site(site: Site, kept: SitePlan, follow: Follow | None = None) -> None:
     if site.kind == "experts":
-        _cut_experts(site, kept)
+        _cut_experts(site, kept, follow)
         return
-    _select(site.reader, 1, site.column_index(kept))
+    _select(site.reader, 1, site.column_index(kept), follow)
     _state_sizes(site.reader)
     for number, writer in enumerate(site.writers):
         rows = site.row_index(number, kept)
-        _select(writer, 0, rows)
+        _select(writer, 0, rows, follow)
         bias = writer.bias
         if bias is not None:
-            _put(bias, bias.data.index_select(0, rows.to(bias.device)).contiguous())
+            _cut(bias, partial(_take, dimension=0, index=rows), follow)
         _state_sizes(writer)
     if site.kind == "attention":
         groups = len(kept.kept_groups)
@@ -211,25 +249,31 @@ def _cut_site(site: Site, kept: SitePlan) -> None:
     _state(site.sublayer, sizes)
 
 
-def _cut_experts(site: Site, kept: SitePlan) -> None:
+def _cut_experts(site: Site, kept: SitePlan, follow: Follow | None = None) -> None:
     experts, width = kept.kept_groups, kept.kept_per_group
     channels = torch.tensor(kept.kept).reshape(len(experts), width) % site.group_size
-    gate_up, down = site.writers[0].parameter, site.reader.parameter
     rows = torch.cat([channels + copy * site.group_size for copy in range(site.copies)], dim=1)
-    _put(gate_up, torch.stack([gate_up.data[e][r.to(gate_up.device)] for e, r in zip(experts, rows, strict=True)]))
-    _put(down, torch.stack([down.data[e][:, c.to(down.device)] for e, c in zip(experts, channels, strict=True)]))
+
+    def take_rows(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor[e][r.to(tensor.device)] for e, r in zip(experts, rows, strict=True)])
+
+    def take_columns(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor[e][:, c.to(tensor.device)] for e, c in zip(experts, channels, strict=True)])
+
+    _cut(site.writers[0].parameter, take_rows, follow)
+    _cut(site.reader.parameter, take_columns, follow)
     _state(site.reader.module, {"num_experts": len(experts), "intermediate_dim": width})
     if site.router is not None:
-        _select(site.router, 0, torch.tensor(experts))
+        _select(site.router, 0, torch.tensor(experts), follow)
         _state(site.router.module, {"num_experts": len(experts)})
     _state(site.sublayer, {"num_experts": len(experts)})
 
 
 def _state_sizes(matrix: Matrix) -> None:
-    _state(
-        matrix.module,
-        {"in_features": matrix.inputs, "out_features": matrix.outputs, "nx": matrix.inputs, "nf": matrix.outputs},
-    )
+    sizes = {"in_features": matrix.inputs, "out_features": matrix.outputs, "nx": matrix.inputs, "nf": matrix.outputs}
+    for module in (matrix.module, getattr(matrix.module, "base_layer", None)):
+        if module is not None:
+            _state(module, sizes)
 
 
 def _state(module: nn.Module, sizes: Mapping[str, int]) -> None:
@@ -247,6 +291,74 @@ def _drop_layers(layers: nn.ModuleList, kept: Iterable[int]) -> None:
         for module in layer.modules():
             if isinstance(module.__dict__.get("layer_idx"), int):
                 module.layer_idx = number  # type: ignore[assignment]
+
+
+def assign_units(site: Site, kept: SitePlan, repair: Repair) -> None:
+    """Put a repair into a site that still has all its units, in place: the columns of units that go become zero.
+
+    Args:
+        site ([`Site`]): whole.
+        kept ([`SitePlan`]): which units the repair is for.
+        repair ([`Repair`]): without a bias.
+    """
+    columns = site.column_index(kept)
+    full = torch.zeros(site.outputs, site.columns, dtype=repair.weight.dtype)
+    full[:, columns] = repair.weight.cpu()
+    parameter = site.reader.parameter
+    with torch.no_grad():  # into the tensor that is there: DistributedDataParallel holds it
+        parameter.copy_((full.T if site.reader.transposed else full).to(parameter.device, parameter.dtype))
+
+
+def take_structure(sites: ModelSites, like: ModelSites) -> ModelSites:
+    """Give a model the structure of another one of its family, in place; tensors of other shapes hold no values then.
+
+    What loading a checkpoint of other sizes into a live model needs: parameters that stay are the same objects.
+
+    Args:
+        sites ([`ModelSites`]): the model; its entries are stale afterwards.
+        like ([`ModelSites`]): the structure, on the meta device or any other.
+
+    Returns:
+        [`ModelSites`]: the sites of the changed model.
+    """
+    layers, config, other = sites.layers, sites.model.config, like.model.config
+    device = sites.device
+    dtype = next(parameter.dtype for parameter in layers.parameters())
+    del layers[len(like.layers) :]
+    for number, layer in enumerate(like.layers):
+        if number == len(layers):
+            layers.append(_materialised(layer, device, dtype))
+        _take_modules(layers[number], layer, device, dtype)
+    architecture = sites.architecture
+    config.per_layer_config = None
+    for name in (*architecture.layer_lists, *architecture.layer_index_lists, architecture.layers_field):
+        if hasattr(other, name):
+            setattr(config, name, copy.deepcopy(getattr(other, name)))
+    changed = find_sites(sites.model, architecture)
+    update_config(changed, _carried_biases(other))
+    return changed
+
+
+def _materialised(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(module).to_empty(device=device).to(dtype)
+
+
+def _take_modules(module: nn.Module, like: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    own = dict(module.named_children())
+    for name, child in like.named_children():
+        if type(own.get(name)) is not type(child):
+            setattr(module, name, _materialised(child, device, dtype).train(module.training))
+        else:
+            _take_modules(own[name], child, device, dtype)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if getattr(like, name, None) is None:
+            setattr(module, name, None)  # a bias that a repair had added
+        elif parameter.shape != getattr(like, name).shape:
+            _put(parameter, torch.empty(getattr(like, name).shape, device=parameter.device, dtype=parameter.dtype))
+    for name, parameter in like.named_parameters(recurse=False):
+        if getattr(module, name, None) is None:
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=dtype)))
+    _state(module, {name: value for name, value in vars(like).items() if type(value) is int})
 
 
 def _carried_biases(config: Any) -> dict[int, list[str]]:
