@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from .searching import SearchResult
     from .sites import find_sites
     from .surgery import apply_plan
+    from .training import AdaPrunerCallback
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "ARCHITECTURES": "architectures",
+    "AdaPrunerCallback": "training",
     "AdaPruneError": "errors",
     "AllocationConfig": "config",
     "Architecture": "architectures",
@@ -70,6 +72,7 @@ __all__ = [
     "METRICS",
     "RECIPES",
     "AdaPruneError",
+    "AdaPrunerCallback",
     "AllocationConfig",
     "Architecture",
     "Attention",

@@ -39,13 +39,24 @@ from .stages import (
     what_to_collect,
 )
 from .statistics import Needs, Statistics
-from .surgery import apply_plan, assign_layer
+from .surgery import Follow, apply_plan, assign_layer
 from .workers import Alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PruningResult", "Sizes", "prune", "search_plan"]
+    from .compensation import Repair
+
+__all__ = [
+    "Decision",
+    "PruningResult",
+    "Sizes",
+    "carry_out",
+    "decide_and_repair",
+    "note_provenance",
+    "prune",
+    "search_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -231,34 +242,14 @@ def prune(
     dense = {name: perplexity(model, report) for name, report in reports.items()}
     clock.stop("report dense")
 
-    folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
-    with folder as place:
-        found: SearchResult | None = None
-        if asked is not None:
-            assert blocks is not None and needs is not None
-            statistics: Statistics | None
-            found, statistics = _searched(
-                sites, tokenizer, config, blocks, needs, place, costs, clock, workers,
-                journal=journal, resume=resume, warm_start=warm_start, objective=objective,
-            )  # fmt: skip
-            config, plan = found.config, found.plan
-        else:
-            plan, statistics = decide(
-                sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs
-            )
-        if plan_path is not None and workers.rank == 0:
-            plan.save(plan_path)
-        cached = cached_repairs(sites, plan, statistics, config)
-        del statistics
-        clock.stop("repair")
-        repairs, schedule, reports_of_repair, blockwise = choose_repairs(
-            sites, plan, cached, blocks, held_out, config, clock
-        )
-    cut = apply_plan(sites, plan, repairs)
-    for number, state in blockwise.items():
-        assign_layer(cut.layers[plan.kept_layers().index(number)], state)
+    made = decide_and_repair(
+        sites, tokenizer, config, blocks, held_out, plan=plan, needs=needs, costs=costs, clock=clock, workers=workers,
+        plan_path=plan_path, journal=journal, resume=resume, warm_start=warm_start, objective=objective,
+    )  # fmt: skip
+    config, plan = made.config, made.plan
+    cut = carry_out(sites, made)
     clock.stop("surgery")
-    _note_provenance(cut, config, plan)
+    note_provenance(cut, config, plan)
     after = Sizes.of(cut)
     pruned = {name: perplexity(model, report) for name, report in reports.items()}
     clock.stop("report pruned")
@@ -281,13 +272,112 @@ def prune(
         plan,
         before,
         after,
-        reports_of_repair,
-        schedule,
+        made.reports,
+        made.schedule,
         evaluation,
         facts,
         clock.seconds,
-        found,
+        made.search,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A plan and how it is repaired, not carried out yet.
+
+    Args:
+        config ([`PruningConfig`]): what decided it; a search's winner.
+        plan ([`PruningPlan`]): which units stay.
+        repairs (`dict[str, Repair]`): by site.
+        schedule (`str`): what the repair came to.
+        reports (`tuple[RepairReport, ...]`): per site, where held-out windows were measured.
+        blockwise (`dict[int, dict[str, torch.Tensor]]`): weights of regionally optimised layers, by old number.
+        search ([`SearchResult`], *optional*): what a search found.
+    """
+
+    config: PruningConfig
+    plan: PruningPlan
+    repairs: Mapping[str, Repair] = field(default_factory=dict)
+    schedule: str = "none"
+    reports: tuple[RepairReport, ...] = ()
+    blockwise: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    search: SearchResult | None = None
+
+
+def decide_and_repair(
+    sites: ModelSites,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruningConfig,
+    blocks: TokenBlocks | None,
+    held_out: TokenBlocks | None,
+    *,
+    plan: PruningPlan | None = None,
+    needs: Needs | None = None,
+    costs: Costs | None = None,
+    clock: Clock | None = None,
+    workers: Alone | None = None,
+    plan_path: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Decision:
+    """Statistics, scores or a search, a plan and its repairs; the model is untouched.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for the selection text of a search.
+        config ([`PruningConfig`]): how, checked.
+        blocks ([`TokenBlocks`], *optional*): calibration windows.
+        held_out ([`TokenBlocks`], *optional*): windows that no repair may see.
+        plan ([`PruningPlan`], *optional*): a plan that stands already.
+        needs ([`Needs`], *optional*): what to collect.
+        costs ([`Costs`], *optional*): of the model.
+        clock ([`Clock`], *optional*): counts seconds.
+        workers ([`Alone`], *optional*): processes that share a search.
+        plan_path (`str`, *optional*): where the plan is written as soon as it is decided.
+        **options: see [`search_plan`].
+
+    Returns:
+        [`Decision`]
+    """
+    clock, workers = clock or Clock(), workers or Alone()
+    costs = costs or shared_costs(sites, config, workers)
+    folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
+    with folder as place:
+        found: SearchResult | None = None
+        if config.search is not None:
+            assert blocks is not None and needs is not None
+            statistics: Statistics | None
+            found, statistics = _searched(
+                sites, tokenizer, config, blocks, needs, place, costs, clock, workers, **options
+            )
+            config, plan = found.config, found.plan
+        else:
+            plan, statistics = decide(
+                sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs
+            )
+        if plan_path is not None and workers.rank == 0:
+            plan.save(plan_path)
+        cached = cached_repairs(sites, plan, statistics, config)
+        del statistics
+        clock.stop("repair")
+        repairs, schedule, reports, blockwise = choose_repairs(sites, plan, cached, blocks, held_out, config, clock)
+    return Decision(config, plan, repairs, schedule, reports, blockwise, found)
+
+
+def carry_out(sites: ModelSites, made: Decision, follow: Follow | None = None) -> ModelSites:
+    """Cut a model in place by a decision.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        made ([`Decision`]): for this model.
+        follow (`Callable`, *optional*): see [`hf_adaprune.apply_plan`].
+
+    Returns:
+        [`ModelSites`]: the sites of the cut model.
+    """
+    cut = apply_plan(sites, made.plan, made.repairs, follow)
+    for number, state in made.blockwise.items():
+        assign_layer(cut.layers[made.plan.kept_layers().index(number)], state)
+    return cut
 
 
 def search_plan(
@@ -389,8 +479,14 @@ def _as_sources(given: Any) -> tuple[Source, ...]:
     return tuple(given)
 
 
-def _note_provenance(sites: ModelSites, config: PruningConfig, plan: PruningPlan) -> None:
-    """A line about this run in config.json, unless the model is in the uniform form, which carries no trace."""
+def note_provenance(sites: ModelSites, config: PruningConfig, plan: PruningPlan) -> None:
+    """A line about a run in config.json, unless the model is in the uniform form, which carries no trace.
+
+    Args:
+        sites ([`ModelSites`]): the pruned model.
+        config ([`PruningConfig`]): what was asked for.
+        plan ([`PruningPlan`]): what was carried out.
+    """
     from . import __version__
 
     provenance = sites.model.config.__dict__.get(PROVENANCE_KEY)

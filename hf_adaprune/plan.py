@@ -175,8 +175,8 @@ class PruningPlan:
         layers = self.kept_layers()
         if (later.model_type, later.num_layers) != (self.model_type, len(layers)):
             raise PlanError(
-                f"the later plan is for {later.num_layers} layers of {later.model_type}, this one leaves {len(layers)} of "
-                f"{self.model_type}."
+                f"the later plan is for {later.num_layers} layers of {later.model_type}, this one leaves {len(layers)} "
+                f"of {self.model_type}."
             )
         sites = dict(self.sites)
         for name, kept in later.sites.items():

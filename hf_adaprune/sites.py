@@ -262,8 +262,10 @@ class ModelSites:
 
     @cached_property
     def layer_parameters(self) -> tuple[int, ...]:
-        """Parameters of every decoder layer, as they are now."""
-        return tuple(sum(p.numel() for p in layer.parameters()) for layer in self.layers)
+        """Parameters of every decoder layer, as they are now; factors of LoRA, which merge, are not counted."""
+        return tuple(
+            sum(p.numel() for name, p in layer.named_parameters() if "lora_" not in name) for layer in self.layers
+        )
 
     @property
     def decoder_parameters(self) -> int:
@@ -273,7 +275,7 @@ class ModelSites:
     @cached_property
     def total_parameters(self) -> int:
         """Parameters of the whole model; tied ones count once."""
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(p.numel() for name, p in self.model.named_parameters() if "lora_" not in name)
 
     @property
     def device(self) -> torch.device:

@@ -47,8 +47,8 @@ def apply_plan(
         sites ([`ModelSites`]): the model; its entries are stale afterwards.
         plan ([`PruningPlan`]): which units stay.
         repairs (`dict[str, Repair]`, *optional*): new weights of readers, by site name.
-        follow (`Callable`, *optional*): called with every parameter before it is cut and the function that cuts a tensor
-            of its shape, so that what belongs to the parameter (moments of an optimizer) can be cut alike.
+        follow (`Callable`, *optional*): called with every parameter before it is cut and the function that cuts a
+            tensor of its shape, so that what belongs to the parameter (moments of an optimizer) can be cut alike.
 
     Returns:
         [`ModelSites`]: the sites of the cut model.
@@ -210,9 +210,7 @@ def _take(tensor: torch.Tensor, dimension: int, index: torch.Tensor) -> torch.Te
     return tensor.index_select(dimension, index.to(tensor.device)).contiguous()
 
 
-def _cut(
-    parameter: nn.Parameter, select: Callable[[torch.Tensor], torch.Tensor], follow: Follow | None = None
-) -> None:
+def _cut(parameter: nn.Parameter, select: Callable[[torch.Tensor], torch.Tensor], follow: Follow | None = None) -> None:
     if follow is not None:
         follow(parameter, select)
     _put(parameter, select(parameter.data))

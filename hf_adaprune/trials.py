@@ -39,7 +39,7 @@ from .search.space import Space
 from .sites import ModelSites
 from .statistics import Statistics, mean_cosine
 
-__all__ = ["CachedScores", "Measure", "Trials", "custom_measure", "row_measure", "window_measure"]
+__all__ = ["CachedScores", "Measure", "Trials", "custom_measure", "quiet_bars", "row_measure", "window_measure"]
 
 CLOSE = 1e-4  # weights of a point have six digits, and what they differ by from the center costs no metric anew
 BATCH_TOKENS = 2048  # of a forward: more gains nothing on a CPU, fewer leave its cores waiting
@@ -290,7 +290,7 @@ class Trials:
             BudgetError, ConfigError: the point has no plan.
         """
         config = self.config_of(point)
-        with _quiet_bars():
+        with quiet_bars():
             plans = self.plans(config)
         said = json.dumps([[plan.digest for plan in plans], *self._repair_facts(config)], sort_keys=True)
         plan = plans[-1]
@@ -324,7 +324,7 @@ class Trials:
         """Rows of windows `[start, stop)`: the count, and the objective's sum for every plan."""
         payload: _Payload = candidate.payload
         columns = []
-        with _quiet_bars():
+        with quiet_bars():
             for plan, repairs in zip(payload.plans, self.repairs(payload), strict=True):
                 with masked(self.sites, plan, repairs, narrow=True):
                     columns.append(self.own.rows(start, stop))
@@ -340,8 +340,8 @@ def _units_kept(kept: Any, kind: str) -> int:
 
 
 @contextmanager
-def _quiet_bars() -> Any:
-    """No progress bars of single stops: the search has a line of its own."""
+def quiet_bars() -> Any:
+    """No progress bars of single stops for the time of a `with`: a search, or a Trainer, has a line of its own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,0 +1,545 @@
+"""`AdaPrunerCallback`: pruning inside `Trainer`: before, during or after training.
+
+On one process the model is cut while it trains; optimizer, schedule and precision go on. With several processes units
+are masked until the end, and cut then: a wrapped model cannot change its shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .budgets import check_budgets
+from .calibration import TokenBlocks
+from .compensation import check_enough_tokens
+from .config import CONFIG_NAME, PruningConfig
+from .costs import Costs
+from .cut_schedule import CutSchedule
+from .errors import CalibrationError, CheckpointError, ConfigError
+from .evaluation import per_window_loss
+from .importance import unit_of
+from .masking import masked
+from .model_config import known_architecture
+from .optimizer_state import OptimizerFollower
+from .parallel import processes
+from .pipeline import Decision, carry_out, decide_and_repair, note_provenance
+from .plan import PruningPlan
+from .recording import quiet_model
+from .restoring import Restorer
+from .searching import check_search, search_needs
+from .sites import ModelSites, find_sites
+from .stages import check_weights, even_plan, gather_texts, what_to_collect
+from .surgery import assign_units
+from .training_checks import check_config, check_engine, check_masked, has_budget, read_config
+from .training_text import dataset_blocks
+from .trials import quiet_bars
+from .workers import Alone
+
+if TYPE_CHECKING:
+    from .architectures import Architecture
+
+__all__ = ["AdaPrunerCallback"]
+
+logger = logging.getLogger(__name__)
+
+PLAN_NAME = "pruning_plan.json"
+LOSS_WINDOWS = 8  # of held-out text, for the losses before and after a cut
+_running: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+class AdaPrunerCallback(TrainerCallback, ExportableState):
+    """Prunes the model of a `Trainer` (also trl's `SFTTrainer`; all weights or LoRA).
+
+    Mode `progressive` (Adapt-Pruner, arXiv 2502.03460): small cuts with training in between. Mode `once`: one cut
+    before the first step, by any recipe or search. Mode `at_end`: one cut after the last step.
+
+    On one process shapes change in flight: moments of the optimizer are cut with their parameters, schedule, gradient
+    accumulation, gradient checkpointing and mixed precision go on. Under DDP the units are masked and the model is cut
+    when training ends; FSDP and DeepSpeed are refused. A run that is resumed at any step ends with the weights of one
+    that was not interrupted. What it did is in `state.log_history`, in `pruning_config.json` and `pruning_plan.json` of
+    every checkpoint and, at the end, of `output_dir`.
+
+    Args:
+        config ([`PruningConfig`], `dict` or `str`, *optional*): what to prune and how, a config or the name of a
+            recipe; the recipe `default` where not given. `pruning_ratio` is that of the end.
+        mode (`str`, *optional*, defaults to `"progressive"`): `progressive`, `once` or `at_end`.
+        cuts, share, every, at, spacing, targets: when progressive cuts happen and how far they go, see
+            [`CutSchedule`].
+        data (`str`, *optional*, defaults to `"train"`): where statistics come from: `train` (samples of the trainer's
+            own data set, through its collator) or `calibration` (the config's sources; needs a tokenizer, which the
+            trainer's `processing_class` is).
+        samples (`int`, *optional*): calibration windows per cut; the config's, but at most 64 (16 of them with
+            gradients) per progressive cut, where not given.
+        reset_best (`bool`, *optional*, defaults to `True`): a cut forgets the best checkpoint so far, so that
+            `load_best_model_at_end` chooses among those of the final size. With `False` it may go back to a denser one.
+        architecture ([`Architecture`], *optional*): of a family that is not built in.
+        trainer (`Trainer`, *optional*): whose `log` also gets the numbers of every cut, which reach its reporters (such
+            as tensorboard) then; without it they are in the trainer's state and console only. Set
+            `callback.trainer = trainer` after both are made.
+
+    Raises:
+        ConfigError, UnsupportedModelError, BudgetError: when the trainer is made, or when training begins.
+
+    Example:
+
+    ```python
+    from hf_adaprune import AdaPrunerCallback, PruningConfig
+
+    callback = AdaPrunerCallback(PruningConfig.recipe("adapt-pruner", pruning_ratio=0.4))
+    Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
+    ```
+    """
+
+    def __init__(
+        self,
+        config: PruningConfig | Mapping[str, Any] | str | None = None,
+        *,
+        mode: str = "progressive",
+        cuts: int | None = None,
+        share: float = 0.05,
+        every: int | None = None,
+        at: tuple[float, ...] = (),
+        spacing: str = "linear",
+        targets: str = "geometric",
+        data: str = "train",
+        samples: int | None = None,
+        reset_best: bool = True,
+        architecture: Architecture | None = None,
+        trainer: Any = None,
+    ) -> None:
+        self.schedule = CutSchedule(mode, cuts, share, every, tuple(at), spacing, targets)
+        self.config = read_config(config)
+        self.data, self.samples, self.reset_best = data, samples, reset_best
+        self.architecture, self.trainer = architecture, trainer
+        if data not in ("train", "calibration"):
+            raise ConfigError(f"`data` should be 'train' or 'calibration'. Found {data!r}.")
+        check_config(self.config, mode)
+        self.done: list[dict[str, Any]] = []
+        self.plan: PruningPlan | None = None
+        self.first = 0  # decoder parameters before the first cut
+        self.steps: tuple[int, ...] = ()
+        self.ratios: tuple[float, ...] = ()
+        self._blocks: tuple[TokenBlocks | None, TokenBlocks | None] | None = None
+        self._masks = contextlib.ExitStack()
+        self._restorer: Restorer | None = None
+        self._pending: list[dict[str, float]] = []
+        self._folder = ""
+        self._workers = Alone()
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot be pruned, and let checkpoints of other sizes be loaded."""
+        base = _base_of(model)
+        check_engine(args, model, base)
+        sites = self._sites(base)
+        check_weights(sites)
+        if self.config.search is not None:
+            check_search(self.config)
+        check_budgets(sites, self.config, Costs.of(sites, self.config))
+        self._folder = args.output_dir
+        if self._restorer is not None:
+            self._restorer.close()
+        self._restorer = Restorer(base, self._architecture(base), self._known_plans)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        processing_class: Any = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Make the schedule or take it from the checkpoint, read texts, and cut what is due."""
+        name, base = type(self).__name__, _base_of(model)
+        other = _running.get(base)
+        if other is not None and other[0]() is state and other[1] is not self:
+            raise ConfigError(f"this Trainer has {name} twice. Leave one of them; its schedule may have many cuts.")
+        _running[base] = (weakref.ref(state), self)
+        self._workers = processes()
+        if self._workers.count > 1:
+            check_masked(self.config, self.schedule.mode, args, model)
+        self._take_state(state, base, name)
+        state.stateful_callbacks[name] = self.state()
+        if len(self.done) < len(self.steps):
+            self._blocks = self._workers.each(lambda: self._texts(base, processing_class, train_dataloader))
+        if self._is_masked() and self.plan is not None:
+            self._mask(base)
+        self._cut_what_is_due(args, state, control, model, optimizer, processing_class)
+
+    def on_step_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Cut where the schedule says so."""
+        if self.schedule.mode == "progressive" and self._cut_what_is_due(
+            args, state, control, model, optimizer, processing_class
+        ):
+            control.should_log = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Let the console show the numbers of the last cut."""
+        if logs is not None and self.trainer is None:
+            for numbers in self._pending:
+                logs.update({key: value for key, value in numbers.items() if key.startswith("pruning/")})
+        self._pending = []
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Put plan and history beside the weights of a checkpoint; with LoRA also the base model they belong to."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero or not folder.is_dir() or self.plan is None:
+            return
+        self._write(folder)
+        if _is_peft(model):
+            _save_base(model, folder)
+
+    def on_train_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Cut what was masked or was to be cut last, and leave plan, config and history in the output folder."""
+        base = _base_of(model)
+        late = self.schedule.mode == "at_end" and len(self.done) < len(self.steps)
+        if late:
+            self._cut(args, state, model, None, processing_class, self.ratios[-1])
+        elif self._is_masked() and self.plan is not None:
+            self._masks.close()
+            with _merged(model):
+                cut = carry_out(self._sites(base), Decision(self.config, self.plan))
+                note_provenance(cut, self.config, self.plan)
+        _running.pop(base, None)
+        if self.plan is None or not state.is_world_process_zero:
+            return
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        if late or self._is_masked():
+            # No checkpoint of the Trainer holds the cut model.
+            model.save_pretrained(args.output_dir)
+            if processing_class is not None:
+                processing_class.save_pretrained(args.output_dir)
+            if _is_peft(model):
+                _save_base(model, Path(args.output_dir))
+        self._write(Path(args.output_dir))
+        base.config.save_pretrained(args.output_dir)
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Plan and history go up with the model."""
+        if self.plan is not None and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            self._write(Path(args.output_dir))
+            if hasattr(model, "add_model_tags"):
+                model.add_model_tags(["hf-adaprune", "pruned"])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback, as JSON types."""
+        return {
+            "args": {},
+            "attributes": {
+                "asked": self._asked(),
+                "first": self.first,
+                "steps": list(self.steps),
+                "ratios": list(self.ratios),
+                "done": copy.deepcopy(self.done),
+                "saved_plan": None if self.plan is None else self.plan.to_dict(),
+            },
+        }
+
+    # -- the schedule -------------------------------------------------------------------------------------------------
+
+    def _asked(self) -> dict[str, Any]:
+        schedule = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in vars(self.schedule).items()
+        }
+        asked = {**self.config.to_dict(), "schedule": schedule, "data": self.data, "samples": self.samples}
+        asked.pop("version")
+        asked["calibration"].pop("report")
+        return asked
+
+    def _take_state(self, state: Any, base: Any, name: str) -> None:
+        """Begin anew, or go on as the checkpoint says."""
+        saved = (state.stateful_callbacks or {}).get(name)
+        attributes = saved.get("attributes", {}) if isinstance(saved, dict) and state.global_step > 0 else {}
+        if isinstance(saved, list):
+            raise ConfigError(f"this Trainer has {name} twice. Leave one of them; its schedule may have many cuts.")
+        if attributes.get("steps"):
+            asked = self._asked()
+            different = sorted(key for key in asked if attributes["asked"].get(key) != asked[key])
+            if different:
+                raise CheckpointError(
+                    f"the checkpoint was made with another recipe: {', '.join(different)} differ. Give the callback "
+                    "the same arguments, or start a new run from the checkpoint's model."
+                )
+            self.first, self.done = attributes["first"], list(attributes["done"])
+            self.steps, self.ratios = tuple(attributes["steps"]), tuple(attributes["ratios"])
+            plan = attributes["saved_plan"]
+            self.plan = None if plan is None else PruningPlan.from_dict(plan)
+            return
+        sites = self._sites(base)
+        self.done, self.plan, self.first = [], None, sites.decoder_parameters
+        whole = even_plan(sites, self.config, Costs.of(sites, self.config))
+        ratio = Costs.of(sites, self.config).removed(whole) / self.first if has_budget(self.config) else None
+        ratio = self.config.pruning_ratio if ratio is None else ratio
+        self.ratios = self.schedule.ratios(ratio)
+        self.steps = self.schedule.steps(ratio, state.max_steps)
+
+    def _cut_what_is_due(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, tokenizer: Any) -> bool:
+        if self.schedule.mode == "at_end":
+            return False
+        due = sum(step <= state.global_step for step in self.steps)
+        if due <= len(self.done):
+            return False
+        # A run that goes on from a checkpoint without this callback may owe several: one cut goes as far.
+        self._cut(args, state, model, optimizer, tokenizer, self.ratios[due - 1])
+        while len(self.done) < due:
+            self.done.insert(-1, {})
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        return True
+
+    # -- a cut --------------------------------------------------------------------------------------------------------
+
+    def _cut(self, args: Any, state: Any, model: Any, optimizer: Any, tokenizer: Any, ratio: float) -> None:
+        base = _base_of(model)
+        if self._blocks is None:
+            raise CalibrationError("no calibration text was read before this cut. Please report this.")
+        with _merged(model), quiet_bars() if self.config.search is None else contextlib.nullcontext():
+            if self._is_masked() or self._workers.count > 1:
+                numbers, plan = self._cut_together(base, tokenizer, ratio)
+            else:
+                sites = self._sites(base)
+                made, numbers = self._decided(sites, tokenizer, ratio)
+                follower = None if optimizer is None else OptimizerFollower(optimizer, model)
+                cut = carry_out(sites, made, None if follower is None else follower.follow)
+                if follower is not None:
+                    follower.finish()
+                note_provenance(cut, made.config, made.plan)
+                numbers["pruning/loss_after"] = self._loss(base)
+                plan = made.plan
+        self.plan = plan if self.plan is None else self.plan.then(plan)
+        if self._is_masked():
+            self._mask(base)
+        after = self._sites(base)
+        decoder = after.decoder_parameters - _removed(after, self.plan if self._is_masked() else None)
+        numbers |= {
+            "pruning/parameters": after.total_parameters - (after.decoder_parameters - decoder),
+            "pruning/decoder_parameters": decoder,
+            "pruning/ratio": 1 - decoder / self.first,
+        }
+        numbers |= _mean_widths(after, self.plan if self._is_masked() else None)
+        self._note(state, numbers, plan)
+
+    def _decided(self, sites: ModelSites, tokenizer: Any, ratio: float) -> tuple[Decision, dict[str, float]]:
+        """What the next cut removes and how it is repaired; the model is untouched."""
+        blocks, held_out = self._blocks or (None, None)
+        config = self._config_of(sites, ratio)
+        needs = what_to_collect(config, None)
+        if config.search is not None:
+            needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
+        before = self._loss(sites.model)
+        made = decide_and_repair(sites, tokenizer, config, blocks, held_out, needs=needs)
+        return made, {"pruning/loss_before": before}
+
+    def _config_of(self, sites: ModelSites, ratio: float) -> PruningConfig:
+        """The config of one cut: it removes what is left to remove of the share that is due."""
+        config = self.config
+        if self.schedule.mode != "progressive":
+            return config
+        if self.samples is None:
+            gradients = min(config.calibration.gradient_samples, 16)
+            config = config.with_changes(calibration={"gradient_samples": gradients})
+        if ratio == self.ratios[-1] and has_budget(config):
+            return config
+        own = max(0.0, 1 - self.first * (1 - ratio) / sites.decoder_parameters)
+        return config.with_changes(pruning_ratio=own, target_parameters=None, target_bytes=None, budgets={})
+
+    def _cut_together(self, base: Any, tokenizer: Any, ratio: float) -> tuple[dict[str, float], PruningPlan]:
+        """Every process cuts (or, while training, masks) by what the first one decides."""
+        self._masks.close()
+
+        def decide() -> tuple[PruningPlan, dict[str, Any], dict[str, float]]:
+            own = base
+            if self._is_masked():
+                own = copy.deepcopy(base)
+                own.__dict__.pop("forward", None)  # accelerate's, which runs the model it was made for
+                if self.plan is not None:
+                    carry_out(self._sites(own), Decision(self.config, self.plan))
+            made, numbers = self._decided(self._sites(own), tokenizer, ratio)
+            with masked(self._sites(own), made.plan, made.repairs):
+                numbers["pruning/loss_after"] = self._loss(own)
+            return made.plan, dict(made.repairs), numbers
+
+        plan, repairs, numbers = self._workers.lead(decide)
+        sites = self._sites(base)
+        if not self._is_masked():
+            cut = carry_out(sites, Decision(self.config, plan, repairs))
+            note_provenance(cut, self.config, plan)
+            return numbers, plan
+        whole = plan if self.plan is None else self.plan.then(plan)
+        for name, repair in repairs.items():
+            assign_units(sites.by_name[name], whole.sites[name], repair)
+        return numbers, plan
+
+    def _mask(self, base: Any) -> None:
+        assert self.plan is not None
+        self._masks.close()
+        self._masks = contextlib.ExitStack()
+        self._masks.enter_context(masked(self._sites(base), self.plan))
+
+    def _is_masked(self) -> bool:
+        return self._workers.count > 1 and self.schedule.mode != "at_end"
+
+    def _loss(self, model: Any) -> float:
+        """Mean loss per token on a few windows that no repair has seen."""
+        blocks, held_out = self._blocks or (None, None)
+        text = held_out if held_out is not None and len(held_out) else blocks
+        if text is None:
+            return float("nan")
+        with quiet_model(model):
+            sums = per_window_loss(model, text.select(slice(0, LOSS_WINDOWS))).sum(0)
+        return float(sums[0] / sums[1])
+
+    def _texts(self, base: Any, tokenizer: Any, dataloader: Any) -> tuple[TokenBlocks | None, TokenBlocks | None]:
+        """Calibration windows and held-out ones, from the trainer's data or from the config's sources."""
+        config = self.config
+        own = config.calibration
+        samples = self.samples or (min(own.samples, 64) if self.schedule.mode == "progressive" else own.samples)
+        sites = self._sites(base)
+        if self.data == "calibration" or config.search is not None:
+            measures = config.search is not None or what_to_collect(config, None) is not None
+            asked = config.with_changes(calibration={"samples": max(samples, len(own.sources)), "report": ()})
+            blocks, held_out, _ = gather_texts(sites, tokenizer, asked, measures)
+            return blocks, held_out
+        blocks = dataset_blocks(dataloader, samples, own.sequence_length, config.seed)
+        held_out = None
+        if config.repair.method != "none" and config.repair.holdout > 0 and len(blocks) > 1:
+            blocks, held_out = blocks.split(config.repair.holdout, config.seed)
+        widest = {site.name: site.whole for site in sites if unit_of(site, config.units)}
+        check_enough_tokens(sites, blocks.tokens, config.repair, widest)
+        return blocks, held_out
+
+    # -- what is left behind ------------------------------------------------------------------------------------------
+
+    def _note(self, state: Any, numbers: dict[str, float], plan: PruningPlan) -> None:
+        self.done.append({"step": state.global_step, "plan": plan.digest, **numbers})
+        logger.info(
+            "step %d: %.1f %% of the decoder removed, loss %.4f -> %.4f", state.global_step,
+            100 * numbers["pruning/ratio"], numbers["pruning/loss_before"], numbers["pruning/loss_after"],
+        )  # fmt: skip
+        if self.reset_best and state.best_metric is not None:
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        if self.trainer is not None:
+            self.trainer.log(dict(numbers))
+        else:
+            state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
+            self._pending.append(numbers)
+
+    def _write(self, folder: Path) -> None:
+        from . import __version__
+
+        assert self.plan is not None
+        self.plan.save(folder / PLAN_NAME)
+        data = {
+            "version": __version__,
+            "config": self.config.to_dict(),
+            "plan": self.plan.to_dict(),
+            "plan_digest": self.plan.digest,
+            "schedule": self._asked()["schedule"],
+            "pruning_ratio": self.done[-1]["pruning/ratio"] if self.done else 0.0,
+            "before": {"decoder": self.first},
+            "cuts": [cut for cut in self.done if cut],
+        }
+        partial = folder / f"{CONFIG_NAME}.partial"
+        partial.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(partial, folder / CONFIG_NAME)
+
+    def _known_plans(self) -> Iterator[PruningPlan]:
+        for path in sorted(Path(self._folder).glob(f"checkpoint-*/{PLAN_NAME}")):
+            yield PruningPlan.load(path)
+
+    def _sites(self, base: Any) -> ModelSites:
+        return find_sites(base, self._architecture(base))
+
+    def _architecture(self, base: Any) -> Any:
+        return (
+            known_architecture(base.config, self.architecture) if self.architecture else known_architecture(base.config)
+        )
+
+
+# -- peft -------------------------------------------------------------------------------------------------------------
+
+
+def _is_peft(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if _is_peft(model) else model
+
+
+@contextlib.contextmanager
+def _merged(model: Any) -> Iterator[None]:
+    """LoRA lies inside the weights for the time of a `with`: statistics and repairs see what the model computes."""
+    if not _is_peft(model):
+        yield
+        return
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+
+
+def _save_base(model: Any, folder: Path) -> None:
+    """The cut base model of LoRA factors, so that `from_pretrained` of the folder finds what they fit."""
+    base = model.get_base_model()
+    state = {
+        name.replace(".base_layer.", "."): value for name, value in base.state_dict().items() if ".lora_" not in name
+    }
+    base.save_pretrained(folder / "base", state_dict=state)
+    path = folder / "adapter_config.json"
+    if path.exists():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["base_model_name_or_path"] = str((folder / "base").absolute())
+        path.write_text(json.dumps(data, indent=2, sort_keys=True), encoding="utf-8")
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _removed(sites: ModelSites, plan: PruningPlan | None) -> int:
+    if plan is None:
+        return 0
+    return sum(sites.by_name[name].removed_parameters(kept) for name, kept in plan.changed())
+
+
+def _mean_widths(sites: ModelSites, plan: PruningPlan | None) -> dict[str, float]:
+    widths: dict[str, list[int]] = {}
+    for site in sites:
+        kept = plan.sites.get(site.name) if plan is not None else None
+        widths.setdefault(site.kind, []).append(len(kept.kept) if kept is not None else site.groups * site.group_size)
+    names = {"mlp": "channels", "attention": "heads", "experts": "expert_channels"}
+    return {f"pruning/mean_{names[kind]}": sum(values) / len(sites.layers) for kind, values in widths.items()}

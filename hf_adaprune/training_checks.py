@@ -1,0 +1,111 @@
+"""What a Trainer cannot prune, refused when it is made or when training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import PruningConfig
+from .errors import ConfigError, UnsupportedModelError
+
+__all__ = ["check_config", "check_engine", "check_masked", "has_budget", "read_config"]
+
+_WIDTHS = ("channel", "kv_group", "query_head", "expert", "expert_channel")
+
+
+def read_config(given: Any) -> PruningConfig:
+    """A config from what a caller gave: a config, its fields, the name of a recipe, or nothing.
+
+    Raises:
+        ConfigError: it is something else, or a field is out of range.
+    """
+    if given is None:
+        return PruningConfig.recipe("default")
+    if isinstance(given, PruningConfig):
+        return given
+    if isinstance(given, str):
+        return PruningConfig.recipe(given)
+    if isinstance(given, Mapping):
+        return PruningConfig.from_dict(given)
+    raise ConfigError(f"`config` should be a PruningConfig, its fields or the name of a recipe. Found {given!r}.")
+
+
+def has_budget(config: PruningConfig) -> bool:
+    """Whether a config asks for a size in another way than by its pruning ratio."""
+    return bool(config.budgets) or config.target_parameters is not None or config.target_bytes is not None
+
+
+def check_config(config: PruningConfig, mode: str) -> None:
+    """Refuse what a config asks for and training cannot do.
+
+    Raises:
+        ConfigError: with the field.
+    """
+    if config.layer_by_layer:
+        raise ConfigError("`layer_by_layer` is for models that do not fit in memory, which cannot train. Leave it out.")
+    if config.search is not None and mode == "progressive":
+        raise ConfigError("a search needs the dense model at every trial. Use mode='once', or leave `search` out.")
+    if config.search is not None and (config.search.pareto or config.search.ratios):
+        raise ConfigError("`search.pareto` and `search.ratios` find many plans; the callback carries out one.")
+    if mode == "progressive" and config.repair.regional_steps:
+        raise ConfigError("`repair.regional_steps` trains layers, as the Trainer does after a cut anyway. Set it to 0.")
+
+
+def check_engine(args: Any, model: Any, base: Any) -> None:
+    """Refuse engines, weights and adapters that cannot be cut.
+
+    Args:
+        args (`TrainingArguments`): the trainer's.
+        model (`nn.Module`): the trainer's model.
+        base (`PreTrainedModel`): the same without adapters.
+
+    Raises:
+        ConfigError: DeepSpeed or FSDP.
+        UnsupportedModelError: quantised weights, or adapters other than LoRA.
+    """
+    if getattr(args, "deepspeed", None):
+        raise ConfigError(
+            "DeepSpeed partitions the weights, which can be neither cut nor masked under it. Prune before the Trainer "
+            "is made, with hf_adaprune.prune()."
+        )
+    if getattr(args, "fsdp", None):
+        raise ConfigError(
+            "FSDP shards the weights, which cannot be cut under it. Prune before the Trainer is made, with "
+            "hf_adaprune.prune()."
+        )
+    if getattr(base, "is_quantized", False) or getattr(base.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            "quantised weights cannot be cut. Load the model in bfloat16 or float32, prune, and quantise afterwards."
+        )
+    for tuner in getattr(model, "peft_config", {}).values():
+        if getattr(tuner.peft_type, "value", tuner.peft_type) != "LORA" or getattr(tuner, "use_dora", False):
+            raise UnsupportedModelError(
+                f"adapters of type {tuner.peft_type} cannot be cut with their weights. Use LoRA without DoRA."
+            )
+
+
+def check_masked(config: PruningConfig, mode: str, args: Any, model: Any) -> None:
+    """Refuse what cannot be masked while several processes train.
+
+    Raises:
+        ConfigError: with the field.
+    """
+    if mode == "at_end":
+        return
+    others = sorted(set(config.units) - set(_WIDTHS))
+    if others:
+        raise ConfigError(
+            f"with several processes units are masked while training; {', '.join(others)} would leave "
+            "parameters without gradients. Use channels and heads, or mode='at_end'."
+        )
+    if config.repair.method == "bias" or config.repair.intercept:
+        raise ConfigError(
+            "with several processes no parameter can be added while training, and this repair adds biases. Set "
+            "repair.method to least_squares without intercept, or none, or use mode='at_end'."
+        )
+    if config.repair.regional_steps:
+        raise ConfigError("`repair.regional_steps` is not possible with several processes. Set it to 0.")
+    if getattr(args, "torch_compile", False):
+        raise ConfigError("masks cannot change a compiled model. Leave out torch_compile, or use mode='at_end'.")
+    if hasattr(model, "peft_config"):
+        raise ConfigError("LoRA with several processes is not supported while training. Use mode='at_end'.")

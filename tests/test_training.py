@@ -1,0 +1,353 @@
+"""Pruning inside Trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import logits_of, tiny_model, tokens
+from trainings import Rows, progressive, pruning_config, training, weights
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+
+from hf_adaprune import AdaPrunerCallback
+from hf_adaprune.errors import AdaPruneError, BudgetError, CheckpointError, ConfigError, UnsupportedModelError
+from hf_adaprune.plan import PruningPlan
+from hf_adaprune.sites import find_sites
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def cuts_of(trainer: Trainer) -> list[dict[str, Any]]:
+    return [entry for entry in trainer.state.log_history if "pruning/ratio" in entry]
+
+
+def same(one: Any, other: Any) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A progressive run that nothing interrupted."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("run")
+    trainer = training(folder, progressive())
+    trainer.train()
+    return trainer
+
+
+def test_cuts_come_at_their_steps_and_reach_the_ratio(finished: Trainer) -> None:
+    cuts = cuts_of(finished)
+    assert [cut["step"] for cut in cuts] == [0, 3, 6]
+    dense = find_sites(tiny_model("llama")).decoder_parameters
+    after = find_sites(finished.model)
+    assert cuts[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
+    assert 1 - after.decoder_parameters / dense == pytest.approx(cuts[-1]["pruning/ratio"])
+    assert after.total_parameters == cuts[-1]["pruning/parameters"]
+    ratios = [cut["pruning/ratio"] for cut in cuts]
+    assert ratios == sorted(ratios)
+    assert all(cut["pruning/loss_before"] > 0 and cut["pruning/loss_after"] > 0 for cut in cuts)
+
+
+def test_every_checkpoint_opens(finished: Trainer) -> None:
+    folders = sorted(Path(finished.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    sizes = []
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        sizes.append(find_sites(model).decoder_parameters)
+        assert torch.isfinite(logits_of(model, tokens())).all()
+        assert PruningPlan.load(folder / "pruning_plan.json").num_layers == 3
+    assert len(sizes) == 10
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+    same(AutoModelForCausalLM.from_pretrained(folders[-1]), finished.model)
+
+
+def test_the_plan_left_behind_is_of_the_dense_model(finished: Trainer) -> None:
+    folder = Path(finished.args.output_dir)
+    plan = PruningPlan.load(folder / "pruning_plan.json")
+    said = json.loads((folder / "pruning_config.json").read_text())
+    assert said["plan_digest"] == plan.digest
+    assert len(said["cuts"]) == 3
+    sites = find_sites(tiny_model("llama"))
+    sites.check(plan)
+    after = find_sites(finished.model)
+    for site in after:
+        kept = plan.sites.get(site.name)
+        assert site.groups * site.group_size == (len(kept.kept) if kept else sites.by_name[site.name].whole.units)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 9])
+def test_resumed_equals_uninterrupted(finished: Trainer, tmp_path: Path, step: int) -> None:
+    """Before, at and after cuts; the new process begins with the dense model."""
+    again = training(tmp_path, progressive())
+    again.train(resume_from_checkpoint=str(Path(finished.args.output_dir) / f"checkpoint-{step}"))
+    same(again.model, finished.model)
+    assert [cut["step"] for cut in cuts_of(again)] == [0, 3, 6]
+    assert again.model.config.to_dict()["per_layer_config"] == finished.model.config.to_dict()["per_layer_config"]
+
+
+def test_resuming_with_the_checkpoints_own_model_is_the_same(finished: Trainer, tmp_path: Path) -> None:
+    checkpoint = Path(finished.args.output_dir) / "checkpoint-7"
+    again = training(tmp_path, progressive(), AutoModelForCausalLM.from_pretrained(checkpoint))
+    again.train(resume_from_checkpoint=str(checkpoint))
+    same(again.model, finished.model)
+
+
+def test_optimizer_and_schedule_go_on(finished: Trainer) -> None:
+    optimizer = finished.optimizer
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in finished.model.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            assert state["exp_avg"].shape == parameter.shape
+            assert int(state["step"]) == 10
+    rates = [entry["learning_rate"] for entry in finished.state.log_history if "learning_rate" in entry]
+    plain = training(Path(finished.args.output_dir) / "plain", None, save_strategy="no")
+    plain.train()
+    assert rates == [entry["learning_rate"] for entry in plain.state.log_history if "learning_rate" in entry]
+
+
+@pytest.mark.parametrize("units", [("layer",), ("attention", "mlp"), ("channel", "kv_group")])
+def test_layers_and_sublayers_go_in_flight_and_come_back_on_resume(tmp_path: Path, units: tuple[str, ...]) -> None:
+    config = pruning_config(
+        units=units, pruning_ratio=0.3, importance={"metrics": {"block_influence": 1.0}} if units[0] != "channel" else {},
+        repair={"method": "none", "min_tokens_per_column": 0},
+    )  # fmt: skip
+    whole = training(tmp_path / "a", progressive(config=config, at=(0.4,)))
+    whole.train()
+    again = training(tmp_path / "a", progressive(config=config, at=(0.4,)))
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    same(again.model, whole.model)
+
+
+def test_a_repair_with_biases_resumes(tmp_path: Path) -> None:
+    config = pruning_config(repair={"method": "bias", "min_tokens_per_column": 0})
+    whole = training(tmp_path / "a", progressive(config=config))
+    whole.train()
+    again = training(tmp_path / "b", progressive(config=config))
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
+    same(again.model, whole.model)
+
+
+def test_once_and_at_end(tmp_path: Path) -> None:
+    once = training(tmp_path / "once", AdaPrunerCallback(pruning_config(), mode="once"), save_strategy="no")
+    once.train()
+    assert [cut["step"] for cut in cuts_of(once)] == [0]
+    end = training(tmp_path / "end", AdaPrunerCallback(pruning_config(), mode="at_end"), save_strategy="no")
+    end.train()
+    assert [cut["step"] for cut in cuts_of(end)] == [10]
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "end"), end.model)
+    assert find_sites(end.model).decoder_parameters == pytest.approx(
+        find_sites(once.model).decoder_parameters, rel=0.05
+    )
+
+
+def test_best_model_may_be_denser_where_asked(tmp_path: Path) -> None:
+    class Worse(TrainerCallback):
+        """Says that every evaluation is worse than the one before."""
+
+    class Told(Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics = {"eval_loss": float(self.state.global_step)}
+            self.log(dict(metrics))
+            return metrics
+
+    def run(name: str, **changes: Any) -> Trainer:
+        trainer = training(
+            tmp_path / name, progressive(**changes), trainer=Told, eval_strategy="steps", eval_steps=1,
+            load_best_model_at_end=True,
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    denser = run("denser", reset_best=False)
+    same(denser.model, AutoModelForCausalLM.from_pretrained(tmp_path / "denser" / "checkpoint-1"))
+    final = run("final")
+    same(final.model, AutoModelForCausalLM.from_pretrained(tmp_path / "final" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"activation_checkpointing": True},
+        {"bf16": True},
+        {"optim": "adafactor"},
+        {"optim": "sgd"},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_a_trainer_does_beside(tmp_path: Path, changes: dict[str, Any]) -> None:
+    trainer = training(tmp_path, progressive(), save_strategy="no", **changes)
+    trainer.train()
+    assert cuts_of(trainer)[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 10
+    assert all(loss == loss for loss in losses)
+
+
+def test_a_second_training_goes_on_with_the_same_trainer(tmp_path: Path) -> None:
+    trainer = training(tmp_path, AdaPrunerCallback(pruning_config(pruning_ratio=0.2), mode="once"), save_strategy="no")
+    trainer.train()
+    first = find_sites(trainer.model).decoder_parameters
+    trainer.train()
+    assert find_sites(trainer.model).decoder_parameters == pytest.approx(first * 0.8, rel=0.05)
+
+
+def test_an_exception_leaves_a_usable_model_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hf_adaprune.training as module
+
+    real, calls = module.decide_and_repair, []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "decide_and_repair", fails)
+    trainer = training(tmp_path, progressive())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert logits_of(trainer.model.eval(), tokens()).shape == logits_of(model, tokens()).shape
+    again = training(tmp_path, progressive())
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert cuts_of(again)[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_checkpoint_without_the_callback_goes_on(tmp_path: Path) -> None:
+    plain = training(tmp_path / "plain", None)
+    plain.train()
+    trainer = training(tmp_path / "pruned", progressive())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-4"))
+    assert [cut["step"] for cut in cuts_of(trainer)] == [4, 6]
+    assert cuts_of(trainer)[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
+
+
+def test_the_trainers_own_log_gets_the_numbers(tmp_path: Path) -> None:
+    callback = progressive()
+    seen: list[dict[str, Any]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    trainer = training(tmp_path, callback, save_strategy="no")
+    trainer.add_callback(Reporter())
+    callback.trainer = trainer
+    trainer.train()
+    assert sum("pruning/ratio" in logs for logs in seen) == 3
+    assert len(cuts_of(trainer)) == 3
+
+
+def test_statistics_from_calibration_sources(tmp_path: Path) -> None:
+    from texts import calibration_make_tokenizer, calibration_prose
+
+    (tmp_path / "a.txt").write_text(calibration_prose(1, 3000))
+    tokenizer = calibration_make_tokenizer(eos_token="</s>")
+    config = pruning_config(
+        calibration={"sources": str(tmp_path / "a.txt"), "sequence_length": 16, "samples": 16, "gradient_samples": 4}
+    )
+    model = tiny_model("llama", vocab_size=330)
+    trainer = training(tmp_path / "run", progressive(config=config, data="calibration"), model, save_strategy="no")
+    trainer.processing_class = trainer.callback_handler.processing_class = tokenizer
+    trainer.train()
+    assert len(cuts_of(trainer)) == 3
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def lora_model() -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(tiny_model("llama"), config)
+
+
+def test_lora_is_cut_with_its_base(tmp_path: Path) -> None:
+    trainer = training(tmp_path, progressive(), lora_model())
+    trainer.train()
+    assert cuts_of(trainer)[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
+    model = trainer.model.eval()
+    expected = logits_of(model, tokens())
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-10")
+    assert torch.allclose(logits_of(opened, tokens()), expected, atol=1e-5)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits_of(merged, tokens()), expected, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits_of(again, tokens()), logits_of(merged, tokens()))
+
+
+def test_lora_of_another_size_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    training(tmp_path, progressive(), lora_model()).train()
+    again = training(tmp_path, progressive(), lora_model())
+    with pytest.raises(CheckpointError, match="base"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "error", "what"),
+    [
+        ({"layer_by_layer": True}, {}, ConfigError, "layer_by_layer"),
+        ({"search": {}}, {}, ConfigError, "mode='once'"),
+        ({}, {"data": "elsewhere"}, ConfigError, "data"),
+        ({"repair": {"regional_steps": 2}}, {}, ConfigError, "regional_steps"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(config: dict, fields: dict, error: type[Exception], what: str) -> None:
+    with pytest.raises(error, match=what):
+        progressive(config=pruning_config(**config), **fields)
+
+
+def test_bad_models_and_engines_are_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    with pytest.raises(UnsupportedModelError, match="bert"):
+        tiny = BertConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=96,
+            is_decoder=True,
+        )  # fmt: skip
+        training(tmp_path, progressive(), BertLMHeadModel(tiny))
+    with pytest.raises(BudgetError):
+        training(tmp_path, progressive(config=pruning_config(pruning_ratio=0.99)))
+    quantised = tiny_model("llama")
+    quantised.is_quantized = True
+    with pytest.raises((UnsupportedModelError, ValueError), match="quanti"):
+        training(tmp_path, progressive(), quantised)
+
+
+def test_bad_runs_are_refused_when_training_begins(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 optimizer steps"):
+        training(tmp_path / "a", AdaPrunerCallback(pruning_config(), cuts=3), max_steps=2).train()
+    twice = training(tmp_path / "b", progressive())
+    twice.add_callback(progressive())
+    with pytest.raises(ConfigError, match="twice"):
+        twice.train()
+    training(tmp_path / "c", progressive()).train()
+    other = training(tmp_path / "d", progressive(config=pruning_config(pruning_ratio=0.3)))
+    with pytest.raises(CheckpointError, match="pruning_ratio"):
+        other.train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-5"))
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(Rows()[index] for index in range(48))
+
+    stream = training(tmp_path / "e", progressive())
+    stream.train_dataset = Stream()
+    with pytest.raises(AdaPruneError, match="stream"):
+        stream.train()
