@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ def test_without_a_number_each_cut_removes_about_a_twentieth(ratio: float) -> No
     """Stage counts of the published runs: round(ln(N0 / N1) / -ln 0.95)."""
     schedule = CutSchedule()
     ratios = (0.0, *schedule.ratios(ratio))
-    shares = [1 - (1 - after) / (1 - before) for before, after in zip(ratios, ratios[1:], strict=False)]
+    shares = [1 - (1 - after) / (1 - before) for before, after in pairwise(ratios)]
     assert all(math.isclose(share, shares[0], rel_tol=1e-9) for share in shares)
     assert 0.02 < shares[0] < 0.08
     assert schedule.count(1 - 143.1 / 376.1) == round(math.log(376.1 / 143.1) / -math.log(0.95))

@@ -28,12 +28,12 @@ from hf_adaprune.workers import Alone
 SECONDS = 120  # a launch takes ten; more is a hang
 
 
-def run(launcher: list[str], *arguments: str) -> tuple[int, str, float]:
-    """Start two processes of `launched` and wait: exit code, what was said, and seconds."""
+def run(launcher: list[str], *arguments: str, script: str = launched.__file__) -> tuple[int, str, float]:
+    """Start two processes of a script and wait: exit code, what was said, and seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", *launcher, port, str(Path(launched.__file__)), *arguments]
+    command = [sys.executable, "-m", *launcher, port, str(Path(script)), *arguments]
     none = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "PYTHONWARN"))}
     environment = {**none, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HF_HOME": os.devnull}
     started = time.monotonic()

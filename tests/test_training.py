@@ -117,9 +117,11 @@ def test_optimizer_and_schedule_go_on(finished: Trainer) -> None:
 @pytest.mark.parametrize("units", [("layer",), ("attention", "mlp"), ("channel", "kv_group")])
 def test_layers_and_sublayers_go_in_flight_and_come_back_on_resume(tmp_path: Path, units: tuple[str, ...]) -> None:
     config = pruning_config(
-        units=units, pruning_ratio=0.3, importance={"metrics": {"block_influence": 1.0}} if units[0] != "channel" else {},
+        units=units,
+        pruning_ratio=0.3,
+        importance={"metrics": {"block_influence": 1.0}} if units[0] != "channel" else {},
         repair={"method": "none", "min_tokens_per_column": 0},
-    )  # fmt: skip
+    )
     whole = training(tmp_path / "a", progressive(config=config, at=(0.4,)))
     whole.train()
     again = training(tmp_path / "a", progressive(config=config, at=(0.4,)))

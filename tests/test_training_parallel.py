@@ -1,0 +1,69 @@
+"""Two processes train one pruned model: masked while they train, cut when they are done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import launched_training
+import pytest
+import torch
+from conftest import logits_of, tokens
+from test_parallel import TORCHRUN, run
+from transformers import AutoModelForCausalLM
+
+
+def both(folder: Path, suffix: str = "") -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}{suffix}.pt", weights_only=False) for rank in range(2)]
+
+
+def started(*arguments: str) -> tuple[int, str]:
+    code, said, _ = run(TORCHRUN, *arguments, script=launched_training.__file__)
+    return code, said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    code, said = started(str(folder), "progressive")
+    assert code == 0, said[-6000:]
+    return folder
+
+
+def test_both_end_with_one_plan_and_equal_weights(folder: Path) -> None:
+    one, other = both(folder)
+    assert one["processes"] == 2
+    assert one["plan"] == other["plan"]
+    assert one["ratio"] == pytest.approx(0.4, abs=0.02)
+    for name, value in one["weights"].items():
+        assert torch.equal(value, other["weights"][name]), name
+
+
+def test_the_cut_model_equals_the_masked_one(folder: Path) -> None:
+    one, _ = both(folder)
+    assert torch.allclose(one["masked"], one["cut"], atol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(folder / "run")
+    assert torch.equal(logits_of(model, tokens()), one["cut"])
+
+
+def test_resumed_equals_uninterrupted(folder: Path) -> None:
+    code, said = started(str(folder), "progressive", str(folder / "run" / "checkpoint-6"))
+    assert code == 0, said[-6000:]
+    one, again = both(folder)[0], both(folder, "_resumed")[0]
+    assert one["plan"] == again["plan"]
+    for name, value in one["weights"].items():
+        assert torch.equal(value, again["weights"][name]), name
+
+
+def test_at_end_is_one_plan_as_well(tmp_path: Path) -> None:
+    code, said = started(str(tmp_path), "at_end")
+    assert code == 0, said[-6000:]
+    one, other = both(tmp_path)
+    assert one["plan"] == other["plan"]
+    assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
+
+
+def test_what_cannot_be_masked_is_refused(tmp_path: Path) -> None:
+    code, said = started(str(tmp_path), "refused")
+    assert code != 0
+    assert "this repair adds biases" in said
