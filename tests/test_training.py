@@ -353,3 +353,36 @@ def test_bad_runs_are_refused_when_training_begins(tmp_path: Path) -> None:
     stream.train_dataset = Stream()
     with pytest.raises(AdaPruneError, match="stream"):
         stream.train()
+
+
+# -- trl --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_trainer(tmp_path: Path, packing: bool) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from texts import calibration_make_tokenizer, calibration_prose
+
+    tokenizer = calibration_make_tokenizer(eos_token="</s>", pad_token="<pad>")
+    data = Dataset.from_dict({"text": [calibration_prose(seed, 60) for seed in range(40)]})
+    args = trl.SFTConfig(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=6,
+        save_steps=3,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        max_length=32,
+        packing=packing,
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        tiny_model("llama", vocab_size=340), args, train_dataset=data, processing_class=tokenizer,
+        callbacks=[AdaPrunerCallback(pruning_config(), cuts=2)],
+    )  # fmt: skip
+    trainer.train()
+    assert cuts_of(trainer)[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6"), trainer.model)
