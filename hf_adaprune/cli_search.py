@@ -153,7 +153,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
         )
     from .evaluation import read_rows
     from .search.journal import Journal
-    from .searching import check_search, search_needs
+    from .search_checks import check_search, search_needs
 
     check_search(config)
     search_needs(config, config.calibration.clusters or len(config.calibration.sources))

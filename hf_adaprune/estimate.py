@@ -17,8 +17,8 @@ from .config import PruningConfig
 from .pipeline import Sizes
 from .plan import PruningPlan
 from .reporting import text_table
+from .search_checks import search_needs
 from .search_config import SPEEDS
-from .searching import search_needs
 from .sites import ModelSites, find_sites
 from .stages import even_plan, what_to_collect
 from .statistics import SEGMENT, Needs

@@ -28,7 +28,10 @@ from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.journal import Journal, mean_value
 from hf_adaprune.search.space import METRICS as SEARCHED
 from hf_adaprune.search.space import default_space
-from hf_adaprune.searching import check_search, find_best, model_digest, search_needs, selection_blocks
+from hf_adaprune.search_checks import check_search, search_needs
+from hf_adaprune.search_journal import model_digest
+from hf_adaprune.searching import find_best
+from hf_adaprune.selection import selection_blocks
 from hf_adaprune.sites import ModelSites
 from hf_adaprune.stages import gather_texts, needs_text
 from hf_adaprune.statistics import Needs, Statistics
@@ -253,9 +256,9 @@ def test_a_trial_collects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object, **kwargs: object) -> None:
         pytest.fail("a trial went back to the calibration text")
 
-    from hf_adaprune import pipeline, recording, searching, stages
+    from hf_adaprune import pipeline, recording, searching, selection, stages
 
-    for module in (pipeline, recording, searching, stages):
+    for module in (pipeline, recording, searching, selection, stages):
         for name in ("collect_statistics", "collect_together", "gather_texts", "calibration_blocks"):
             monkeypatch.setattr(module, name, fails, raising=False)
     monkeypatch.setattr(torch.Tensor, "backward", fails)
