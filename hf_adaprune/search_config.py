@@ -58,7 +58,7 @@ class SearchConfig:
             space, and a front of plans comes back.
         ratios (`tuple[float, ...]`, *optional*): nested plans for several pruning ratios: what goes at a lower one goes
             at every higher one. The objective is the mean of its logarithm over them.
-        minutes (`float`, *optional*): no trial starts after so many minutes.
+        minutes (`float`, *optional*): no trial starts after so many minutes of searching; those before a resume count.
 
     Raises:
         ConfigError: a field is out of range.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from hf_adaprune.config import CalibrationConfig, ImportanceConfig, PruningConfig, SearchConfig
 from hf_adaprune.errors import BudgetError, ConfigError, JournalError, MissingDependencyError
+from hf_adaprune.search import loop
 from hf_adaprune.search.baselines import propose_random, propose_sobol, propose_tpe
 from hf_adaprune.search.journal import Final, Journal, Trial, compare, mean_value
 from hf_adaprune.search.loop import Candidate, Progress, Proposal, View, finalists, front, run_search
@@ -387,7 +389,7 @@ def a_trial(number: int, **changes: Any) -> Trial:
     rows = tuple((10.0 + window, 3.0 + 0.1 * number + window) for window in range(3))
     point = {"a": (0.1, 0.2), "b": {"x": 1.0}, "c": "log", "d": number / 7}
     return replace(
-        Trial(number, "gp", point, f"key {number}", rows, {"ratio": 0.2}, {"layers.0.mlp": 7}, 1.5), **changes
+        Trial(number, "gp", point, f"key {number}", rows, {"ratio": 0.2}, {"layers.0.mlp": 7}, 1.5, 2.5), **changes
     )
 
 
@@ -655,7 +657,8 @@ def search(
 
 
 def apart_from_seconds(journal: Journal) -> tuple:
-    return [replace(trial, seconds=0.0) for trial in journal.trials], journal.finals, journal.events
+    trials = [replace(trial, seconds=0.0, elapsed=0.0) for trial in journal.trials]
+    return trials, journal.finals, journal.events
 
 
 def test_same_seed_same_trials() -> None:
@@ -861,8 +864,38 @@ def test_no_trial_starts_after_the_minutes(tmp_path: Path) -> None:
     resumed = search(Journal.start(path, HEADER, resume=True), minutes=60)
     whole = search()
     assert apart_from_seconds(resumed)[0] == apart_from_seconds(whole)[0]
-    assert resumed.winner() == replace(whole.winner(), seconds=resumed.winner().seconds)
+    assert resumed.winner().number == whole.winner().number
     assert resumed.winner().number > 0
+
+
+def test_minutes_count_over_all_runs_of_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Slow(Bowl):  # half a minute per measurement, and another to propose
+        def measure(self, candidate: Candidate, start: int, stop: int) -> tuple[tuple[float, ...], ...]:
+            clock[0] += 30
+            return super().measure(candidate, start, stop)
+
+    def thoughtful(view: View, count: int) -> Sequence[Proposal]:
+        clock[0] += 30
+        return propose_random(view, count)
+
+    def run(minutes: float) -> Journal:
+        config = SearchConfig(trials=30, strategy=("random",), minutes=minutes)
+        book = Journal.start(path, HEADER, resume=True)
+        return run_search(Slow(), LOOP_SPACE, config, book, {"random": thoughtful})
+
+    path = tmp_path / "journal.jsonl"
+    first = run(5.0)
+    spent = [trial.elapsed for trial in first.trials]
+    assert spent == sorted(spent) and 5 <= first.elapsed / 60 <= 6.5 and 2 < len(spent) < 8
+    assert sum(trial.seconds for trial in first.trials) < first.elapsed  # proposals count too
+    clock[0] = 5.0  # another day, another process
+    assert run(5.0).trials == first.trials
+    longer = run(8.0)
+    assert longer.trials[: len(spent)] == first.trials and 8 <= longer.elapsed / 60 <= 9.5
+    assert len(spent) < len(longer.trials) < 12
 
 
 def test_the_live_line_hears_of_every_trial() -> None:
