@@ -26,7 +26,7 @@ from hf_adaprune.errors import BudgetError, ConfigError, JournalError, MissingDe
 from hf_adaprune.search import loop
 from hf_adaprune.search.baselines import propose_random, propose_sobol, propose_tpe
 from hf_adaprune.search.journal import Final, Journal, Trial, compare, mean_value
-from hf_adaprune.search.loop import Candidate, Progress, Proposal, View, finalists, front, run_search
+from hf_adaprune.search.loop import Candidate, Progress, Proposal, View, cost_axis, finalists, front, run_search
 from hf_adaprune.search.space import Choice, Number, Simplex, Space, Vector, apply_fields, default_space, field_of
 
 DOMAINS = ("code", "prose", "chat", "maths")
@@ -911,9 +911,9 @@ def test_the_live_line_hears_of_every_trial() -> None:
 @pytest.mark.parametrize("cost", ["parameters", "ratio"])
 def test_pareto_finalists_beat_each_other_nowhere(cost: str) -> None:
     """`parameters` are better when lower; `ratio`, one for all here, leaves the best alone."""
-    journal = search(pareto=cost, strategy=("random",), trials=20)
+    journal = search(pareto=cost, strategy=("random",), trials=20, finalists=20)
     assert all(trial.windows == 12 for trial in journal.trials)  # nobody is dropped for the size it has
-    chosen = finalists(journal, 3, cost)
+    chosen = finalists(journal, 20, cost)
     assert {final.number for final in journal.finals} == {trial.number for trial in chosen}
 
     def both(trial: Trial) -> tuple[float, float]:
@@ -931,6 +931,44 @@ def test_pareto_finalists_beat_each_other_nowhere(cost: str) -> None:
     assert all(value == fresh[trial.number] for trial, value in found)
     values = [value for _, value in found]
     assert values == sorted(values, reverse=True)  # larger is better: else the larger would be beaten
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cost", ["parameters", "prefill_tokens_per_second"])
+def test_few_pareto_finalists_span_the_front(cost: str, seed: int) -> None:
+    draw = random.Random(seed)
+    trials = []
+    for number in range(40):  # a front in the shape of a quarter circle, most of it crowded at one end
+        angle = math.pi / 2 * (draw.random() if number % 4 == 0 else 1 - 0.05 * draw.random())
+        objective, size = 3 - math.sin(angle), 3 - math.cos(angle)
+        rows = ((1.0, objective), (1.0, objective))
+        trials.append(a_trial(number, rows=rows, costs={cost: size if cost == "parameters" else 1 / size}))
+    journal = Journal.start(None, {"logarithmic": False})
+    for trial in trials:
+        journal.add(trial)
+    whole = [trial.number for trial in finalists(journal, 40, cost)]
+    assert sorted(whole) == list(range(40))
+    by_size = sorted(trials, key=lambda trial: cost_axis(trial, cost))
+    ends = {by_size[0].number, by_size[-1].number}
+
+    def area(chosen: list[Trial]) -> float:
+        """What the chosen dominate of the square between the worst of both axes."""
+        found, height = 0.0, 3.0
+        worst = max(cost_axis(trial, cost) for trial in trials)
+        for trial in sorted(chosen, key=lambda trial: cost_axis(trial, cost)):
+            value = mean_value(trial.rows)
+            found, height = found + (height - value) * (worst - cost_axis(trial, cost)), value
+        return found
+
+    for count in (1, 2, 3, 5, 8):
+        chosen = finalists(journal, count, cost)
+        assert chosen[0].number == 0 and len({trial.number for trial in chosen}) == len(chosen)
+        assert ends <= {trial.number for trial in chosen} and len(chosen) == 1 + max(2, count)
+        if count > 2:
+            inner = [trial for trial in trials[1:] if trial.number not in ends]
+            luck = [draw.sample(inner, count - 2) for _ in range(50)]
+            rest = [trials[0], *(trials[number] for number in ends)]
+            assert area(chosen) >= sorted(area([*rest, *others]) for others in luck)[40]
 
 
 # -- a kill -----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Candidate:
     Args:
         key (`str`): equal for candidates that are the same model.
         costs (`dict[str, float]`): `ratio`, `parameters` ...
-        widths (`dict[str, int]`): units kept, by site that loses some.
+        widths (`dict[str, int]`): units kept, by site that loses some; 0 where its whole layer goes.
         payload (`Any`): the problem's own.
     """
 
@@ -357,10 +357,16 @@ def _tell(run: _Run, trial: Trial) -> None:
 
 
 def finalists(journal: Journal, count: int, pareto: str | None = None) -> list[Trial]:
-    """Trial 0 and the best others, each model once; with `pareto` all that no other trial beats in both.
+    """Trial 0 and the best others, each model once.
 
     Trials that saw all windows come first: an estimate from a few windows may be luck. Models whose objective is not
     finite are left out.
+
+    Args:
+        journal ([`Journal`]): with measured trials.
+        count (`int`): how many beside trial 0.
+        pareto (`str`, *optional*): of the trials that no other beats in objective and this cost, those that span most
+            of the front: its two ends always, then those without which most of its area would be lost.
     """
     known = [t for t in journal.measured() if t.number == 0 or math.isfinite(journal.estimate(t).value)]
     most = max(trial.windows for trial in known)
@@ -368,14 +374,29 @@ def finalists(journal: Journal, count: int, pareto: str | None = None) -> list[T
     if pareto is not None:
         points = [(journal.estimate(t).value, cost_axis(t, pareto)) for t in ranked]
         ranked = [t for t, p in zip(ranked, points, strict=True) if not any(_beats(q, p) for q in points)]
-        count = len(ranked)
-    chosen = [journal.trials[0]]
-    keys = {journal.trials[0].key}
+    chosen: dict[str, Trial] = {journal.trials[0].key: journal.trials[0]}
     for trial in ranked:
-        if trial.key not in keys and len(chosen) <= count:
-            chosen.append(trial)
-            keys.add(trial.key)
-    return chosen
+        chosen.setdefault(trial.key, trial)
+    first, *others = chosen.values()
+    return [first, *(others[:count] if pareto is None else _spread(journal, first, others, max(2, count), pareto))]
+
+
+def _spread(journal: Journal, first: Trial, others: Sequence[Trial], count: int, cost: str) -> list[Trial]:
+    """The trials of a front without those that add least to its area, one after the other, until `count` are left."""
+    # Trial 0 is measured anyway: where it stands between others, or at an end, it takes the place of no other.
+    place = {t.number: (cost_axis(t, cost), journal.estimate(t).value) for t in (first, *others)}
+    line = sorted((t.number for t in others), key=lambda n: place[n])
+    if not any(_beats(place[n], place[first.number]) for n in line):
+        line = sorted([first.number, *line], key=lambda n: place[n])
+    while len(line) - (first.number in line) > count:
+
+        def area(at: int) -> float:
+            before, own, after = (place[line[i]] for i in (at - 1, at, at + 1))
+            return (after[0] - own[0]) * (before[1] - own[1])
+
+        inner = [at for at in range(1, len(line) - 1) if line[at] != first.number]
+        del line[min(inner, key=area)]
+    return [trial for trial in others if trial.number in line]
 
 
 def cost_axis(trial: Trial, cost: str) -> float:
