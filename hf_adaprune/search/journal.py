@@ -37,7 +37,7 @@ class Trial:
         rows (`tuple`): per selection window the count (tokens, questions) and, for every pruning ratio of the search
             (usually one), the sum of the objective; empty where the candidate failed.
         costs (`dict[str, float]`): `ratio`, `parameters` ... of the candidate.
-        widths (`dict[str, int]`): units kept, by site that loses some.
+        widths (`dict[str, int]`): units kept, by site that loses some; 0 where its whole layer goes.
         seconds (`float`): scoring, repair and measuring.
         elapsed (`float`): seconds of the search when this was done, proposals and earlier runs of the journal included.
         predicted (`tuple[float, float]`, *optional*): what a surrogate expected before: mean and standard deviation of
