@@ -34,7 +34,9 @@ from hf_adaprune.evaluation import multiple_choice, perplexity, read_rows
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.gaussian_process import coverage
 from hf_adaprune.search.journal import Journal
-from hf_adaprune.searching import SearchResult, find_best, measure_of, search_needs
+from hf_adaprune.search_checks import search_needs
+from hf_adaprune.searching import SearchResult, find_best
+from hf_adaprune.selection import measure_of
 from hf_adaprune.stages import gather_texts
 from hf_adaprune.trials import CachedScores, Measure, Trials
 

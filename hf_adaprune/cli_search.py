@@ -66,7 +66,7 @@ def add_search_arguments(search: argparse.ArgumentParser) -> None:
     add("--space", metavar="JSON", help="changes of what is varied: a file, or the JSON itself")
     add("--surrogate", metavar="NAME", help=f"gp, or saas for wide spaces ({default.surrogate})")
     add("--batch", type=int, metavar="N", help=f"candidates proposed at a time ({default.batch})")
-    add("--minutes", type=float, metavar="M", help="no trial starts after so many minutes")
+    add("--minutes", type=float, metavar="M", help="no trial starts after so many, those before --resume included")
     many = search.add_mutually_exclusive_group()
     many.add_argument(
         "--pareto", metavar="KIND", help=f"find plans of every size, quality against one of {', '.join(BUDGETS)}"
@@ -153,7 +153,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
         )
     from .evaluation import read_rows
     from .search.journal import Journal
-    from .searching import check_search, search_needs
+    from .search_checks import check_search, search_needs
 
     check_search(config)
     search_needs(config, config.calibration.clusters or len(config.calibration.sources))

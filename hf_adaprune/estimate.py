@@ -17,8 +17,8 @@ from .config import PruningConfig
 from .pipeline import Sizes
 from .plan import PruningPlan
 from .reporting import text_table
+from .search_checks import search_needs
 from .search_config import SPEEDS
-from .searching import search_needs
 from .sites import ModelSites, find_sites
 from .stages import even_plan, what_to_collect
 from .statistics import SEGMENT, Needs
@@ -28,6 +28,8 @@ __all__ = ["Estimate", "Speed", "bound_skeleton", "estimate", "measure_speed"]
 BASELINE_BYTES = 512 * 2**20  # resident size of Python with torch and transformers imported, and room that malloc keeps
 # What a whole model reaches of the speed of a bare matrix product: measured on SmolLM2-135M in bfloat16, on two cores.
 MODEL_SHARE = 0.3
+# What `gp` takes to propose a trial once it fits a model: 0.5 to 1 s was measured, the more the longer the journal is.
+PROPOSAL_SECONDS = 0.75
 _WIDE = 4  # bytes of a float32, which statistics are
 
 
@@ -57,8 +59,10 @@ class Estimate:
         repair_flops (`float`): of scores and repair.
         report_flops (`float`): of perplexity on the report sources, dense and pruned.
         search_flops (`float`): of a search at most: every trial scores, repairs and reads all its selection text,
-            which only promising ones do; proposals, and the rows of `accuracy`, are not counted.
-        seconds (`float`): of the whole run, loading apart.
+            which only promising ones do; the rows of `accuracy` are not counted.
+        proposal_seconds (`float`): of the proposals of `gp`, from one measurement on another machine; those of the
+            surrogate `saas` take about ten times as long, those of other strategies hardly any time.
+        seconds (`float`): of the whole run, proposals included, loading apart.
     """
 
     before: Sizes
@@ -70,6 +74,7 @@ class Estimate:
     repair_flops: float
     report_flops: float
     search_flops: float
+    proposal_seconds: float
     seconds: float
 
     @property
@@ -93,6 +98,8 @@ class Estimate:
         ]
         if self.search_flops:
             rows.insert(3, ("of it the search, at most", f"{self.search_flops / 1e12:,.2f} TFLOP"))
+        if self.proposal_seconds:
+            rows.append(("of it proposals, roughly", f"{self.proposal_seconds:,.0f} s"))
         return text_table(("this run will take", ""), rows)
 
 
@@ -175,10 +182,11 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
     solving = _solve_flops(sites, config, needs)
     reading, trying = _search_flops(sites, config, needs, head)
     seconds = (calibration + walked + report + reading) / (MODEL_SHARE * speed.model)
-    seconds += (solving + trying) / (MODEL_SHARE * speed.double)
+    proposing = _proposal_seconds(config)
+    seconds += (solving + trying) / (MODEL_SHARE * speed.double) + proposing
     peak = _peak_bytes(sites, config, needs, before, after, gram if config.gram_place != "disk" else 0)
     flops = (float(calibration + walked), float(solving), float(report), float(reading + trying))
-    return Estimate(before, after, config.gram_place, gram, peak, *flops, seconds)
+    return Estimate(before, after, config.gram_place, gram, peak, *flops, proposing, seconds)
 
 
 def _foreseeable(config: PruningConfig) -> PruningConfig:
@@ -198,7 +206,7 @@ def _search_flops(sites: ModelSites, config: PruningConfig, needs: Needs, head: 
     if search is None:
         return 0.0, 0.0
     plans = max(1, len(search.ratios))
-    finals = min(search.finalists + 1, search.trials)
+    finals = min((search.finalists if search.pareto is None else max(2, search.finalists)) + 1, search.trials)
     tokens = plans * (search.trials * search.selection_tokens + finals * search.final_tokens)
     tokens += search.selection_tokens + search.final_tokens
     tokens = 0 if search.objective == "accuracy" else tokens
@@ -206,6 +214,14 @@ def _search_flops(sites: ModelSites, config: PruningConfig, needs: Needs, head: 
     cached = config.with_changes(repair={"schedule": "cached"})
     tried = plans * (search.trials + finals) * _solve_flops(sites, cached, replace(needs, gram=False))
     return tokens * (_forward_flops(sites, search.sequence_length) + head), tried
+
+
+def _proposal_seconds(config: PruningConfig) -> float:
+    search = config.search
+    if search is None:
+        return 0.0
+    fitted = sum(max(0, share - search.initial) for name, share in search.shares() if name == "gp")
+    return fitted * PROPOSAL_SECONDS * (10 if search.surrogate == "saas" else 1)
 
 
 def _added_biases(sites: ModelSites, plan: PruningPlan, config: PruningConfig) -> list[str]:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, MissingDependencyError
+from .errors import ConfigError
 from .journal_report import Finalist, JournalSummary, Scale, describe_journal, differences, search_of
-from .reporting import PLOT_SUFFIXES
+from .reporting import picture_file
 from .search.gaussian_process import SQUEEZE
 from .search.journal import Journal, Trial, mean_value
 
@@ -39,18 +39,12 @@ def plot_journal(journal: Journal, path: str | os.PathLike[str]) -> Path:
         ConfigError: another ending, or no measured trial.
         MissingDependencyError: matplotlib is not installed.
     """
-    target = Path(path)
-    if target.suffix.lower() not in PLOT_SUFFIXES:
-        raise ConfigError(f"a picture should end in {', '.join(PLOT_SUFFIXES)}. Found {target.name!r}.")
+    target = picture_file(path)
     if not differences(journal):
         raise ConfigError("there is no measured trial to draw yet.")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib, which the extra `report` brings: pip install hf_adaprune[report]"
-        ) from error
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     summary = describe_journal(journal)
     panels = [
         draw for draw in (_draw_importance, _draw_mixtures, _draw_depth, _draw_front) if draw(None, journal, summary)

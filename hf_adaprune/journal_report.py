@@ -423,19 +423,10 @@ def _predictor(journal: Journal) -> tuple[dict[str, float], dict[str, float]]:
     slots = _slots(journal)
     if len(slots) < 2 or not any(trial.strategy in ("predictor", "evolution") for trial in journal.trials):
         return {}, {}
-    from .search.predictor import _fitted, _importance, predictor_quality
-    from .search.shares import Sharing, alike, pairs_of
+    from .search.predictor import predictor_importance, predictor_quality
 
     quality = predictor_quality(journal.trials, slots, logarithmic=journal.logarithmic)
-    if math.isnan(quality["r2"]):
-        return quality, {}
-    known = [trial for trial in journal.measured() if trial.widths]
-    largest = Counter(alike(trial.point) for trial in known).most_common(1)[0][0]
-    base = next(trial for trial in known if alike(trial.point) == largest)
-    sharing = Sharing(slots, base, 0, 1.0)
-    found = _importance(sharing, _fitted(sharing, pairs_of(journal.trials, sharing, journal.logarithmic), 0))
-    total = float(found.sum()) or 1.0
-    return quality, {slot.name: float(share) / total for slot, share in zip(slots, found, strict=True)}
+    return quality, predictor_importance(journal.trials, slots, logarithmic=journal.logarithmic)
 
 
 def _short(value: Any) -> str:

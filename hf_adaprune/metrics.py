@@ -191,10 +191,20 @@ def block_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> torc
     size = weight.shape[1] // units
     if size == 1:
         return (weight.square().sum(0) / inverse.diagonal()).cpu()
-    blocks = inverse.reshape(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    own = weight.reshape(-1, units, size).permute(1, 2, 0)
+    return _refit_errors(weight.reshape(-1, units, size).permute(1, 2, 0), _diagonal_blocks(inverse, units)).cpu()
+
+
+def _diagonal_blocks(inverse: torch.Tensor, units: int) -> torch.Tensor:
+    size = len(inverse) // units
+    return inverse.reshape(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _refit_errors(own: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """What `block_costs` says, from columns by unit `[units, size, outputs]` and blocks `[units, size, size]`."""
+    if blocks.shape[-1] == 1:
+        return torch.linalg.vector_norm(own, dim=(1, 2)).square() / blocks[:, 0, 0]
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), own, upper=False)
-    return whitened.square().sum((1, 2)).cpu()
+    return whitened.square().sum((1, 2))
 
 
 def greedy_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> torch.Tensor:
@@ -217,32 +227,54 @@ def greedy_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> tor
     size = weight.shape[1] // units
     batch = max(1, units // 48) if size == 1 else 1
     added = torch.zeros(units, dtype=torch.float64)
-    left = torch.arange(units)
-    highest = 0.0
-    while len(left):
-        costs = block_costs(weight, inverse, len(left)).double()
-        chosen = costs.topk(min(batch, len(left)), largest=False).indices
-        columns = _unit_columns(chosen, size).to(weight.device)
-        factor = torch.linalg.cholesky(inverse[columns][:, columns])
-        weights = torch.linalg.solve_triangular(factor, weight[:, columns].T, upper=False)
+    # A pivoted block Cholesky factorisation of the inverse. The inverse itself stays as it is: only the rows of what
+    # leaves are ever down-dated, by the rows of the factor so far, beside the diagonal blocks that costs are made of.
+    # Memory is by unit, those still there first, so that nothing is copied but the last ones into the gaps.
+    left = torch.arange(units, device=inverse.device)
+    columns = weight.T.reshape(units, size, -1).clone(memory_format=torch.contiguous_format)
+    blocks = _diagonal_blocks(inverse, units).clone(memory_format=torch.contiguous_format)
+    rows = inverse.new_empty(units * size, units * size)  # [columns, rows of the factor so far]
+    gone, highest = 0, 0.0
+    while gone < units * size:
+        there = units - gone // size
+        costs = _refit_errors(columns[:there], blocks[:there])
+        chosen = costs.double().topk(min(batch, there), largest=False).indices
+        own = _unit_columns(left[chosen], size), _unit_columns(chosen, size)
+        # `index_select` is several times faster than brackets where whole rows are taken.
+        known = rows.index_select(0, own[1])[:, :gone]
+        above = inverse.index_select(0, own[0])
+        leaving = above.index_select(1, own[0]).addmm(known, known.T, alpha=-1)
+        factor = torch.linalg.cholesky(leaving)
+        weights = torch.linalg.solve_triangular(factor, columns.index_select(0, chosen).flatten(0, 1), upper=False)
         errors = weights.square().sum(1).reshape(len(chosen), size).sum(1).cpu()
         for unit, error in zip(left[chosen].tolist(), errors.tolist(), strict=True):
             # A hair above the last one, or sorting would change the order of units that share a cost.
             highest = max(highest * (1 + 1e-9), error)
             added[unit] = highest
-        stays = torch.ones(len(left), dtype=torch.bool)
-        stays[chosen] = False
-        left = left[stays]
-        rest = _unit_columns(torch.where(stays)[0], size).to(weight.device)
-        rows = torch.linalg.solve_triangular(factor, inverse[columns][:, rest], upper=False)
-        # What is gone is cut out, so the matrices shrink as the list grows.
-        weight = weight[:, rest] - weights.T @ rows
-        inverse = inverse[rest][:, rest] - rows.T @ rows
+        there -= len(chosen)
+        gaps, last = _gaps(chosen, there)
+        left[gaps], columns[gaps], blocks[gaps] = left[last], columns[last], blocks[last]
+        rows.unflatten(0, (units, size))[gaps, :, :gone] = rows.unflatten(0, (units, size))[last, :, :gone]
+        stays = there * size
+        new = above.index_select(1, _unit_columns(left[:there], size)).addmm(known, rows[:stays, :gone].T, alpha=-1)
+        new = torch.linalg.solve_triangular(factor, new, upper=False).T
+        columns[:there].flatten(0, 1).addmm_(new, weights, alpha=-1)
+        by_unit = new.reshape(there, size, len(factor))
+        blocks[:there].baddbmm_(by_unit, by_unit.transpose(1, 2), alpha=-1)
+        rows[:stays, gone : gone + len(factor)] = new
+        gone += len(factor)
     return added
 
 
+def _gaps(chosen: torch.Tensor, there: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places among the first `there` that the chosen leave, and what stands behind them and stays."""
+    behind = torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
+    behind[chosen[chosen >= there] - there] = False
+    return chosen[chosen < there], torch.where(behind)[0] + there
+
+
 def _unit_columns(units: torch.Tensor, size: int) -> torch.Tensor:
-    return (units[:, None] * size + torch.arange(size)).flatten()
+    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
 def _obs(site: Site, kind: str, context: Context) -> torch.Tensor:

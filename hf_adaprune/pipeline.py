@@ -25,7 +25,9 @@ from .evaluation import Measurement, perplexity
 from .model_config import PROVENANCE_KEY, known_architecture
 from .parallel import collect_together, processes
 from .plan import PruningPlan
-from .searching import SearchResult, check_journal, check_search, find_best, search_needs, shared_costs
+from .search_checks import check_search, search_needs
+from .search_journal import check_journal
+from .searching import SearchResult, find_best, shared_costs
 from .sites import ModelSites, find_sites
 from .stages import (
     Clock,

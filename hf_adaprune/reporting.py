@@ -30,6 +30,7 @@ __all__ = [
     "describe_checkpoint",
     "evaluation_table",
     "layer_widths",
+    "picture_file",
     "plan_table",
     "plot_widths",
     "size_table",
@@ -437,6 +438,28 @@ _CROSS = "$\\times$"
 _DENSE, _KEPT, _GROUPS, _GONE = "#dfe3e8", "#2f6fa7", "#3d8f6d", "#c0392b"
 
 
+def picture_file(file: str | os.PathLike[str]) -> Path:
+    """The file of a picture, once it is sure that one can be drawn into it.
+
+    Args:
+        file (`str`): ends in .png, .svg or .pdf.
+
+    Raises:
+        ConfigError: another ending.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    target = Path(file)
+    if target.suffix.lower() not in PLOT_SUFFIXES:
+        raise ConfigError(f"a picture should end in {', '.join(PLOT_SUFFIXES)}. Found {target.name!r}.")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib, which the extra `report` brings: pip install hf_adaprune[report]"
+        ) from error
+    return target
+
+
 def plot_widths(layers: Sequence[LayerWidths], file: str | os.PathLike[str], title: str = "") -> Path:
     """Draw what stays of every layer: MLP widths above, KV heads below, the dense widths as outlines behind.
 
@@ -449,17 +472,11 @@ def plot_widths(layers: Sequence[LayerWidths], file: str | os.PathLike[str], tit
         ConfigError: another ending, or nothing to draw.
         MissingDependencyError: matplotlib is not installed.
     """
-    target = Path(file)
-    if target.suffix.lower() not in PLOT_SUFFIXES:
-        raise ConfigError(f"a picture should end in {', '.join(PLOT_SUFFIXES)}. Found {target.name!r}.")
+    target = picture_file(file)
     if not layers:
         raise ConfigError("there are no layer widths to draw: the model's family is unknown here.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib, which the extra `report` brings: pip install hf_adaprune[report]"
-        ) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(max(6.4, min(16.0, 2.2 + 0.26 * len(layers))), 4.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.4])
     mixed = any(row.experts for row in layers)

@@ -45,7 +45,8 @@ class SearchConfig:
             still beat the best so far.
         sequence_length (`int`, *optional*, defaults to 512): tokens per selection window.
         finalists (`int`, *optional*, defaults to 4): how many of the best are measured again at the end, beside trial
-            0, on `final_tokens` that no trial has seen; the best of them wins.
+            0, on `final_tokens` that no trial has seen; the best of them wins. Of a Pareto search as many of its front
+            (two at least), spread over it with both ends.
         final_tokens (`int`, *optional*, defaults to 32768): see there.
         initial (`int`, *optional*, defaults to 10): quasi-random candidates before `gp` fits its first model, trial 0
             included.
@@ -55,10 +56,10 @@ class SearchConfig:
             least as many as there are processes.
         pareto (`str`, *optional*): quality against this cost: `ratio`, `parameters`, `bytes`, `macs`, or the speed
             `prefill_tokens_per_second` or `decode_tokens_per_second`. The pruning ratio then is a dimension of the
-            space, and a front of plans comes back.
+            space, and a front of plans comes back, of at most `finalists` and trial 0.
         ratios (`tuple[float, ...]`, *optional*): nested plans for several pruning ratios: what goes at a lower one goes
             at every higher one. The objective is the mean of its logarithm over them.
-        minutes (`float`, *optional*): no trial starts after so many minutes.
+        minutes (`float`, *optional*): no trial starts after so many minutes of searching; those before a resume count.
 
     Raises:
         ConfigError: a field is out of range.

@@ -296,6 +296,7 @@ class Trials:
         plan = plans[-1]
         costs = {name: self.costs.cost(name, plan) for name in self.cost_names}
         widths = {name: _units_kept(kept, self.scores.kinds[name]) for name, kept in plan.changed()}
+        widths |= {site.name: 0 for site in self.sites if site.layer in plan.dropped_layers}
         return Candidate(hashlib.sha256(said.encode()).hexdigest(), costs, widths, _Payload(plans, config))
 
     def _repair_facts(self, config: PruningConfig) -> list[Any]:

@@ -129,14 +129,14 @@ def main(folder: Path) -> None:
     result = prune(model, tokenizer, search_config(), **paths)
     assert result.search is not None
     saw["whole"] = (result.plan.digest, weights_digest(model), result.search.winner.number)
-    saw["trials"] = [replace(trial, seconds=0.0) for trial in result.search.journal.trials]
+    saw["trials"] = [replace(trial, seconds=0.0, elapsed=0.0) for trial in result.search.journal.trials]
     if workers.rank == 0:
         lines = (folder / "whole.jsonl").read_bytes().splitlines(keepends=True)
         # Killed in the middle of a round, while writing.
         (folder / "resumed.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:40])
     workers.share(None)
     found = search_plan(text_model(), tokenizer, search_config(), journal=folder / "resumed.jsonl", resume=True)
-    saw["resumed"] = (found.plan.digest, [replace(trial, seconds=0.0) for trial in found.journal.trials])
+    saw["resumed"] = (found.plan.digest, [replace(trial, seconds=0.0, elapsed=0.0) for trial in found.journal.trials])
 
     custom = search_config(objective="custom")
     fails = failing(workers.rank, on=1)

@@ -9,7 +9,7 @@ from texts import calibration_make_tokenizer, calibration_prose
 
 from hf_adaprune import PruningConfig, TextSource, find_sites, prune
 from hf_adaprune.errors import BudgetError, UnsupportedModelError
-from hf_adaprune.estimate import Speed, bound_skeleton, estimate, measure_speed
+from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, bound_skeleton, estimate, measure_speed
 from hf_adaprune.stages import even_plan
 
 SPEED = Speed(1e9, 1e8)
@@ -68,6 +68,22 @@ def test_more_work_takes_longer() -> None:
     reported = estimate(sites, config.with_changes(calibration={"report": ("python:prose",)}), SPEED)
     assert reported.report_flops > 0 == once.report_flops
     assert "peak memory" in str(once) and once.to_dict()["pruning_ratio"] == once.pruning_ratio
+
+
+def test_proposals_take_time_once_a_model_is_fitted() -> None:
+    sites = bound_skeleton(tiny_model("llama").config)
+
+    def of(**search: object) -> Estimate:
+        calibration = {"selection": ("python:prose",)}
+        return estimate(sites, PruningConfig.recipe("default", calibration=calibration, search=search), SPEED)
+
+    drawn, fitted = of(trials=60, strategy="sobol"), of(trials=60, initial=10)
+    assert drawn.proposal_seconds == 0 == of(trials=10, initial=10).proposal_seconds
+    assert fitted.proposal_seconds == 50 * PROPOSAL_SECONDS
+    assert fitted.seconds == pytest.approx(drawn.seconds + fitted.proposal_seconds)
+    assert of(trials=60, strategy=("sobol:20", "gp:40")).proposal_seconds == 30 * PROPOSAL_SECONDS
+    assert of(trials=60, surrogate="saas").proposal_seconds == 10 * fitted.proposal_seconds
+    assert "proposals, roughly" in str(fitted) and "proposals" not in str(drawn)
 
 
 def test_refused_as_the_run_would_be() -> None:

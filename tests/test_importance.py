@@ -295,6 +295,49 @@ def test_greedy_costs_add_up_to_the_joint_refit(seed: int, shape: tuple[int, int
             assert total == pytest.approx(joint, rel=1e-6)
 
 
+def plainly_greedy(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> torch.Tensor:
+    """ZipLM's algorithm to the letter: everything is down-dated after every removal, and what is gone is cut out."""
+    size = weight.shape[1] // units
+    batch = max(1, units // 48) if size == 1 else 1
+    added, left, highest = torch.zeros(units, dtype=torch.float64), torch.arange(units), 0.0
+
+    def columns_of(chosen: torch.Tensor) -> torch.Tensor:
+        return (chosen[:, None] * size + torch.arange(size)).flatten()
+
+    while len(left):
+        chosen = block_costs(weight, inverse, len(left)).topk(min(batch, len(left)), largest=False).indices
+        stays = torch.ones(len(left), dtype=torch.bool)
+        stays[chosen] = False
+        gone, rest = columns_of(chosen), columns_of(torch.where(stays)[0])
+        factor = torch.linalg.cholesky(inverse[gone][:, gone])
+        weights = torch.linalg.solve_triangular(factor, weight[:, gone].T, upper=False)
+        errors = weights.square().sum(1).reshape(len(chosen), size).sum(1)
+        for unit, error in zip(left[chosen].tolist(), errors.tolist(), strict=True):
+            highest = added[unit] = max(highest * (1 + 1e-9), error)
+        rows = torch.linalg.solve_triangular(factor, inverse[gone][:, rest], upper=False)
+        weight, inverse, left = weight[:, rest] - weights.T @ rows, inverse[rest][:, rest] - rows.T @ rows, left[stays]
+    return added
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10**6), st.sampled_from([(1, 1), (3, 1), (100, 1), (150, 1), (1, 4), (9, 5)]), st.booleans())
+def test_greedy_costs_are_those_of_the_plain_algorithm(seed: int, shape: tuple[int, int], correlated: bool) -> None:
+    units, size = shape
+    width = units * size
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2 * width, width, generator=generator, dtype=torch.float64)
+    if correlated:
+        mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+        inputs = inputs @ mixing * torch.logspace(-2, 1, width, dtype=torch.float64)
+    weight = torch.randn(6, width, generator=generator, dtype=torch.float64)
+    inverse = damped_inverse(inputs.T @ inputs / len(inputs), 0.01, "column")
+    before = weight.clone(), inverse.clone()
+    found, plain = greedy_costs(weight, inverse, units), plainly_greedy(weight, inverse, units)
+    assert torch.equal(found.argsort(), plain.argsort())
+    torch.testing.assert_close(found, plain, rtol=1e-9, atol=0)
+    assert torch.equal(weight, before[0]) and torch.equal(inverse, before[1])
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10**6), st.booleans())
 def test_permuting_units_permutes_the_costs(seed: int, greedy: bool) -> None:

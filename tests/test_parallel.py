@@ -117,7 +117,7 @@ def test_the_journal_is_complete_and_in_order(saw: list[dict[str, Any]], folder:
     assert [trial.number for trial in journal.trials] == list(range(launched.TRIALS))
     assert journal.winner() is not None and len(journal.finals) == 4
     for own in saw:
-        assert own["trials"] == [replace(trial, seconds=0.0) for trial in journal.trials]
+        assert own["trials"] == [replace(trial, seconds=0.0, elapsed=0.0) for trial in journal.trials]
 
 
 def test_trials_are_those_of_one_process(saw: list[dict[str, Any]]) -> None:

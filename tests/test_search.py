@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +23,10 @@ from hypothesis import strategies as st
 
 from hf_adaprune.config import CalibrationConfig, ImportanceConfig, PruningConfig, SearchConfig
 from hf_adaprune.errors import BudgetError, ConfigError, JournalError, MissingDependencyError
+from hf_adaprune.search import loop
 from hf_adaprune.search.baselines import propose_random, propose_sobol, propose_tpe
 from hf_adaprune.search.journal import Final, Journal, Trial, compare, mean_value
-from hf_adaprune.search.loop import Candidate, Progress, Proposal, View, finalists, front, run_search
+from hf_adaprune.search.loop import Candidate, Progress, Proposal, View, cost_axis, finalists, front, run_search
 from hf_adaprune.search.space import Choice, Number, Simplex, Space, Vector, apply_fields, default_space, field_of
 
 DOMAINS = ("code", "prose", "chat", "maths")
@@ -387,7 +389,7 @@ def a_trial(number: int, **changes: Any) -> Trial:
     rows = tuple((10.0 + window, 3.0 + 0.1 * number + window) for window in range(3))
     point = {"a": (0.1, 0.2), "b": {"x": 1.0}, "c": "log", "d": number / 7}
     return replace(
-        Trial(number, "gp", point, f"key {number}", rows, {"ratio": 0.2}, {"layers.0.mlp": 7}, 1.5), **changes
+        Trial(number, "gp", point, f"key {number}", rows, {"ratio": 0.2}, {"layers.0.mlp": 7}, 1.5, 2.5), **changes
     )
 
 
@@ -655,7 +657,8 @@ def search(
 
 
 def apart_from_seconds(journal: Journal) -> tuple:
-    return [replace(trial, seconds=0.0) for trial in journal.trials], journal.finals, journal.events
+    trials = [replace(trial, seconds=0.0, elapsed=0.0) for trial in journal.trials]
+    return trials, journal.finals, journal.events
 
 
 def test_same_seed_same_trials() -> None:
@@ -861,8 +864,38 @@ def test_no_trial_starts_after_the_minutes(tmp_path: Path) -> None:
     resumed = search(Journal.start(path, HEADER, resume=True), minutes=60)
     whole = search()
     assert apart_from_seconds(resumed)[0] == apart_from_seconds(whole)[0]
-    assert resumed.winner() == replace(whole.winner(), seconds=resumed.winner().seconds)
+    assert resumed.winner().number == whole.winner().number
     assert resumed.winner().number > 0
+
+
+def test_minutes_count_over_all_runs_of_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Slow(Bowl):  # half a minute per measurement, and another to propose
+        def measure(self, candidate: Candidate, start: int, stop: int) -> tuple[tuple[float, ...], ...]:
+            clock[0] += 30
+            return super().measure(candidate, start, stop)
+
+    def thoughtful(view: View, count: int) -> Sequence[Proposal]:
+        clock[0] += 30
+        return propose_random(view, count)
+
+    def run(minutes: float) -> Journal:
+        config = SearchConfig(trials=30, strategy=("random",), minutes=minutes)
+        book = Journal.start(path, HEADER, resume=True)
+        return run_search(Slow(), LOOP_SPACE, config, book, {"random": thoughtful})
+
+    path = tmp_path / "journal.jsonl"
+    first = run(5.0)
+    spent = [trial.elapsed for trial in first.trials]
+    assert spent == sorted(spent) and 5 <= first.elapsed / 60 <= 6.5 and 2 < len(spent) < 8
+    assert sum(trial.seconds for trial in first.trials) < first.elapsed  # proposals count too
+    clock[0] = 5.0  # another day, another process
+    assert run(5.0).trials == first.trials
+    longer = run(8.0)
+    assert longer.trials[: len(spent)] == first.trials and 8 <= longer.elapsed / 60 <= 9.5
+    assert len(spent) < len(longer.trials) < 12
 
 
 def test_the_live_line_hears_of_every_trial() -> None:
@@ -878,9 +911,9 @@ def test_the_live_line_hears_of_every_trial() -> None:
 @pytest.mark.parametrize("cost", ["parameters", "ratio"])
 def test_pareto_finalists_beat_each_other_nowhere(cost: str) -> None:
     """`parameters` are better when lower; `ratio`, one for all here, leaves the best alone."""
-    journal = search(pareto=cost, strategy=("random",), trials=20)
+    journal = search(pareto=cost, strategy=("random",), trials=20, finalists=20)
     assert all(trial.windows == 12 for trial in journal.trials)  # nobody is dropped for the size it has
-    chosen = finalists(journal, 3, cost)
+    chosen = finalists(journal, 20, cost)
     assert {final.number for final in journal.finals} == {trial.number for trial in chosen}
 
     def both(trial: Trial) -> tuple[float, float]:
@@ -898,6 +931,44 @@ def test_pareto_finalists_beat_each_other_nowhere(cost: str) -> None:
     assert all(value == fresh[trial.number] for trial, value in found)
     values = [value for _, value in found]
     assert values == sorted(values, reverse=True)  # larger is better: else the larger would be beaten
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cost", ["parameters", "prefill_tokens_per_second"])
+def test_few_pareto_finalists_span_the_front(cost: str, seed: int) -> None:
+    draw = random.Random(seed)
+    trials = []
+    for number in range(40):  # a front in the shape of a quarter circle, most of it crowded at one end
+        angle = math.pi / 2 * (draw.random() if number % 4 == 0 else 1 - 0.05 * draw.random())
+        objective, size = 3 - math.sin(angle), 3 - math.cos(angle)
+        rows = ((1.0, objective), (1.0, objective))
+        trials.append(a_trial(number, rows=rows, costs={cost: size if cost == "parameters" else 1 / size}))
+    journal = Journal.start(None, {"logarithmic": False})
+    for trial in trials:
+        journal.add(trial)
+    whole = [trial.number for trial in finalists(journal, 40, cost)]
+    assert sorted(whole) == list(range(40))
+    by_size = sorted(trials, key=lambda trial: cost_axis(trial, cost))
+    ends = {by_size[0].number, by_size[-1].number}
+
+    def area(chosen: list[Trial]) -> float:
+        """What the chosen dominate of the square between the worst of both axes."""
+        found, height = 0.0, 3.0
+        worst = max(cost_axis(trial, cost) for trial in trials)
+        for trial in sorted(chosen, key=lambda trial: cost_axis(trial, cost)):
+            value = mean_value(trial.rows)
+            found, height = found + (height - value) * (worst - cost_axis(trial, cost)), value
+        return found
+
+    for count in (1, 2, 3, 5, 8):
+        chosen = finalists(journal, count, cost)
+        assert chosen[0].number == 0 and len({trial.number for trial in chosen}) == len(chosen)
+        assert ends <= {trial.number for trial in chosen} and len(chosen) == 1 + max(2, count)
+        if count > 2:
+            inner = [trial for trial in trials[1:] if trial.number not in ends]
+            luck = [draw.sample(inner, count - 2) for _ in range(50)]
+            rest = [trials[0], *(trials[number] for number in ends)]
+            assert area(chosen) >= sorted(area([*rest, *others]) for others in luck)[40]
 
 
 # -- a kill -----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,10 @@ from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.journal import Journal, mean_value
 from hf_adaprune.search.space import METRICS as SEARCHED
 from hf_adaprune.search.space import default_space
-from hf_adaprune.searching import check_search, find_best, model_digest, search_needs, selection_blocks
+from hf_adaprune.search_checks import check_search, search_needs
+from hf_adaprune.search_journal import model_digest
+from hf_adaprune.searching import find_best
+from hf_adaprune.selection import selection_blocks
 from hf_adaprune.sites import ModelSites
 from hf_adaprune.stages import gather_texts, needs_text
 from hf_adaprune.statistics import Needs, Statistics
@@ -253,9 +256,9 @@ def test_a_trial_collects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object, **kwargs: object) -> None:
         pytest.fail("a trial went back to the calibration text")
 
-    from hf_adaprune import pipeline, recording, searching, stages
+    from hf_adaprune import pipeline, recording, searching, selection, stages
 
-    for module in (pipeline, recording, searching, stages):
+    for module in (pipeline, recording, searching, selection, stages):
         for name in ("collect_statistics", "collect_together", "gather_texts", "calibration_blocks"):
             monkeypatch.setattr(module, name, fails, raising=False)
     monkeypatch.setattr(torch.Tensor, "backward", fails)
@@ -319,6 +322,17 @@ def test_equal_models_have_equal_keys() -> None:
         **trials.space.default, "importance.metrics": {"magnitude": 1.0}, "calibration.domain_weights": (0.1, 0.9),
     })  # fmt: skip
     assert even.payload.plans == other.payload.plans and even.key != other.key
+
+
+@pytest.mark.parametrize("units", [("layer",), ("channel", "layer")])
+def test_widths_tell_which_layers_go(units: tuple[str, ...]) -> None:
+    trials = trials_of(tiny_model(num_hidden_layers=4), config_of(recipe="shortgpt", units=units))
+    candidate = trials.candidate(trials.space.default)
+    (plan,) = candidate.payload.plans
+    assert plan.dropped_layers
+    gone = {site.name for site in trials.sites if site.layer in plan.dropped_layers}
+    assert {name for name, kept in candidate.widths.items() if not kept} == gone
+    assert set(candidate.widths) == gone | {name for name, _ in plan.changed()}
 
 
 def test_a_repair_that_is_not_used_is_not_in_the_key() -> None:
@@ -569,6 +583,23 @@ def test_a_journal_of_another_config_is_refused_before_any_text_is_read(tmp_path
         len(search_plan(tiny_model(), tokenizer(), config_of({"trials": 2}), journal=path, resume=True).journal.trials)
         == 2
     )
+
+
+@pytest.mark.parametrize(("changed", "other"), [("statistics", "selection"), ("selection", "statistics")])
+def test_texts_that_changed_between_start_and_resume_are_named(changed: str, other: str, tmp_path: Path) -> None:
+    config = file_config(tmp_path, trials=2)
+    path = tmp_path / "journal.jsonl"
+    search_plan(tiny_model(), tokenizer(), config, journal=path)
+    kept = path.read_bytes()
+    sources = config.calibration.sources if changed == "statistics" else config.calibration.selection
+    file = Path(sources[0])
+    words = file.read_text(encoding="utf-8").split()
+    # The same words in another order: as long as it was, and no other source's text.
+    file.write_text(" ".join(reversed(words)), encoding="utf-8")
+    with pytest.raises(JournalError, match=f"belongs to another search.*{changed}: ") as refused:
+        search_plan(tiny_model(), tokenizer(), config, journal=path, resume=True)
+    assert f"{other}: " not in str(refused.value) and "config: " not in str(refused.value)
+    assert path.read_bytes() == kept
 
 
 def test_more_trials_continue_a_search(tmp_path: Path) -> None:

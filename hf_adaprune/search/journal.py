@@ -37,8 +37,9 @@ class Trial:
         rows (`tuple`): per selection window the count (tokens, questions) and, for every pruning ratio of the search
             (usually one), the sum of the objective; empty where the candidate failed.
         costs (`dict[str, float]`): `ratio`, `parameters` ... of the candidate.
-        widths (`dict[str, int]`): units kept, by site that loses some.
+        widths (`dict[str, int]`): units kept, by site that loses some; 0 where its whole layer goes.
         seconds (`float`): scoring, repair and measuring.
+        elapsed (`float`): seconds of the search when this was done, proposals and earlier runs of the journal included.
         predicted (`tuple[float, float]`, *optional*): what a surrogate expected before: mean and standard deviation of
             the difference to trial 0 as [`compare`] gives it.
         answered_by (`int`, *optional*): the earlier trial with the same key, whose rows these are.
@@ -53,6 +54,7 @@ class Trial:
     costs: Mapping[str, float] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    elapsed: float = 0.0
     predicted: tuple[float, float] | None = None
     answered_by: int | None = None
     error: str = ""
@@ -232,6 +234,11 @@ class Journal:
     def measured(self) -> list[Trial]:
         """Trials that were measured; a failed candidate has no rows."""
         return [trial for trial in self.trials if trial.rows]
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the search had taken when its last trial was done, over all runs."""
+        return max((trial.elapsed for trial in self.trials), default=0.0)
 
     def best(self) -> Trial | None:
         """The trial with the lowest estimate among those that saw the most windows (so not by luck on a few)."""

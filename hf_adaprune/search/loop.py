@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -53,7 +53,7 @@ class Candidate:
     Args:
         key (`str`): equal for candidates that are the same model.
         costs (`dict[str, float]`): `ratio`, `parameters` ...
-        widths (`dict[str, int]`): units kept, by site that loses some.
+        widths (`dict[str, int]`): units kept, by site that loses some; 0 where its whole layer goes.
         payload (`Any`): the problem's own.
     """
 
@@ -195,8 +195,11 @@ class _Run:
     workers: Alone
     live: Callable[[Progress], None] | None
     warm: Sequence[Point]
-    started: float = field(default_factory=time.monotonic)
-    fresh_trials: int = 0
+    started: float  # as if earlier runs of the journal had been right before this one
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
 
 
 def run_search(
@@ -230,7 +233,8 @@ def run_search(
     Raises:
         BudgetError, ConfigError: trial 0 cannot be built.
     """
-    run = _Run(problem, space, config, seed, journal, strategies, workers or Alone(), live, warm)
+    started = time.monotonic() - journal.elapsed
+    run = _Run(problem, space, config, seed, journal, strategies, workers or Alone(), live, warm, started)
     first_number = 0
     for name, share in config.shares():
         if name not in strategies:
@@ -254,7 +258,7 @@ def _run_strategy(run: _Run, name: str, first: int, share: int) -> None:
 
 
 def _out_of_time(run: _Run) -> bool:
-    late = run.config.minutes is not None and time.monotonic() - run.started > 60 * run.config.minutes
+    late = run.config.minutes is not None and run.elapsed > 60 * run.config.minutes
     late = bool(run.workers.share(late))
     return late and len(run.journal.trials) > 0
 
@@ -278,7 +282,6 @@ def _write_down(run: _Run, trials: Sequence[Trial]) -> None:
     def write() -> None:
         for trial in sorted(trials, key=lambda t: t.number):
             run.journal.add(trial)
-            run.fresh_trials += 1
             _tell(run, trial)
 
     run.workers.each(write)
@@ -304,24 +307,27 @@ def _propose(run: _Run, name: str, view: View, count: int) -> list[Proposal]:
 def _trial(run: _Run, name: str, number: int, proposal: Proposal, before: Sequence[Trial]) -> Trial:
     started = time.monotonic()
     name = "default" if number == 0 else "warm" if number <= len(run.warm) else name
-    trial = Trial(number, name, proposal.point, "", predicted=proposal.predicted)
+    trial = _measured(run, Trial(number, name, proposal.point, "", predicted=proposal.predicted), before)
+    return replace(trial, seconds=time.monotonic() - started, elapsed=run.elapsed)
+
+
+def _measured(run: _Run, trial: Trial, before: Sequence[Trial]) -> Trial:
     try:
-        candidate = run.problem.candidate(proposal.point)
+        candidate = run.problem.candidate(trial.point)
     except (BudgetError, ConfigError) as error:
-        if number == 0:
+        if trial.number == 0:
             raise
-        logger.info("trial %d has no candidate: %s", number, error)
-        return replace(trial, error=str(error), seconds=time.monotonic() - started)
+        logger.info("trial %d has no candidate: %s", trial.number, error)
+        return replace(trial, error=str(error))
     trial = replace(trial, key=candidate.key, costs=dict(candidate.costs), widths=dict(candidate.widths))
     known = next((other for other in before if other.key == candidate.key and other.rows), None)
     if known is not None:
-        seconds = time.monotonic() - started
-        return replace(trial, rows=known.rows, answered_by=known.number, seconds=seconds)
+        return replace(trial, rows=known.rows, answered_by=known.number)
     first, windows = min(run.problem.first, run.problem.windows), run.problem.windows
-    rows = run.problem.measure(candidate, 0, windows if number == 0 else first)
-    if number and first < windows and _promising(run, rows, before):
+    rows = run.problem.measure(candidate, 0, first if trial.number else windows)
+    if trial.number and first < windows and _promising(run, rows, before):
         rows = (*rows, *run.problem.measure(candidate, first, windows))
-    return replace(trial, rows=rows, seconds=time.monotonic() - started)
+    return replace(trial, rows=rows)
 
 
 def _promising(run: _Run, rows: Rows, before: Sequence[Trial]) -> bool:
@@ -341,7 +347,7 @@ def _tell(run: _Run, trial: Trial) -> None:
         return
     best = run.journal.best()
     left = run.config.trials - len(run.journal.trials)
-    pace = (time.monotonic() - run.started) / max(1, run.fresh_trials)
+    pace = run.elapsed / len(run.journal.trials)
     value = run.journal.estimate(trial).value if trial.rows else math.nan
     best_value = run.journal.estimate(best).value if best is not None else math.nan
     run.live(Progress(trial, run.config.trials, value, best_value, best.number if best else 0, pace * left))
@@ -351,10 +357,16 @@ def _tell(run: _Run, trial: Trial) -> None:
 
 
 def finalists(journal: Journal, count: int, pareto: str | None = None) -> list[Trial]:
-    """Trial 0 and the best others, each model once; with `pareto` all that no other trial beats in both.
+    """Trial 0 and the best others, each model once.
 
     Trials that saw all windows come first: an estimate from a few windows may be luck. Models whose objective is not
     finite are left out.
+
+    Args:
+        journal ([`Journal`]): with measured trials.
+        count (`int`): how many beside trial 0.
+        pareto (`str`, *optional*): of the trials that no other beats in objective and this cost, those that span most
+            of the front: its two ends always, then those without which most of its area would be lost.
     """
     known = [t for t in journal.measured() if t.number == 0 or math.isfinite(journal.estimate(t).value)]
     most = max(trial.windows for trial in known)
@@ -362,14 +374,29 @@ def finalists(journal: Journal, count: int, pareto: str | None = None) -> list[T
     if pareto is not None:
         points = [(journal.estimate(t).value, cost_axis(t, pareto)) for t in ranked]
         ranked = [t for t, p in zip(ranked, points, strict=True) if not any(_beats(q, p) for q in points)]
-        count = len(ranked)
-    chosen = [journal.trials[0]]
-    keys = {journal.trials[0].key}
+    chosen: dict[str, Trial] = {journal.trials[0].key: journal.trials[0]}
     for trial in ranked:
-        if trial.key not in keys and len(chosen) <= count:
-            chosen.append(trial)
-            keys.add(trial.key)
-    return chosen
+        chosen.setdefault(trial.key, trial)
+    first, *others = chosen.values()
+    return [first, *(others[:count] if pareto is None else _spread(journal, first, others, max(2, count), pareto))]
+
+
+def _spread(journal: Journal, first: Trial, others: Sequence[Trial], count: int, cost: str) -> list[Trial]:
+    """The trials of a front without those that add least to its area, one after the other, until `count` are left."""
+    # Trial 0 is measured anyway: where it stands between others, or at an end, it takes the place of no other.
+    place = {t.number: (cost_axis(t, cost), journal.estimate(t).value) for t in (first, *others)}
+    line = sorted((t.number for t in others), key=lambda n: place[n])
+    if not any(_beats(place[n], place[first.number]) for n in line):
+        line = sorted([first.number, *line], key=lambda n: place[n])
+    while len(line) - (first.number in line) > count:
+
+        def area(at: int) -> float:
+            before, own, after = (place[line[i]] for i in (at - 1, at, at + 1))
+            return (after[0] - own[0]) * (before[1] - own[1])
+
+        inner = [at for at in range(1, len(line) - 1) if line[at] != first.number]
+        del line[min(inner, key=area)]
+    return [trial for trial in others if trial.number in line]
 
 
 def cost_axis(trial: Trial, cost: str) -> float:

@@ -17,7 +17,7 @@ from .journal import Trial
 from .loop import Proposal, Slot, View
 from .shares import Pair, Sharing, alike, pairs_of, sharing_of
 
-__all__ = ["predictor_quality", "propose_predictor"]
+__all__ = ["predictor_importance", "predictor_quality", "propose_predictor"]
 
 # Part of the trials that only gather pairs, and how few pairs are too few to learn from.
 SAMPLING, FEWEST = 0.7, 8
@@ -80,15 +80,8 @@ def predictor_quality(
         `dict[str, float]`: `pairs`, and on held-out pairs `r2`, `rmse` (of the difference to trial 0) and `spearman`
         (the correlation of ranks); NaN where there are fewer than eight pairs. The paper reports an R2 of 0.80.
     """
-    known = [trial for trial in trials if trial.rows and trial.widths]
-    sets = Counter(alike(trial.point) for trial in known)
-    if not sets or len(slots) < 2:
-        return {"pairs": 0, "r2": math.nan, "rmse": math.nan, "spearman": math.nan}
-    largest = sets.most_common(1)[0][0]
-    base = next(trial for trial in known if alike(trial.point) == largest)
-    sharing = Sharing(tuple(slots), base, 0, 1.0)
-    pairs = pairs_of(trials, sharing, logarithmic)
-    if len(pairs) < FEWEST:
+    sharing, pairs = _comparable(trials, slots, logarithmic)
+    if sharing is None or len(pairs) < FEWEST:
         return {"pairs": len(pairs), "r2": math.nan, "rmse": math.nan, "spearman": math.nan}
     values = np.array([pair.value for pair in pairs])
     told, _ = _held_out(sharing, pairs, seed)
@@ -99,6 +92,41 @@ def predictor_quality(
         "rmse": math.sqrt(squared),
         "spearman": _spearman(values, told),
     }
+
+
+def predictor_importance(
+    trials: Sequence[Trial], slots: Sequence[Slot], *, logarithmic: bool = True, seed: int = 0
+) -> dict[str, float]:
+    """What trees trained on the largest set of comparable trials find important.
+
+    Args:
+        trials (`Sequence[Trial]`): of a journal.
+        slots (`Sequence[Slot]`): sites of the model.
+        logarithmic (`bool`): whether objectives are compared by logarithms.
+        seed (`int`): of the trees.
+
+    Returns:
+        `dict[str, float]`: by site its share of the importance (the shares add up to 1); empty where there are fewer
+        than eight pairs.
+    """
+    sharing, pairs = _comparable(trials, slots, logarithmic)
+    if sharing is None or len(pairs) < FEWEST:
+        return {}
+    found = _importance(sharing, _fitted(sharing, pairs, seed))
+    total = float(found.sum()) or 1.0
+    return {slot.name: float(share) / total for slot, share in zip(slots, found, strict=True)}
+
+
+def _comparable(trials: Sequence[Trial], slots: Sequence[Slot], logarithmic: bool) -> tuple[Sharing | None, list[Pair]]:
+    """The largest set of trials that differ in their allocation at most; no sharing where there is nothing to share."""
+    known = [trial for trial in trials if trial.rows and trial.widths]
+    sets = Counter(alike(trial.point) for trial in known)
+    if not sets or len(slots) < 2:
+        return None, []
+    largest = sets.most_common(1)[0][0]
+    base = next(trial for trial in known if alike(trial.point) == largest)
+    sharing = Sharing(tuple(slots), base, 0, 1.0)
+    return sharing, pairs_of(trials, sharing, logarithmic)
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float:
