@@ -60,7 +60,7 @@ class Estimate:
         report_flops (`float`): of perplexity on the report sources, dense and pruned.
         search_flops (`float`): of a search at most: every trial scores, repairs and reads all its selection text,
             which only promising ones do; the rows of `accuracy` are not counted.
-        proposal_seconds (`float`): of the proposals of `gp`, from one measurement on another machine; those of the
+        proposal_seconds (`float`): of the proposals of `gp`, from one measurement, not of this machine; those of the
             surrogate `saas` take about ten times as long, those of other strategies hardly any time.
         seconds (`float`): of the whole run, proposals included, loading apart.
     """

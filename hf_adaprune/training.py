@@ -36,7 +36,7 @@ from .pipeline import Decision, carry_out, decide_and_repair, note_provenance
 from .plan import PruningPlan
 from .recording import quiet_model
 from .restoring import Restorer
-from .searching import check_search, search_needs
+from .search_checks import check_search, search_needs
 from .sites import ModelSites, find_sites
 from .stages import check_weights, even_plan, gather_texts, what_to_collect
 from .surgery import assign_units
