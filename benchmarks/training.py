@@ -1,0 +1,169 @@
+"""Recovery and progressive pruning: what training gives back, with report text read once at the end.
+
+A run is how a pruning ratio is reached (`once`, or `progressive` while training), the ratio, a loss and a number of
+tokens. All read the same windows in the same order under the same schedule; curves are measured on selection text.
+
+    python benchmarks/training.py MODEL --run once:0.4:kl:300000 progressive:0.4:kl:300000 --sources a.jsonl b.txt \
+        --calibration a.jsonl b.txt --selection c.jsonl --report d.txt --rows e.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import hf_adaprune
+from hf_adaprune import AdaPrunerCallback, PruningConfig, PruningPlan, RecoveryConfig, prune, recover
+from hf_adaprune.calibration import report_blocks
+from hf_adaprune.evaluation import multiple_choice, per_window_loss, perplexity, read_rows
+from hf_adaprune.recording import quiet_model
+from hf_adaprune.sites import find_sites
+
+HERE = Path(__file__).parent
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder or hub id")
+    parser.add_argument("--run", nargs="+", required=True, help="HOW:RATIO:LOSS:TOKENS, LOSS is kl, lm or mixed")
+    parser.add_argument("--sources", nargs="+", required=True, help="training text")
+    parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--selection", nargs="+", default=[])
+    parser.add_argument("--report", nargs="+", default=[])
+    parser.add_argument("--rows", nargs="+", default=[])
+    parser.add_argument("--plan", help="a folder with pruning_plan.json and pruning_config.json, for `once`")
+    parser.add_argument("--at", nargs="+", type=float, default=[0.0, 0.08, 0.16, 0.24, 0.32])
+    parser.add_argument("--learning-rate", type=float, default=RecoveryConfig().learning_rate)
+    parser.add_argument("--batch-size", type=int, default=RecoveryConfig().batch_size)
+    parser.add_argument("--cut-samples", type=int, default=32, help="calibration windows of a progressive cut")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="training", help="name of the results file")
+    parser.add_argument("--save", help="folder for the trained models")
+    return parser.parse_args()
+
+
+class Curve(TrainerCallback):
+    """Loss on selection text while training goes on."""
+
+    def __init__(self, blocks: Any, every: int) -> None:
+        self.blocks, self.every, self.rows = blocks, every, []
+        self.seconds = 0.0
+
+    def measure(self, model: Any, step: int) -> None:
+        """Measure, and keep the time it took apart."""
+        started = time.perf_counter()
+        with quiet_model(model):
+            sums = per_window_loss(model, self.blocks).sum(0)
+        self.rows.append([step, float(sums[0] / sums[1])])
+        self.seconds += time.perf_counter() - started
+        print("  step", *self.rows[-1], flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measure where it is time."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.measure(model, state.global_step)
+
+
+def main() -> None:
+    args = arguments()
+    path = HERE / "results" / f"{args.name}.json"
+    results = json.loads(path.read_text()) if path.exists() else {"protocol": facts(args), "rows": []}
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = {Path(source).stem: report_blocks(source, tokenizer, tokens=65536, sequence_length=1024)
+             for source in args.report}  # fmt: skip
+    rows = {Path(source).stem: read_rows(source) for source in args.rows}
+    selection = [report_blocks(source, tokenizer, tokens=8192, sequence_length=512) for source in args.selection]
+
+    def evaluate(model: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {name: perplexity(model, own).value for name, own in texts.items()}
+        for name, questions in rows.items():
+            own = multiple_choice(model, tokenizer, questions)["acc_norm"]
+            found[name] = [own.value, own.standard_error]
+        return found
+
+    for asked in args.run:
+        if any(row["run"] == asked and row["learning_rate"] == args.learning_rate for row in results["rows"]):
+            continue
+        how, ratio_text, loss, token_text = asked.split(":")
+        ratio, tokens = float(ratio_text), int(token_text)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+        row: dict[str, Any] = {"run": asked, "learning_rate": args.learning_rate}
+        started = time.perf_counter()
+        callbacks: list[TrainerCallback] = []
+        if how == "once":
+            plan = config = None
+            if args.plan:
+                said = json.loads((Path(args.plan) / "pruning_config.json").read_text())
+                config = PruningConfig.from_dict(said["config"]).with_changes(search=None)
+                plan = PruningPlan.load(Path(args.plan) / "pruning_plan.json")
+            else:
+                config = pruning(args, ratio)
+            if ratio:
+                prune(model, tokenizer, config, plan=plan)
+            row["prune_seconds"] = time.perf_counter() - started
+            if not args.plan or tokens == 0:
+                row["before"] = evaluate(model)
+        else:
+            config = pruning(args, ratio).with_changes(calibration={"gradient_samples": max(4, args.cut_samples // 4)})
+            callbacks.append(AdaPrunerCallback(config, at=tuple(args.at), data="calibration", samples=args.cut_samples))
+        recovery = RecoveryConfig(
+            tokens=tokens or 2, learning_rate=args.learning_rate, batch_size=args.batch_size,
+            alpha={"kl": 1.0, "lm": 0.0, "mixed": 0.5}[loss], seed=args.seed, held_out=0,
+        )  # fmt: skip
+        if tokens:
+            steps = -(-tokens // (args.batch_size * recovery.sequence_length))
+            curves = [Curve(own, max(1, steps // 8)) for own in selection]
+            for curve in curves:
+                if how == "once":
+                    curve.measure(model, 0)
+            started = time.perf_counter()
+            trained = recover(
+                model, tokenizer, args.model, recovery, sources=args.sources, selection=args.selection,
+                callbacks=[*callbacks, *curves],
+            )  # fmt: skip
+            row["seconds"] = time.perf_counter() - started - sum(curve.seconds for curve in curves)
+            row["tokens"] = trained.tokens
+            row["curves"] = {Path(s).stem: curve.rows for s, curve in zip(args.selection, curves, strict=True)}
+            for callback in callbacks:
+                row["cuts"] = callback.done  # type: ignore[attr-defined]
+            if args.save:
+                trained.save_pretrained(Path(args.save) / asked.replace(":", "_"))
+        row["decoder_parameters"] = find_sites(model).decoder_parameters
+        row["after"] = evaluate(model)
+        results["rows"].append(row)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def pruning(args: argparse.Namespace, ratio: float) -> PruningConfig:
+    return PruningConfig.recipe("default", pruning_ratio=ratio, calibration={"sources": args.calibration})
+
+
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    def short(sources: list[str]) -> list[str]:
+        return ["/".join(Path(source).parts[-2:]) for source in sources]
+
+    return {
+        "model": Path(args.model).name,
+        "sources": short(args.sources),
+        "calibration": short(args.calibration),
+        "selection": short(args.selection),
+        "report": short(args.report),
+        "rows": short(args.rows),
+        "hf_adaprune": hf_adaprune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+if __name__ == "__main__":
+    main()
