@@ -20,7 +20,7 @@ from .sites import Matrix, ModelSites, Site, find_sites, layer_sites
 if TYPE_CHECKING:
     from .compensation import Repair
 
-__all__ = ["add_bias", "apply_plan", "assign_layer", "assign_repair", "cut_layer", "skip_sublayers"]
+__all__ = ["add_bias", "apply_plan", "assign_layer", "assign_repair", "cast_parameters", "cut_layer", "skip_sublayers"]
 
 
 def apply_plan(sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair] | None = None) -> ModelSites:
@@ -126,6 +126,25 @@ def assign_repair(site: Site, repair: Repair) -> bool:
     assert bias is not None
     _put(bias, repair.bias.to(bias.device, bias.dtype))
     return added
+
+
+def cast_parameters(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Give parameters other dtypes, in place; buffers (rotary frequencies are float32 on purpose) stay what they are.
+
+    Args:
+        model (`nn.Module`): whose parameters; tied ones stay tied.
+        dtypes (`dict[str, torch.dtype]`): by the parameter's name; those without an entry stay.
+
+    Returns:
+        `dict[str, torch.dtype]`: what the changed ones had.
+    """
+    before = {}
+    for name, parameter in model.named_parameters():
+        if dtypes.get(name, parameter.dtype) != parameter.dtype:
+            before[name] = parameter.dtype
+            parameter.grad = None
+            _put(parameter, parameter.detach().to(dtypes[name]))
+    return before
 
 
 def skip_sublayers(
