@@ -84,9 +84,7 @@ class CachedTeacher:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} holds no cached teacher. Make one with cache_teacher().") from error
         except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the cached teacher in {path} cannot be read: {error}. Remove the folder."
-            ) from error
+            raise CheckpointError(f"the cached teacher in {path} cannot be read: {error}. Remove it.") from error
         if self.blocks is not None and facts["sha256"] != self.blocks.digest:
             raise CheckpointError(
                 f"the cached teacher in {path} is of other text (digest {facts['sha256'][:12]}) than the training "
@@ -94,7 +92,7 @@ class CachedTeacher:
             )
         if shape[0] != facts["windows"]:
             raise CheckpointError(
-                f"the cached teacher in {path} should hold {facts['windows']} windows. Found {shape[0]}. Cache it again."
+                f"the cached teacher in {path} should hold {facts['windows']} windows. Found {shape[0]}. Cache again."
             )
         object.__setattr__(self, "facts", facts)
 
@@ -105,8 +103,8 @@ class CachedTeacher:
             rows = [int(row) for row in index]
             if not 0 <= min(rows) <= max(rows) < self.facts["windows"]:
                 raise CheckpointError(
-                    f"the cached teacher has {self.facts['windows']} windows and was asked for number {max(rows)}. Train "
-                    "on the windows that were cached."
+                    f"the cached teacher has {self.facts['windows']} windows and was asked for number {max(rows)}. "
+                    "Train on the windows that were cached."
                 )
             return torch.stack([tokens[row] for row in rows]), torch.stack([values[row] for row in rows])
 
@@ -151,7 +149,8 @@ def cache_teacher(
         different = [key for key in facts if key != "name" and there.facts.get(key) != facts[key]]
         if different:
             raise CheckpointError(
-                f"{target} holds a teacher cached with another {' and '.join(different)}. Name another folder, or remove it."
+                f"{target} holds a teacher cached with another {' and '.join(different)}. Name another folder, or remove "
+                "it."
             )
         return there
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -236,8 +235,8 @@ def _split(model: Any, ids: torch.Tensor) -> _Split | None:
 class DistillationTrainer(Trainer):
     r"""A [`~transformers.Trainer`] whose loss is the divergence from a teacher, mixed with the language-model loss.
 
-    `alpha T^2 KL(teacher || student) + (1 - alpha) CE`, the mean over all next-token positions of a step (labels of -100
-    are no positions), whatever the batch size and the gradient accumulation.
+    `alpha T^2 KL(teacher || student) + (1 - alpha) CE`, the mean over all next-token positions of a step (a label of -100
+    is none), whatever the batch size and the gradient accumulation.
 
     Args:
         teacher (`PreTrainedModel`, `str` or [`CachedTeacher`]): the dense model, its folder or id on the Hub (loaded on
@@ -445,6 +444,5 @@ class DistillationTrainer(Trainer):
 
 
 def _last(outputs: Any) -> torch.Tensor:
-    found = getattr(outputs, "last_hidden_state", None)
-    found = outputs.hidden_states[-1] if found is None else found
-    return found
+    found: torch.Tensor | None = getattr(outputs, "last_hidden_state", None)
+    return outputs.hidden_states[-1] if found is None else found

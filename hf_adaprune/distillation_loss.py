@@ -29,7 +29,7 @@ LEAST_REST = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class FullTeaching:
-    """What a teacher in memory says at the scored positions: its logits, or hidden states that its head turns into them.
+    """What a teacher in memory says at the scored positions: logits, or hidden states that its head makes them of.
 
     Args:
         hidden (`torch.Tensor`): `[positions, hidden]`, or logits `[positions, vocabulary]` where there is no head.
@@ -247,7 +247,8 @@ def _losses_into_gradients(
 
 
 def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    return torch.log_softmax(logits.float() if temperature == 1 else logits.float().div_(temperature), -1)
+    # Not divided in place: `float()` of float32 is the caller's own tensor.
+    return torch.log_softmax(logits.float() if temperature == 1 else logits.float() / temperature, -1)
 
 
 def _full(log_q: torch.Tensor, log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,7 +266,7 @@ def _top(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed KL over the teacher's top tokens and the rest as one event, with its gradient; `log_q` is overwritten.
 
-    With the shares `p_r` and `q_r` of the rest the gradient is `q - p` at the top tokens, `q (1 - p_r / q_r)` elsewhere.
+    With shares `p_r` and `q_r` of the rest the gradient is `q - p` at the top tokens, `q (1 - p_r / q_r)` elsewhere.
     """
     index = tokens.to(log_q.device).long()
     log_p = log_probabilities.to(log_q.device).float()

@@ -39,7 +39,7 @@ from .surgery import cast_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["RecoveryResult", "recover", "training_texts"]
+__all__ = ["RecoveryResult", "check_student", "recover", "training_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ def recover(
         teacher (`PreTrainedModel` or `str`): the dense model, its folder, or its id on the Hub.
         config ([`RecoveryConfig`], *optional*): how long and how.
         sources (`str`, [`TextSource`] or a list of them): training text, as calibration sources are written.
-        selection, report (the same, *optional*): texts that training must not see; overlaps are refused.
+        selection (the same, *optional*): text that training must not see; overlaps are refused.
+        report (the same, *optional*): more of it.
         pruning ([`PruningResult`] or `str`, *optional*): where the model came from: what [`prune`] returned, or the
             folder of the pruned checkpoint; found by the model's name where not given.
 
@@ -139,7 +140,7 @@ def recover(
     ```
     """
     config = config or RecoveryConfig()
-    _check_student(model, config)
+    check_student(model, config)
     provenance, plan = _provenance(model, pruning)
     name = (
         str(teacher) if isinstance(teacher, (str, os.PathLike)) else str(getattr(teacher.config, "_name_or_path", ""))
@@ -170,7 +171,17 @@ def recover(
 # -- before training --------------------------------------------------------------------------------------------------
 
 
-def _check_student(model: Any, config: RecoveryConfig) -> None:
+def check_student(model: Any, config: RecoveryConfig) -> None:
+    """Refuse what cannot be trained, or cannot be trained here.
+
+    Args:
+        model (`PreTrainedModel`, *optional*): the student; without it the installation alone is looked at.
+        config ([`RecoveryConfig`]): whether there are adapters.
+
+    Raises:
+        UnsupportedModelError: quantised weights without adapters.
+        MissingDependencyError: adapters without peft.
+    """
     if config.lora is None and getattr(model, "quantization_method", None) is not None:
         raise UnsupportedModelError(
             "the student's weights are quantised and cannot be trained. Set `lora` (--lora) to train adapters beside "
@@ -238,7 +249,8 @@ def training_texts(
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         config ([`RecoveryConfig`]): how many windows, how long.
         sources (`str`, [`TextSource`] or a list of them): training text.
-        selection, report (the same, *optional*): texts that must not overlap with it.
+        selection (the same, *optional*): text that must not overlap with it.
+        report (the same, *optional*): more of it.
 
     Raises:
         CalibrationError: too little text, or overlaps.

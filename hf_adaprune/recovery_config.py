@@ -70,13 +70,12 @@ class RecoveryConfig:
 
     Args:
         tokens (`int`, *optional*): tokens to train on; 1,000,000 where neither this nor `minutes` is given.
-        minutes (`float`, *optional*): time to train for, instead of a number of tokens: caching a teacher and all steps,
-            not reading texts and measuring. The schedule follows the clock, so that the learning rate has come down when
-            time is up; how far training gets depends on the machine.
+        minutes (`float`, *optional*): time to train for, instead of a number of tokens: caching a teacher and the
+            steps, not reading texts and measuring. The schedule follows the clock: the learning rate is down when time
+            is up; how far training gets depends on the machine.
         learning_rate (`float`, *optional*, defaults to 1e-4): its highest value.
         temperature (`float`, *optional*, defaults to 1.0): of teacher and student in the divergence.
-        alpha (`float`, *optional*, defaults to 1.0): share of the divergence in the loss; the rest is the language-model
-            loss.
+        alpha (`float`, *optional*, defaults to 1.0): share of the divergence; the rest is the language-model loss.
         hidden_weight (`float`, *optional*, defaults to 0.0): weight of the distance between hidden states.
         hidden_layers (`str`, *optional*, defaults to `"last"`): whose: the `last` hidden states, or those after `all`
             layers that are left.
@@ -89,14 +88,14 @@ class RecoveryConfig:
         weight_decay (`float`, *optional*, defaults to 0.0): of AdamW.
         max_grad_norm (`float`, *optional*, defaults to 1.0): longer gradients are scaled to this length.
         lora ([`LoraSettings`], *optional*): train adapters and merge them, instead of the weights.
-        train_embeddings (`bool`, *optional*, defaults to `True`): whether the embeddings and the head are trained, where
-            there are no adapters.
-        precision (`str`, *optional*, defaults to `"auto"`): `bf16` (autocast; the weights that are trained are float32),
+        train_embeddings (`bool`, *optional*, defaults to `True`): whether embeddings and head are trained, where there
+            are no adapters.
+        precision (`str`, *optional*, defaults to `"auto"`): `bf16` (autocast; weights that are trained are float32),
             `fp32`, or `auto`: the first where the device multiplies bfloat16 in hardware.
         top_k (`int`, *optional*): cache the teacher's so many most likely tokens before training. Worth it where the
             text is read more than once.
         shares (`tuple[float, ...]`, *optional*): of the training tokens by source; equal where not given.
-        held_out (`int`, *optional*, defaults to 16): windows of the same sources that training never sees, on which loss
+        held_out (`int`, *optional*, defaults to 16): windows of these sources that training never sees, on which loss
             and divergence are measured before and after. 0 measures nothing.
         seed (`int`, *optional*, defaults to 0): of text, order and adapters.
     """

@@ -69,6 +69,7 @@ ORDER = [
     "demo",
     "cli_model",
     "cli_search",
+    "cli_recover",
     "cli",
     "__main__",
 ]
