@@ -113,7 +113,11 @@ def main() -> None:
                 row["before"] = evaluate(model)
         else:
             config = pruning(args, ratio).with_changes(calibration={"gradient_samples": max(4, args.cut_samples // 4)})
-            callbacks.append(AdaPrunerCallback(config, at=tuple(args.at), data="calibration", samples=args.cut_samples))
+            callbacks.append(
+                AdaPrunerCallback(
+                    config, at=tuple(args.at), data="calibration", tokenizer=tokenizer, samples=args.cut_samples
+                )
+            )
         recovery = RecoveryConfig(
             tokens=tokens or 2, learning_rate=args.learning_rate, batch_size=args.batch_size,
             alpha={"kl": 1.0, "lm": 0.0, "mixed": 0.5}[loss], seed=args.seed, held_out=0,

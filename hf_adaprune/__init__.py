@@ -23,12 +23,16 @@ if TYPE_CHECKING:
         SearchConfig,
         TextSource,
     )
+    from .cut_schedule import stage_shares
+    from .distillation import DistillationTrainer
     from .errors import AdaPruneError
     from .loading import result_of
     from .masking import masked
     from .metrics import METRICS
     from .pipeline import PruningResult, prune, search_plan
     from .plan import PruningPlan, SitePlan
+    from .recovery import RecoveryResult, recover
+    from .recovery_config import LoraSettings, RecoveryConfig
     from .saving import save_pruned
     from .searching import SearchResult
     from .sites import find_sites
@@ -45,14 +49,18 @@ _WHERE = {
     "Architecture": "architectures",
     "Attention": "architectures",
     "CalibrationConfig": "config",
+    "DistillationTrainer": "distillation",
     "Experts": "architectures",
     "ImportanceConfig": "config",
+    "LoraSettings": "recovery_config",
     "METRICS": "metrics",
     "Mlp": "architectures",
     "PruningConfig": "config",
     "PruningPlan": "plan",
     "PruningResult": "pipeline",
     "RECIPES": "config",
+    "RecoveryConfig": "recovery_config",
+    "RecoveryResult": "recovery",
     "RepairConfig": "config",
     "SearchConfig": "config",
     "SearchResult": "searching",
@@ -62,9 +70,11 @@ _WHERE = {
     "find_sites": "sites",
     "masked": "masking",
     "prune": "pipeline",
+    "recover": "recovery",
     "result_of": "loading",
     "save_pruned": "saving",
     "search_plan": "pipeline",
+    "stage_shares": "cut_schedule",
 }
 
 __all__ = [
@@ -77,12 +87,16 @@ __all__ = [
     "Architecture",
     "Attention",
     "CalibrationConfig",
+    "DistillationTrainer",
     "Experts",
     "ImportanceConfig",
+    "LoraSettings",
     "Mlp",
     "PruningConfig",
     "PruningPlan",
     "PruningResult",
+    "RecoveryConfig",
+    "RecoveryResult",
     "RepairConfig",
     "SearchConfig",
     "SearchResult",
@@ -92,9 +106,11 @@ __all__ = [
     "find_sites",
     "masked",
     "prune",
+    "recover",
     "result_of",
     "save_pruned",
     "search_plan",
+    "stage_shares",
 ]
 
 

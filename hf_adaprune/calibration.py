@@ -22,7 +22,7 @@ from .errors import CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TokenBlocks", "calibration_blocks", "report_blocks"]
+__all__ = ["TokenBlocks", "calibration_blocks", "packed_blocks", "report_blocks"]
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +269,42 @@ def calibration_blocks(
     order = sorted((rank, index) for index, count in enumerate(counts) for rank in range(count))
     windows = [packed[index][rank * sequence_length : (rank + 1) * sequence_length] for rank, index in order]
     return _blocks(windows, [index for _, index in order], tuple(names), sequence_length, tokenizer, vocab_size)
+
+
+def packed_blocks(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    samples: int | None = None,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> TokenBlocks:
+    """Windows of one source, packed as [`calibration_blocks`] packs them: `samples` of them, or all there are.
+
+    Args:
+        documents (`Documents`): the texts.
+        tokenizer: the model's tokenizer.
+        sequence_length (`int`): tokens per window.
+        samples (`int`, *optional*): at most so many windows.
+        seed (`int`, *optional*, defaults to 0): of shuffling.
+        vocab_size (`int`, *optional*): the model's vocabulary, to check the token ids against.
+
+    Raises:
+        CalibrationError: not one whole window, or tokens that the model does not have.
+    """
+    most = sum(map(len, documents.texts)) + len(documents.texts)
+    ids = _pack(
+        documents, tokenizer, most if samples is None else samples * sequence_length, f"{seed}:{documents.name}"
+    )
+    found = min(len(ids) // sequence_length, samples or most)
+    if not found:
+        raise CalibrationError(
+            f"source {documents.name!r} is too short: {len(ids)} tokens, one window needs {sequence_length}; give more "
+            "text or shorter windows."
+        )
+    windows = [ids[start * sequence_length : (start + 1) * sequence_length] for start in range(found)]
+    return _blocks(windows, [0] * found, (documents.name,), sequence_length, tokenizer, vocab_size)
 
 
 def _only_window(

@@ -1,4 +1,4 @@
-"""The command line: prune, search, evaluate, show, demo.
+"""The command line: prune, search, recover, evaluate, show, demo.
 
 Results go to standard output, everything else to standard error. torch and transformers are imported by the commands
 that need them, so that `--help` answers at once.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli_model import Loader
+from .cli_recover import add_recover_arguments, run_recover
 from .cli_search import (
     SEARCH_FIELDS,
     SUFFIXES,
@@ -178,6 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     add_search_arguments(search)
     search.set_defaults(run=_search)
     source: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "SOURCE"}
+
+    recover = commands.add_parser("recover", parents=[loads, common], help="train a pruned model by its dense model")
+    add_recover_arguments(recover, _count)
+    recover.set_defaults(run=lambda arguments, _: run_recover(arguments, _answer))
 
     evaluate = commands.add_parser("evaluate", parents=[loads, common], help="perplexity, tasks and speed of a model")
     evaluate.add_argument("--report", **source, help="texts to measure perplexity on (alone: python)")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .pipeline import PruningResult
+    from .recovery import RecoveryResult
 
 __all__ = ["check_output", "check_round_trip", "save_pruned"]
 
@@ -67,7 +68,11 @@ def check_output(output_dir: str | os.PathLike[str], needed_bytes: int = 0) -> P
 
 
 def save_pruned(
-    result: PruningResult, output_dir: str | os.PathLike[str], *, check: bool = True, max_shard_size: str = "50GB"
+    result: PruningResult | RecoveryResult,
+    output_dir: str | os.PathLike[str],
+    *,
+    check: bool = True,
+    max_shard_size: str = "50GB",
 ) -> Path:
     """Save a pruned model so that `AutoModelForCausalLM.from_pretrained` opens it.
 
@@ -75,7 +80,7 @@ def save_pruned(
     measured) and `pruning_plan.json`. Of several processes one should call it: `if PartialState().is_main_process`.
 
     Args:
-        result ([`PruningResult`]): what [`prune`] returned.
+        result ([`PruningResult`] or [`RecoveryResult`]): what [`prune`] or [`recover`] returned.
         output_dir (`str`): a folder that does not exist or is empty.
         check (`bool`, *optional*, defaults to `True`): load the checkpoint again and compare weights and logits bit by
             bit and a cached generation token by token. Needs memory for a second copy of the pruned model.
@@ -99,7 +104,8 @@ def save_pruned(
             result.tokenizer.save_pretrained(partial)
         text = json.dumps(result.to_dict(), indent=2, sort_keys=True) + "\n"
         (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
-        result.plan.save(partial / PLAN_NAME)
+        if result.plan is not None:
+            result.plan.save(partial / PLAN_NAME)
         if check:
             with _no_warning_about_global_values():
                 check_round_trip(result.model, partial, result.tokenizer)

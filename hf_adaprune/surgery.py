@@ -29,6 +29,7 @@ __all__ = [
     "assign_layer",
     "assign_repair",
     "assign_units",
+    "cast_parameters",
     "cut_layer",
     "skip_sublayers",
     "take_structure",
@@ -145,6 +146,25 @@ def assign_repair(site: Site, repair: Repair) -> bool:
     assert bias is not None
     _put(bias, repair.bias.to(bias.device, bias.dtype))
     return added
+
+
+def cast_parameters(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Give parameters other dtypes, in place; buffers (rotary frequencies are float32 on purpose) stay what they are.
+
+    Args:
+        model (`nn.Module`): whose parameters; tied ones stay tied.
+        dtypes (`dict[str, torch.dtype]`): by the parameter's name; those without an entry stay.
+
+    Returns:
+        `dict[str, torch.dtype]`: what the changed ones had.
+    """
+    before = {}
+    for name, parameter in model.named_parameters():
+        if dtypes.get(name, parameter.dtype) != parameter.dtype:
+            before[name] = parameter.dtype
+            parameter.grad = None
+            _put(parameter, parameter.detach().to(dtypes[name]))
+    return before
 
 
 def skip_sublayers(

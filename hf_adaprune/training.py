@@ -76,8 +76,9 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         cuts, share, every, at, spacing, targets: when progressive cuts happen and how far they go, see
             [`CutSchedule`].
         data (`str`, *optional*, defaults to `"train"`): where statistics come from: `train` (samples of the trainer's
-            own data set, through its collator) or `calibration` (the config's sources; needs a tokenizer, which the
-            trainer's `processing_class` is).
+            own data set, through its collator) or `calibration` (the config's sources).
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for calibration sources and searches; the trainer's
+            `processing_class` where not given.
         samples (`int`, *optional*): calibration windows per cut; the config's, but at most 64 (16 of them with
             gradients) per progressive cut, where not given.
         reset_best (`bool`, *optional*, defaults to `True`): a cut forgets the best checkpoint so far, so that
@@ -112,6 +113,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         spacing: str = "linear",
         targets: str = "geometric",
         data: str = "train",
+        tokenizer: Any = None,
         samples: int | None = None,
         reset_best: bool = True,
         architecture: Architecture | None = None,
@@ -120,7 +122,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self.schedule = CutSchedule(mode, cuts, share, every, tuple(at), spacing, targets)
         self.config = read_config(config)
         self.data, self.samples, self.reset_best = data, samples, reset_best
-        self.architecture, self.trainer = architecture, trainer
+        self.architecture, self.trainer, self.tokenizer = architecture, trainer, tokenizer
         if data not in ("train", "calibration"):
             raise ConfigError(f"`data` should be 'train' or 'calibration'. Found {data!r}.")
         check_config(self.config, mode)
@@ -175,7 +177,9 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self._take_state(state, base, name)
         state.stateful_callbacks[name] = self.state()
         if len(self.done) < len(self.steps):
-            self._blocks = self._workers.each(lambda: self._texts(base, processing_class, train_dataloader))
+            self._blocks = self._workers.each(
+                lambda: self._texts(base, self.tokenizer or processing_class, train_dataloader)
+            )
         if self._is_masked() and self.plan is not None:
             self._mask(base)
         self._cut_what_is_due(args, state, control, model, optimizer, processing_class)
@@ -331,7 +335,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
                 numbers, plan = self._cut_together(base, tokenizer, ratio)
             else:
                 sites = self._sites(base)
-                made, numbers = self._decided(sites, tokenizer, ratio)
+                made, numbers = self._decided(sites, self.tokenizer or tokenizer, ratio)
                 follower = None if optimizer is None else OptimizerFollower(optimizer, model)
                 cut = carry_out(sites, made, None if follower is None else follower.follow)
                 if follower is not None:
@@ -387,7 +391,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
                 own.__dict__.pop("forward", None)  # accelerate's, which runs the model it was made for
                 if self.plan is not None:
                     carry_out(self._sites(own), Decision(self.config, self.plan))
-            made, numbers = self._decided(self._sites(own), tokenizer, ratio)
+            made, numbers = self._decided(self._sites(own), self.tokenizer or tokenizer, ratio)
             with masked(self._sites(own), made.plan, made.repairs):
                 numbers["pruning/loss_after"] = self._loss(own)
             return made.plan, dict(made.repairs), numbers

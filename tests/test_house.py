@@ -71,13 +71,18 @@ ORDER = [
     "journal_report",
     "journal_plot",
     "estimate",
+    "recovery_config",
+    "distillation_loss",
+    "distillation",
+    "recovery",
     "demo",
     "cli_model",
     "cli_search",
+    "cli_recover",
     "cli",
     "__main__",
 ]
-WITHOUT_TORCH = ("errors", "parts", "search_config", "config", "architectures", "plan")
+WITHOUT_TORCH = ("errors", "parts", "search_config", "config", "architectures", "plan", "recovery_config")
 FILES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")

@@ -1,0 +1,448 @@
+"""A `Trainer` that learns from a teacher: a model in memory, one on disk, or outputs that were cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging as transformers_logging
+
+from .calibration import TokenBlocks
+from .distillation_loss import (
+    DistillationTerms,
+    FullTeaching,
+    Teaching,
+    TopTeaching,
+    distill_hidden,
+    distill_logits,
+)
+from .documents import eval_mode, input_device
+from .errors import CheckpointError, ConfigError, UnsupportedModelError
+
+__all__ = ["CachedTeacher", "DistillationTrainer", "Windows", "cache_teacher", "vocabulary_of"]
+
+INDEX = "sample_index"
+CACHE_FILE, CACHE_FACTS = "teacher.safetensors", "teacher.json"
+CHUNK_POSITIONS = 64
+
+
+class Windows(torch.utils.data.Dataset):
+    """Token blocks as rows of a `Trainer`: ids, labels, the index that a cached teacher is asked by."""
+
+    def __init__(self, blocks: TokenBlocks) -> None:
+        self.blocks = blocks
+        self.padded = not bool(blocks.attention_mask.all())
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids, mask = self.blocks.input_ids[index], self.blocks.attention_mask[index]
+        row = {"input_ids": ids, "labels": ids.masked_fill(~mask, -100), INDEX: torch.tensor(index)}
+        # Without padding no mask is passed: kernels are faster without.
+        return {**row, "attention_mask": mask.long()} if self.padded else row
+
+
+# -- cached teachers --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class CachedTeacher:
+    """The most likely next tokens of a teacher at every position of some windows, on disk.
+
+    Args:
+        folder (`str`): written by [`cache_teacher`].
+        blocks ([`TokenBlocks`], *optional*): the windows that the cache should be of; another digest is refused.
+
+    Raises:
+        CheckpointError: there is no cache, it is damaged, or of other text.
+    """
+
+    folder: str | os.PathLike[str]
+    blocks: TokenBlocks | None = None
+    facts: Mapping[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read what the cache is about."""
+        path = Path(self.folder)
+        try:
+            facts = json.loads((path / CACHE_FACTS).read_text(encoding="utf-8"))
+            with safe_open(path / CACHE_FILE, framework="pt") as file:
+                shape = file.get_slice("tokens").get_shape()
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} holds no cached teacher. Make one with cache_teacher().") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"the cached teacher in {path} cannot be read: {error}. Remove it.") from error
+        if self.blocks is not None and facts["sha256"] != self.blocks.digest:
+            raise CheckpointError(
+                f"the cached teacher in {path} is of other text (digest {facts['sha256'][:12]}) than the training "
+                f"windows ({self.blocks.digest[:12]}). Cache the teacher again into another folder."
+            )
+        if shape[0] != facts["windows"]:
+            raise CheckpointError(
+                f"the cached teacher in {path} should hold {facts['windows']} windows. Found {shape[0]}. Cache again."
+            )
+        object.__setattr__(self, "facts", facts)
+
+    def read(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and log-probabilities `[windows, length - 1, k]` of the windows at `index`."""
+        with safe_open(Path(self.folder) / CACHE_FILE, framework="pt") as file:
+            tokens, values = file.get_slice("tokens"), file.get_slice("log_probabilities")
+            rows = [int(row) for row in index]
+            if not 0 <= min(rows) <= max(rows) < self.facts["windows"]:
+                raise CheckpointError(
+                    f"the cached teacher has {self.facts['windows']} windows and was asked for number {max(rows)}. "
+                    "Train on the windows that were cached."
+                )
+            return torch.stack([tokens[row] for row in rows]), torch.stack([values[row] for row in rows])
+
+
+def cache_teacher(
+    model: PreTrainedModel,
+    blocks: TokenBlocks,
+    folder: str | os.PathLike[str],
+    top_k: int = 64,
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 4,
+) -> CachedTeacher:
+    """Write a teacher's `top_k` most likely next tokens at every position, 6 bytes each.
+
+    Worth it where the text is read more than once: from the second epoch on the teacher costs nothing.
+
+    Args:
+        model (`PreTrainedModel`): the dense model.
+        blocks ([`TokenBlocks`]): the windows.
+        folder (`str`): does not exist yet, or holds the cache of the same windows, `top_k` and temperature, which then
+            is what comes back. It appears when it is whole.
+        top_k (`int`, *optional*, defaults to 64): tokens per position.
+        temperature (`float`, *optional*, defaults to 1.0): what logits are divided by before they become probabilities.
+            The loss has to use the same.
+        batch_size (`int`, *optional*, defaults to 4): windows per forward.
+
+    Raises:
+        CheckpointError: the folder holds something else, or cannot be written.
+        ConfigError: `top_k` is no number of tokens.
+    """
+    if top_k < 1:
+        raise ConfigError(f"`top_k` should be at least 1. Found {top_k}.")
+    target = Path(folder)
+    name = str(getattr(model.config, "_name_or_path", ""))
+    facts = {
+        "sha256": blocks.digest, "windows": len(blocks), "temperature": temperature, "vocabulary": vocabulary_of(model),
+        "top_k": min(top_k, vocabulary_of(model)), "teacher": _fingerprint(model), "name": name,
+    }  # fmt: skip
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        there = CachedTeacher(target, blocks)
+        different = [key for key in facts if key != "name" and there.facts.get(key) != facts[key]]
+        if different:
+            raise CheckpointError(
+                f"{target} holds a teacher cached with another {' and '.join(different)}. Name another folder, or "
+                "remove it."
+            )
+        return there
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+    try:
+        tokens, values = _top_of_all(model, blocks, facts["top_k"], temperature, batch_size)
+        save_file({"tokens": tokens, "log_probabilities": values}, partial / CACHE_FILE)
+        (partial / CACHE_FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} could not be written: {error}. Nothing was left behind.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return CachedTeacher(target, blocks)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A digest of sums over the weights: another model, or the same one trained further, has another."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(f"{name}:{parameter.detach().double().sum().item():.12g}".encode())
+    return found.hexdigest()
+
+
+def _top_of_all(
+    model: PreTrainedModel, blocks: TokenBlocks, top_k: int, temperature: float, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = blocks.input_ids.shape[1] - 1
+    tokens = torch.zeros(len(blocks), width, top_k, dtype=torch.int32)
+    values = torch.full((len(blocks), width, top_k), -torch.inf, dtype=torch.float16)
+    bar = transformers_logging.tqdm(
+        blocks.batches(batch_size), desc="teacher", unit="batch", total=-(-len(blocks) // batch_size)
+    )
+    first = 0
+    with eval_mode(model), torch.inference_mode():
+        for batch in bar:
+            device, whole = input_device(model), bool(batch.attention_mask.all())
+            mask = None if whole else batch.attention_mask.long().to(device)
+            logits = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+            for row, window in enumerate(logits, start=first):
+                for start in range(0, width, CHUNK_POSITIONS):
+                    part = slice(start, min(start + CHUNK_POSITIONS, width))
+                    scaled = window[part].float() / temperature
+                    best, index = scaled.topk(top_k)
+                    tokens[row, part] = index.int().cpu()
+                    values[row, part] = (best - scaled.logsumexp(-1, keepdim=True)).half().cpu()
+            first += len(batch)
+    return tokens, values
+
+
+# -- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def vocabulary_of(model: Any) -> int:
+    """Number of tokens that a model predicts."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """A causal language model as what makes hidden states and the linear head on them."""
+
+    base: Any
+    head: torch.nn.Linear
+
+
+def _split(model: Any, ids: torch.Tensor) -> _Split | None:
+    """The two parts of a model, where running them one after the other is what the model does; else `None`."""
+    head, base = model.get_output_embeddings(), model.base_model
+    # A head that is quantised, has an adapter, or whose logits are squashed is left to the model.
+    squashed = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if type(head) is not torch.nn.Linear or base is model or squashed or not hasattr(model, "get_decoder"):
+        return None
+    with eval_mode(model), torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        found = head(base(input_ids=ids, use_cache=False).last_hidden_state)
+    return _Split(base, head) if torch.equal(expected.float(), found.float()) else None
+
+
+class DistillationTrainer(Trainer):
+    r"""A [`~transformers.Trainer`] whose loss is the divergence from a teacher, mixed with the language-model loss.
+
+    `alpha T^2 KL(teacher || student) + (1 - alpha) CE`, the mean over all next-token positions of a step (a label of
+    -100 is none), whatever the batch size and the gradient accumulation.
+
+    Args:
+        teacher (`PreTrainedModel`, `str` or [`CachedTeacher`]): the dense model, its folder or id on the Hub (loaded on
+            first use, in its own dtype), or what [`cache_teacher`] wrote. A cached teacher needs a column
+            `sample_index` in the data set, which [`Windows`] brings.
+        temperature (`float`, *optional*, defaults to 1.0): of both distributions.
+        alpha (`float`, *optional*, defaults to 1.0): share of the divergence.
+        hidden_weight (`float`, *optional*, defaults to 0.0): weight of the squared distance between hidden states,
+            relative to the squared length of the teacher's.
+        hidden_layers (`dict[int, int]`, *optional*): layers of the student and those of the teacher that their outputs
+            are compared with; the last hidden states alone where not given.
+        fused (`bool`, *optional*): compute head and loss together, so that full logits never exist. Where it is not
+            given, it is done for every model for which it is the same.
+        args, kwargs: those of the `Trainer`.
+
+    Raises:
+        ConfigError: numbers out of range, or a teacher of another vocabulary.
+
+    Example:
+
+    ```python
+    trainer = DistillationTrainer(student, args, train_dataset=Windows(blocks), teacher=dense, alpha=0.9)
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | str | os.PathLike[str] | CachedTeacher,
+        temperature: float = 1.0,
+        alpha: float = 1.0,
+        hidden_weight: float = 0.0,
+        hidden_layers: Mapping[int, int] | None = None,
+        fused: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.terms = DistillationTerms(temperature, alpha)
+        if hidden_weight < 0:
+            raise ConfigError(f"`hidden_weight` should be at least 0. Found {hidden_weight!r}.")
+        self.hidden_weight, self.hidden_layers = hidden_weight, dict(hidden_layers or {})
+        self.fused = fused
+        super().__init__(*args, **kwargs)
+        self._student = self.accelerator.unwrap_model(self.model)
+        if hasattr(self._student, "get_base_model"):
+            self._student = self._student.get_base_model()
+        # Positions are counted here, over the labels moved by one, whatever the model's class is known for.
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
+        self._splits: dict[int, _Split | None] = {}
+        self.tokens_seen = 0
+        self._terms_seen = torch.zeros(3, dtype=torch.float64)
+        self.teacher = teacher
+        if isinstance(teacher, CachedTeacher):
+            self._check_cache(teacher)
+        elif isinstance(teacher, torch.nn.Module):
+            self._take_teacher(teacher)
+
+    def _check_cache(self, teacher: CachedTeacher) -> None:
+        self._check_vocabulary(int(teacher.facts["vocabulary"]))
+        if teacher.facts["temperature"] != self.terms.temperature:
+            raise ConfigError(
+                f"the teacher was cached at temperature {teacher.facts['temperature']:g} and the loss asks for "
+                f"{self.terms.temperature:g}. Cache it at that temperature, or use the cache's."
+            )
+        if self.hidden_weight:
+            raise ConfigError("`hidden_weight` needs a teacher in memory: a cache holds no hidden states. Set it to 0.")
+
+    def _check_vocabulary(self, size: int) -> None:
+        own = vocabulary_of(self._student)
+        if size != own:
+            raise ConfigError(
+                f"teacher and student should have one vocabulary. Found {size} tokens (teacher) and {own} (student). "
+                "Name the model that the student was pruned from."
+            )
+
+    def _take_teacher(self, teacher: Any) -> Any:
+        self._check_vocabulary(vocabulary_of(teacher))
+        if self.place_model_on_device and not hasattr(teacher, "hf_device_map"):
+            teacher.to(self.args.device)
+        self.teacher = teacher.eval()
+        return self.teacher
+
+    def _dense(self) -> Any:
+        if isinstance(self.teacher, torch.nn.Module):
+            return self.teacher
+        from transformers import AutoModelForCausalLM
+
+        try:
+            return self._take_teacher(AutoModelForCausalLM.from_pretrained(self.teacher, dtype="auto"))
+        except OSError as error:
+            raise UnsupportedModelError(f"the teacher {self.teacher} could not be loaded: {error}") from error
+
+    def _parts(self, model: Any, ids: torch.Tensor) -> _Split | None:
+        if self.fused is False:
+            return None
+        if id(model) not in self._splits:
+            self._splits[id(model)] = _split(model, ids[:1, :8])
+        return self._splits[id(model)]
+
+    def _asked(self, parts: _Split | None) -> dict[str, bool]:
+        # Without a split the last hidden states are only among all of them.
+        needed = self.hidden_weight and (self.hidden_layers or not parts)
+        return {"output_hidden_states": True} if needed else {}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if INDEX not in self._signature_columns:
+            self._signature_columns.append(INDEX)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch; see the class. Arguments as in [`~transformers.Trainer.compute_loss`]."""
+        inputs = dict(inputs)
+        index, labels = inputs.pop(INDEX, None), inputs.pop("labels", None)
+        if labels is None:
+            raise ConfigError("the data should bring `labels`: the input ids, with -100 where nothing is predicted.")
+        inputs["use_cache"] = False
+        chosen = labels[:, 1:] != -100
+        targets = labels[:, 1:][chosen]
+        with self.accelerator.autocast():
+            whole = model is self._student or getattr(model, "get_base_model", lambda: None)() is self._student
+            # A wrapped model (several processes) has to be entered by its front door.
+            parts = self._parts(self._student, inputs["input_ids"]) if whole and not return_outputs else None
+            outputs = (parts.base if parts else model)(**inputs, **self._asked(parts))
+        teaching, dense = self._teach(inputs, chosen, index)
+        with self.accelerator.autocast():
+            if parts:
+                hidden = outputs.last_hidden_state[:, :-1][chosen]
+                sums = distill_hidden(hidden, parts.head.weight, parts.head.bias, teaching, targets, self.terms)
+            else:
+                sums = distill_logits(outputs.logits[:, :-1][chosen], teaching, targets, self.terms)
+        loss = sums[0]
+        if self.hidden_weight:
+            loss = loss + self.hidden_weight * self._distance(outputs, dense, chosen)
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        if model.training:
+            own = [sums[1].detach().double(), sums[2].detach().double(), torch.tensor(len(targets)).double()]
+            self.tokens_seen += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else labels.numel()
+            self._terms_seen += torch.stack([value.cpu() for value in own])
+        loss = loss / max(count, 1) if isinstance(count, int) else loss / count.clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    def _teach(
+        self, inputs: Mapping[str, Any], chosen: torch.Tensor, index: torch.Tensor | None
+    ) -> tuple[Teaching | None, Any]:
+        """What the teacher says at the chosen positions, and its own outputs where there are any."""
+        if not self.terms.alpha and not self.hidden_weight:
+            return None, None
+        if isinstance(self.teacher, CachedTeacher):
+            if index is None:
+                raise ConfigError(
+                    f"a cached teacher needs a column `{INDEX}` in the data set; hf_adaprune's Windows has it."
+                )
+            tokens, values = self.teacher.read(index)
+            if tokens.shape[1] != chosen.shape[1]:
+                raise ConfigError(
+                    f"batches should be as long as the windows that were cached ({tokens.shape[1] + 1}). Found "
+                    f"{chosen.shape[1] + 1}."
+                )
+            where = chosen.to(tokens.device)
+            return TopTeaching(tokens[where].to(chosen.device), values[where].to(chosen.device)), None
+        dense = self._dense()
+        device = input_device(dense)
+        own = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+        # The teacher's precision is its own.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False) if device.type != "mps" else nullcontext():
+            parts = self._parts(dense, own["input_ids"])
+            outputs = (parts.base if parts else dense)(**own, **self._asked(parts))
+            if not parts:
+                return FullTeaching(outputs.logits[:, :-1][chosen].to(chosen.device)), outputs
+            hidden = outputs.last_hidden_state[:, :-1][chosen].to(chosen.device)
+            return FullTeaching(hidden, parts.head.weight, parts.head.bias), outputs
+
+    def _distance(self, student: Any, teacher: Any, chosen: torch.Tensor) -> torch.Tensor:
+        """Summed squared distance of hidden states over the squared length of the teacher's, mean over layers."""
+        if self.hidden_layers:
+            pairs = [
+                (student.hidden_states[own + 1], teacher.hidden_states[other + 1])
+                for own, other in self.hidden_layers.items()
+            ]
+        else:
+            pairs = [(_last(student), _last(teacher))]
+        total = torch.zeros((), device=chosen.device)
+        for own, other in pairs:
+            mine, theirs = own[:, :-1][chosen].float(), other[:, :-1].to(own.device)[chosen].float()
+            lengths = theirs.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+            total = total + ((mine - theirs).square().sum(-1) / lengths).sum().to(total.device)
+        return total / len(pairs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the `Trainer` does, with the mean divergence and cross entropy since the last time."""
+        divergence, entropy, count = self._terms_seen.tolist()
+        if "loss" in logs and count:
+            logs |= {"kl": divergence / count} if self.terms.alpha else {}
+            logs |= {"cross_entropy": entropy / count} if self.terms.alpha < 1 else {}
+            self._terms_seen.zero_()
+        super().log(logs, start_time)
+
+
+def _last(outputs: Any) -> torch.Tensor:
+    found: torch.Tensor | None = getattr(outputs, "last_hidden_state", None)
+    return outputs.hidden_states[-1] if found is None else found

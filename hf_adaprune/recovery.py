@@ -1,0 +1,526 @@
+"""`recover()`: a pruned model learns from the dense one until it speaks like it again.
+
+Texts are packed, some windows are set aside and measured before and after, and [`DistillationTrainer`] does the rest.
+The weights come back in the dtypes they had, so that what was 2 bytes stays 2 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, get_scheduler
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from .calibration import TokenBlocks, packed_blocks
+from .config import CONFIG_NAME, Source, TextSource
+from .distillation import DistillationTrainer, Windows, cache_teacher, vocabulary_of
+from .documents import Documents, input_device, read_source, refuse_overlap
+from .errors import CalibrationError, ConfigError, MissingDependencyError, UnsupportedModelError
+from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss
+from .pipeline import PruningResult, Sizes
+from .plan import PruningPlan
+from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
+from .saving import PLAN_NAME, save_pruned
+from .sites import find_sites
+from .stages import text_part
+from .surgery import cast_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["RecoveryResult", "check_student", "recover", "training_texts"]
+
+logger = logging.getLogger(__name__)
+
+# A schedule is a function of steps; with so many of them it is one of the share of the training that is over.
+RESOLUTION = 100_000
+ENDLESS = 10**7
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveryResult:
+    """What came of a recovery.
+
+    Args:
+        model (`PreTrainedModel`): the object that went in, trained; adapters are merged.
+        tokenizer (`PreTrainedTokenizerBase`): as given.
+        config ([`RecoveryConfig`]): what was asked for.
+        tokens, steps (`int`): trained on.
+        minutes (`float`): the training took, with caching the teacher.
+        held_out (`dict[str, dict[str, Measurement]]`): `before` and `after`: `loss` and `kl` to the teacher on windows
+            that training never saw.
+        log (`tuple[dict[str, float], ...]`): losses, learning rate and gradient norm by step.
+        text (`dict[str, Any]`): windows, domains and digest of the training text.
+        pruning (`dict[str, Any]`): what `pruning_config.json` said about the pruned checkpoint.
+        plan ([`PruningPlan`], *optional*): of the pruned checkpoint.
+        teacher (`str`): its name.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: RecoveryConfig
+    tokens: int
+    steps: int
+    minutes: float
+    held_out: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
+    log: tuple[Mapping[str, float], ...] = ()
+    text: Mapping[str, Any] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=dict)
+    plan: PruningPlan | None = None
+    teacher: str = ""
+
+    @property
+    def after(self) -> Sizes:
+        """The model's sizes, which training does not change."""
+        return Sizes.of(find_sites(self.model))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the pruned checkpoint said, with a part `recovery`; JSON types."""
+        own = {
+            "config": self.config.to_dict(), "teacher": self.teacher, "tokens": self.tokens, "steps": self.steps,
+            "minutes": round(self.minutes, 3), "text": dict(self.text), "log": [dict(entry) for entry in self.log],
+            "held_out": {
+                when: {name: vars(value) for name, value in measured.items()}
+                for when, measured in self.held_out.items()
+            },
+        }  # fmt: skip
+        return {**self.pruning, "recovery": own}
+
+    def save_pretrained(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
+        """Save checkpoint, plan and provenance, and check that they reload; see [`hf_adaprune.save_pruned`]."""
+        return save_pruned(self, output_dir, **options)
+
+
+def recover(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | str | os.PathLike[str],
+    config: RecoveryConfig | None = None,
+    *,
+    sources: Sequence[Source] | Source,
+    selection: Sequence[Source] | Source = (),
+    report: Sequence[Source] | Source = (),
+    pruning: PruningResult | str | os.PathLike[str] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RecoveryResult:
+    """Train a pruned model to predict what the dense one predicts, in place.
+
+    Args:
+        model (`PreTrainedModel`): the pruned model.
+        tokenizer (`PreTrainedTokenizerBase`): of both.
+        teacher (`PreTrainedModel` or `str`): the dense model, its folder, or its id on the Hub.
+        config ([`RecoveryConfig`], *optional*): how long and how.
+        sources (`str`, [`TextSource`] or a list of them): training text, as calibration sources are written.
+        selection (the same, *optional*): text that training must not see; overlaps are refused.
+        report (the same, *optional*): more of it.
+        pruning ([`PruningResult`] or `str`, *optional*): where the model came from: what [`prune`] returned, or the
+            folder of the pruned checkpoint; found by the model's name where not given.
+        callbacks (list of `TrainerCallback`, *optional*): of the Trainer. With an [`AdaPrunerCallback`] the model may
+            be the dense one, which shrinks while it learns from its former self; `tokens` has to say how long.
+
+    Returns:
+        [`RecoveryResult`]
+
+    Raises:
+        ConfigError, CalibrationError, UnsupportedModelError, MissingDependencyError: before any training.
+
+    Example:
+
+    ```python
+    result = recover(pruned, tokenizer, "HuggingFaceTB/SmolLM2-135M", RecoveryConfig(minutes=30), sources="text.jsonl")
+    result.save_pretrained("smollm2-recovered")
+    ```
+    """
+    config = config or RecoveryConfig()
+    check_student(model, config)
+    provenance, plan = _provenance(model, pruning)
+    name = (
+        str(teacher) if isinstance(teacher, (str, os.PathLike)) else str(getattr(teacher.config, "_name_or_path", ""))
+    )
+    train, held_out = training_texts(model, tokenizer, config, sources, selection=selection, report=report)
+    dense = _load_teacher(teacher, model)
+    if vocabulary_of(dense) != vocabulary_of(model):
+        raise ConfigError(
+            f"teacher and student should have one vocabulary. Found {vocabulary_of(dense)} tokens (teacher) and "
+            f"{vocabulary_of(model)} (student). Name the model that the student was pruned from."
+        )
+    layers = _layer_map(model, dense, plan) if config.hidden_weight and config.hidden_layers == "all" else None
+    measured = {"before": _measure(model, dense, held_out)} if held_out is not None else {}
+    started = time.perf_counter()
+    tokens, steps, log = _train(model, dense, train, config, layers, started, callbacks)
+    minutes = (time.perf_counter() - started) / 60
+    if held_out is not None:
+        measured["after"] = _measure(model, dense, held_out)
+    text = {
+        "windows": len(train), "sequence_length": train.input_ids.shape[1], "domains": list(train.domains),
+        "sha256": train.digest,
+    }  # fmt: skip
+    return RecoveryResult(
+        model, tokenizer, config, tokens, steps, minutes, measured, log, text, provenance, plan, name
+    )  # fmt: skip
+
+
+# -- before training --------------------------------------------------------------------------------------------------
+
+
+def check_student(model: Any, config: RecoveryConfig) -> None:
+    """Refuse what cannot be trained, or cannot be trained here.
+
+    Args:
+        model (`PreTrainedModel`, *optional*): the student; without it the installation alone is looked at.
+        config ([`RecoveryConfig`]): whether there are adapters.
+
+    Raises:
+        UnsupportedModelError: quantised weights without adapters.
+        MissingDependencyError: adapters without peft.
+    """
+    if config.lora is None and getattr(model, "quantization_method", None) is not None:
+        raise UnsupportedModelError(
+            "the student's weights are quantised and cannot be trained. Set `lora` (--lora) to train adapters beside "
+            "them, or load the checkpoint without quantisation."
+        )
+    if config.lora is not None:
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise MissingDependencyError(
+                "adapters are made by peft: pip install peft. Or train without `lora`."
+            ) from error
+
+
+def _provenance(model: Any, pruning: Any) -> tuple[dict[str, Any], PruningPlan | None]:
+    if isinstance(pruning, PruningResult):
+        return pruning.to_dict(), pruning.plan
+    folder = Path(pruning or getattr(model.config, "_name_or_path", "") or "-")
+    if pruning is not None and not (folder / CONFIG_NAME).is_file():
+        raise ConfigError(f"`pruning` should be the folder of a pruned checkpoint. {folder} holds no {CONFIG_NAME}.")
+    data = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) if (folder / CONFIG_NAME).is_file() else {}
+    return data, PruningPlan.load(folder / PLAN_NAME) if (folder / PLAN_NAME).is_file() else None
+
+
+def _load_teacher(teacher: Any, model: Any) -> Any:
+    if isinstance(teacher, torch.nn.Module):
+        return teacher
+    from transformers import AutoModelForCausalLM
+
+    try:
+        dense: Any = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"the teacher {teacher} could not be loaded: {error}") from error
+    return dense.to(input_device(model))
+
+
+def _layer_map(model: Any, dense: Any, plan: PruningPlan | None) -> dict[int, int]:
+    own, other = (entry.config.get_text_config().num_hidden_layers for entry in (model, dense))
+    kept = list(plan.kept_layers()) if plan is not None and plan.num_layers == other else list(range(own))
+    if len(kept) != own or (plan is None and own != other):
+        raise ConfigError(
+            f"the student has {own} layers and the teacher {other}, and no plan says which correspond. Pass `pruning`, "
+            "or set hidden_layers='last'."
+        )
+    return dict(enumerate(kept))
+
+
+def _listed(sources: Any) -> tuple[Source, ...]:
+    return (sources,) if isinstance(sources, (str, TextSource)) else tuple(sources)
+
+
+def training_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RecoveryConfig,
+    sources: Sequence[Source] | Source,
+    *,
+    selection: Sequence[Source] | Source = (),
+    report: Sequence[Source] | Source = (),
+) -> tuple[TokenBlocks, TokenBlocks | None]:
+    """Training windows and those held out, in `config.shares` of the sources.
+
+    Args:
+        model (`PreTrainedModel`): the student; `self` is sampled from it.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        config ([`RecoveryConfig`]): how many windows, how long.
+        sources (`str`, [`TextSource`] or a list of them): training text.
+        selection (the same, *optional*): text that must not overlap with it.
+        report (the same, *optional*): more of it.
+
+    Raises:
+        CalibrationError: too little text, or overlaps.
+        ConfigError: shares that do not fit the sources.
+    """
+    own = _listed(sources)
+    if not own:
+        raise CalibrationError("there is no training text. Name at least one source, for example a jsonl file.")
+    shares = config.shares or (1.0,) * len(own)
+    if len(shares) != len(own):
+        raise ConfigError(f"`shares` should have one number per source ({len(own)}). Found {len(shares)}.")
+    shares = tuple(share / sum(shares) for share in shares)
+    length = config.sequence_length
+    wanted = None if config.minutes is not None else -(-(config.tokens or DEFAULT_TOKENS) // length)
+    read: dict[str, list[Documents]] = {}
+    for role, named in (("training", own), ("selection", _listed(selection)), ("report", _listed(report))):
+        part = "calibration" if role == "training" else role
+        spoken = (wanted or config.held_out * 8) * length * 5 // 4
+        read[role] = [
+            read_source(
+                source, tokenizer=tokenizer, model=model, seed=config.seed, part=text_part(source, part),
+                self_tokens=spoken // len(own),
+            )
+            for source in named
+        ]  # fmt: skip
+    refuse_overlap(read)
+    parts: list[TokenBlocks] = []
+    for documents, share in zip(read["training"], shares, strict=True):
+        most = None if wanted is None else max(round(share * wanted), 1) + max(round(share * config.held_out), 1)
+        parts.append(
+            packed_blocks(
+                documents, tokenizer, sequence_length=length, samples=most, seed=config.seed,
+                vocab_size=vocabulary_of(model),
+            )
+        )  # fmt: skip
+    names = tuple(documents.name for documents in read["training"])
+    train, held = [], []
+    for windows, share in zip(parts, shares, strict=True):
+        # The windows that come first do not depend on how long the training is.
+        aside = min(max(round(share * config.held_out), 1) if config.held_out else 0, len(windows) // 4)
+        held.append(windows.select(slice(0, aside)))
+        train.append(windows.select(slice(aside, len(windows))))
+    if wanted is None and config.shares:
+        # Without a number of tokens the source that is scarcest for its share says how much of the others is read.
+        room = min(len(part) / share for part, share in zip(train, shares, strict=True) if share)
+        train = [part.select(slice(0, max(int(share * room), 1))) for part, share in zip(train, shares, strict=True)]
+    held_out = _joined(held, names)
+    if config.held_out and not len(held_out):
+        raise CalibrationError(
+            "the training text has fewer than four windows, too few to hold one out. Give more text, shorter windows "
+            "(`sequence_length`), or set `held_out` to 0."
+        )
+    return _joined(train, names), held_out if len(held_out) else None
+
+
+def _joined(parts: Sequence[TokenBlocks], names: tuple[str, ...]) -> TokenBlocks:
+    domain = torch.cat([torch.full((len(part),), index) for index, part in enumerate(parts)])
+    ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "attention_mask"))
+    return TokenBlocks(ids, mask, domain, names)
+
+
+def _measure(model: Any, dense: Any, blocks: TokenBlocks) -> dict[str, Measurement]:
+    loss = mean_over_windows("loss", per_window_loss(model, blocks))
+    return {"loss": loss, "kl": kl_divergence(model, dense, blocks)}
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+class _Course(TrainerCallback):
+    """How far the training is, by steps or by the clock; ends it when time is up."""
+
+    def __init__(self, config: RecoveryConfig, steps: int, started: float, windows: int) -> None:
+        self.limit = None if config.minutes is None else config.minutes * 60
+        self.steps, self.started, self.done = steps, started, 0
+        self.first: float | None = None
+        self.epoch = windows / (config.batch_size * config.gradient_accumulation)
+        self.bar: Any = None
+
+    def share(self) -> float:
+        """Share of the training that is over in the middle of the next step."""
+        if self.limit is None:
+            return min((self.done + 0.5) / self.steps, 1.0)
+        return min((time.perf_counter() - self.started + self._step() / 2) / self.limit, 1.0)
+
+    def _step(self) -> float:
+        return 0.0 if self.first is None or not self.done else (time.perf_counter() - self.first) / self.done
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the bar."""
+        self.first = time.perf_counter()
+        self.bar = transformers_logging.tqdm(total=None if self.limit else self.steps, desc="recovery", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count, and stop where another step would end later than it should."""
+        self.bar.update()
+        if self.done <= self.epoch < self.done + 1 and (self.limit or self.steps > self.epoch + 1):
+            logger.info("the training text was read once after %d steps; it is read again.", self.done + 1)
+        self.done += 1
+        if self.limit is not None and time.perf_counter() - self.started + self._step() / 2 >= self.limit:
+            control.should_training_stop = True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """End the bar."""
+        self.bar.close()
+
+
+class _RecoveryTrainer(DistillationTrainer):
+    course: _Course
+    shape: Callable[[float], float]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.shape(self.course.share()))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def schedule_shape(config: RecoveryConfig) -> Callable[[float], float]:
+    """The config's schedule as a function of the share of the training that is over, times the highest rate."""
+    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    own = {"num_decay_steps": round(config.decay * RESOLUTION)} if config.scheduler == "warmup_stable_decay" else {}
+    found: Any = get_scheduler(
+        config.scheduler,
+        stand_in,
+        num_warmup_steps=round(config.warmup * RESOLUTION),
+        num_training_steps=RESOLUTION,
+        scheduler_specific_kwargs=own,
+    )
+    function = found.lr_lambdas[0]
+    return lambda share: float(function(share * RESOLUTION))
+
+
+def _autocasts(config: RecoveryConfig, device: torch.device) -> bool:
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextmanager
+def _as_it_was(model: Any, config: RecoveryConfig) -> Iterator[None]:
+    """Afterwards dtypes, flags and config are what they were, whatever a trainer left behind."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    use_cache, environment = model.config.use_cache, os.environ.get("ACCELERATE_MIXED_PRECISION")
+    dtypes: dict[str, torch.dtype] = {}
+    if config.lora is None:
+        # Steps smaller than half of bfloat16's last digit would be lost: what is trained is float32.
+        narrow = {n: torch.float32 for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+        dtypes = cast_parameters(model, narrow)
+    try:
+        yield
+    finally:
+        for leftover in ("forward", "_original_forward"):
+            model.__dict__.pop(leftover, None)
+        cast_parameters(model, dtypes)
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        model.config.use_cache = use_cache
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+        if environment is not None:
+            os.environ["ACCELERATE_MIXED_PRECISION"] = environment
+
+
+@contextmanager
+def _trained_part(model: Any, config: RecoveryConfig) -> Iterator[Any]:
+    """The model to train: all of it, or with adapters, which are merged at the end."""
+    if config.lora is None:
+        if not config.train_embeddings:
+            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                if module is not None:
+                    module.requires_grad_(False)
+        yield model
+        return
+    import peft
+
+    settings = config.lora
+    scale = 2 * settings.rank if settings.alpha is None else settings.alpha
+    targets = list(settings.targets) or "all-linear"
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=settings.rank, lora_alpha=cast(int, scale), target_modules=targets, task_type="CAUSAL_LM"),
+    )
+    try:
+        yield adapted
+    except BaseException:
+        adapted.unload()
+        raise
+    else:
+        # The sum is rounded once, not the adapter first and then the sum.
+        narrow = {n: torch.float32 for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+        before = cast_parameters(model, narrow)
+        adapted.merge_and_unload()
+        named = {name.replace(".base_layer.", "."): dtype for name, dtype in before.items()}
+        cast_parameters(model, named)
+    finally:
+        model.__dict__.pop("peft_config", None)
+
+
+def _train(
+    model: Any,
+    dense: Any,
+    blocks: TokenBlocks,
+    config: RecoveryConfig,
+    layers: Mapping[int, int] | None,
+    started: float,
+    callbacks: Sequence[TrainerCallback],
+) -> tuple[int, int, tuple[dict[str, float], ...]]:
+    device = input_device(model)
+    steps = ENDLESS if config.minutes is not None else -(-(config.tokens or DEFAULT_TOKENS) // config.step_tokens)
+    if (
+        config.minutes is None
+        and steps * config.step_tokens > len(blocks) * config.sequence_length + config.step_tokens
+    ):
+        times = steps * config.step_tokens / (len(blocks) * config.sequence_length)
+        logger.info("there are %d tokens of training text; they are read %.1f times.", blocks.tokens, times)
+    forked = [device] if device.type == "cuda" else []
+    with tempfile.TemporaryDirectory(prefix="hf_adaprune_") as folder, torch.random.fork_rng(devices=forked):
+        teacher = dense
+        if config.top_k is not None:
+            place = Path(folder) / "teacher"
+            teacher = cache_teacher(dense, blocks, place, config.top_k, temperature=config.temperature)
+        with _as_it_was(model, config):
+            torch.manual_seed(config.seed)
+            with _trained_part(model, config) as student:
+                arguments = TrainingArguments(
+                    output_dir=folder,
+                    max_steps=steps,
+                    per_device_train_batch_size=config.batch_size,
+                    gradient_accumulation_steps=config.gradient_accumulation,
+                    learning_rate=config.learning_rate,
+                    weight_decay=config.weight_decay,
+                    max_grad_norm=config.max_grad_norm,
+                    bf16=_autocasts(config, device),
+                    use_cpu=device.type == "cpu",
+                    seed=config.seed,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                    logging_steps=10 if config.minutes is not None else max(steps // 50, 1),
+                    remove_unused_columns=False,
+                )
+                trainer = _RecoveryTrainer(
+                    student,
+                    arguments,
+                    train_dataset=Windows(blocks),
+                    callbacks=list(callbacks),
+                    teacher=teacher,
+                    temperature=config.temperature,
+                    alpha=config.alpha,
+                    hidden_weight=config.hidden_weight,
+                    hidden_layers=layers,
+                )
+                for printer in (PrinterCallback, ProgressCallback):
+                    trainer.remove_callback(printer)
+                trainer.course = _Course(config, steps, started, len(blocks))
+                trainer.shape = schedule_shape(config)
+                trainer.add_callback(trainer.course)
+                trainer.train()
+                log = tuple({k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history[:-1])
+                done = trainer.state.global_step
+                tokens = trainer.tokens_seen
+                trainer.accelerator.free_memory()
+    return tokens, done, log

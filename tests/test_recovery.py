@@ -1,0 +1,328 @@
+"""Recovery: a pruned model comes nearer to the dense one, and what was not to change did not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import logits_of, tokens
+from test_pipeline import config_of, tiny_model, tiny_tokenizer
+from texts import calibration_prose
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_adaprune import PruningConfig, PruningPlan, RecoveryConfig, TextSource, prune, recover, stage_shares
+from hf_adaprune.cli import main
+from hf_adaprune.errors import (
+    AdaPruneError,
+    CalibrationError,
+    ConfigError,
+    MissingDependencyError,
+    UnsupportedModelError,
+)
+from hf_adaprune.recovery import schedule_shape, training_texts
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@cache
+def text(first: int = 1, name: str = "prose") -> TextSource:
+    return TextSource(name, [calibration_prose(seed, 200) for seed in range(first, first + 30)])
+
+
+def pruned(**changes: Any) -> Any:
+    model = tiny_model("llama")
+    return prune(model, tiny_tokenizer(), config_of("magnitude", **changes))
+
+
+def short(**changes: Any) -> RecoveryConfig:
+    own = {"tokens": 6000, "batch_size": 8, "sequence_length": 32, "learning_rate": 3e-3, "precision": "fp32"}
+    return RecoveryConfig(**{**own, **changes})
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"alpha": 0.5, "temperature": 2.0}, {"top_k": 64}, {"precision": "bf16"}], ids=str
+)
+def test_held_out_divergence_falls(changes: dict[str, Any]) -> None:
+    result = pruned()
+    flags = [module.training for module in result.model.modules()]
+    cached = result.model.config.use_cache
+    found = recover(
+        result.model, tiny_tokenizer(), tiny_model("llama"), short(**changes), sources=text(), pruning=result
+    )
+    assert found.held_out["after"]["kl"].value < 0.97 * found.held_out["before"]["kl"].value
+    assert found.tokens == found.steps * 8 * 32 or found.steps == math.ceil(6000 / 256)
+    assert found.log[0]["loss"] > 0 and found.text["windows"] == math.ceil(6000 / 32)
+    assert [module.training for module in found.model.modules()] == flags
+    assert found.model.config.use_cache == cached
+    assert "forward" not in found.model.__dict__
+    assert {value.dtype for value in found.model.parameters()} == {torch.float32}
+    json.dumps(found.to_dict())
+
+
+def test_same_seed_same_weights_and_weights_stay_narrow() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        model = pruned().model.bfloat16()
+        state = torch.random.get_rng_state()
+        recover(model, tiny_tokenizer(), tiny_model("llama"), short(tokens=2000, seed=seed), sources=text())
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+        found.append(weights(model))
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+    assert not all(torch.equal(found[2][name], value) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("unit", ["channel", "layer"])
+def test_saved_with_plan_and_provenance(unit: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    pruned(units=(unit,), pruning_ratio=0.3).save_pretrained(tmp_path / "pruned")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    config = short(tokens=1000, hidden_weight=0.1, hidden_layers="all")
+    result = recover(model, tiny_tokenizer(), tmp_path / "dense", config, sources=text())
+    folder = result.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits_of(again, tokens()), logits_of(result.model, tokens()))
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert not torch.equal(logits_of(again, tokens()), logits_of(before, tokens()))
+    assert PruningPlan.load(folder / "pruning_plan.json") == PruningPlan.load(tmp_path / "pruned/pruning_plan.json")
+    assert PruningConfig.from_pretrained(folder) == PruningConfig.from_pretrained(tmp_path / "pruned")
+    data = json.loads((folder / "pruning_config.json").read_text())
+    assert data["recovery"]["tokens"] == result.tokens and data["recovery"]["config"]["hidden_layers"] == "all"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_merged(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merged model is the adapted one, without a trace of peft, and reloads."""
+    import peft
+
+    seen: dict[str, Any] = {}
+    merge = peft.LoraModel.merge_and_unload
+
+    def watched(self: Any, *args: Any, **options: Any) -> Any:
+        seen["logits"] = logits_of(self.model.eval(), tokens()).clone()
+        return merge(self, *args, **options)
+
+    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", watched)
+    result = pruned()
+    model = result.model.to(dtype)
+    before = weights(model)
+    found = recover(
+        model,
+        tiny_tokenizer(),
+        tiny_model("llama"),
+        short(tokens=3000, lora={"rank": 4}),
+        sources=text(),
+        pruning=result,
+    )
+    assert found.model is model and set(weights(model)) == set(before)
+    assert {value.dtype for value in model.parameters()} == {dtype}
+    assert all(value.requires_grad for value in model.parameters())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(
+        logits_of(model, tokens()).float(), seen["logits"].float(), rtol=tolerance, atol=tolerance
+    )
+    changed = {name for name, value in weights(model).items() if not torch.equal(before[name], value)}
+    assert changed and all("_proj" in name for name in changed)
+    found.save_pretrained(tmp_path / "out")
+
+
+def test_frozen_embeddings_stay() -> None:
+    model = pruned().model
+    before = weights(model)
+    config = short(tokens=1000, train_embeddings=False, held_out=0)
+    found = recover(model, tiny_tokenizer(), tiny_model("llama"), config, sources=text())
+    assert not found.held_out
+    after = weights(model)
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    assert all(value.requires_grad for value in model.parameters())
+
+
+def test_minutes_are_kept_and_the_rate_comes_down() -> None:
+    started = time.perf_counter()
+    config = short(tokens=None, minutes=0.06, held_out=4)
+    found = recover(pruned().model, tiny_tokenizer(), tiny_model("llama"), config, sources=text())
+    assert 0.5 * 3.6 < found.minutes * 60 < 3.6 + 3.0
+    assert time.perf_counter() - started < 30
+    rates = [row["learning_rate"] for row in found.log if "learning_rate" in row]
+    assert found.steps > 10 and rates[-1] < 0.7 * max(rates)
+
+
+def test_the_schedule_ends_low_and_begins_above_zero() -> None:
+    shape = schedule_shape(RecoveryConfig())
+    assert [round(shape(share), 2) for share in (0.025, 0.05, 0.5, 0.7, 0.85, 1.0)] == [0.5, 1, 1, 1, 0.5, 0]
+    assert schedule_shape(RecoveryConfig(scheduler="cosine", warmup=0.0))(0.5) == pytest.approx(0.5)
+
+
+def test_text_is_read_again_only_where_it_is_short(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hf_adaprune")
+    source = TextSource("little", [calibration_prose(1, 400)])
+    recover(pruned().model, tiny_tokenizer(), tiny_model("llama"), short(tokens=4000, held_out=1), sources=source)
+    assert "they are read" in caplog.text and "read once after" in caplog.text
+    caplog.clear()
+    recover(pruned().model, tiny_tokenizer(), tiny_model("llama"), short(tokens=4000, held_out=1), sources=text())
+    assert "read" not in caplog.text
+
+
+def test_shares_and_held_out_windows() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    sources = [text(), text(100, "more")]
+    train, held = training_texts(model, tokenizer, short(tokens=3200, shares=(3, 1)), sources)
+    assert torch.bincount(train.domain).tolist() == [75, 25] and torch.bincount(held.domain).tolist() == [12, 4]
+    rows = {tuple(row) for row in train.input_ids.tolist()}
+    assert not rows & {tuple(row) for row in held.input_ids.tolist()}
+    longer, same = training_texts(model, tokenizer, short(tokens=6400, shares=(3, 1)), sources)
+    assert same.digest == held.digest and len(longer) == 200
+    everything, _ = training_texts(model, tokenizer, short(tokens=None, minutes=1.0, shares=(3, 1)), sources)
+    counts = torch.bincount(everything.domain).tolist()
+    assert counts[0] > 100 and counts[0] == pytest.approx(3 * counts[1], abs=4)
+
+
+def test_texts_that_overlap_are_refused() -> None:
+    for role in ("selection", "report"):
+        with pytest.raises(CalibrationError, match="overlap"):
+            training_texts(tiny_model("llama"), tiny_tokenizer(), short(), text(), **{role: text(10, "other")})
+    with pytest.raises(CalibrationError, match="no training text"):
+        recover(tiny_model("llama"), tiny_tokenizer(), tiny_model("llama"), short(), sources=[])
+    with pytest.raises(CalibrationError, match="too short"):
+        recover(tiny_model("llama"), tiny_tokenizer(), tiny_model("llama"), short(), sources=TextSource("a", ["rain"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 100, "minutes": 1.0}, "Give one"),
+        ({"minutes": 0}, "above 0"),
+        ({"alpha": 2.0}, "alpha"),
+        ({"warmup": 0.8, "decay": 0.3}, "at most 1"),
+        ({"precision": "int8"}, "precision"),
+        ({"top_k": 8, "hidden_weight": 1.0}, "top_k"),
+        ({"shares": (-1.0, 1.0)}, "shares"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+    ],
+    ids=str,
+)
+def test_configs_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RecoveryConfig(**changes)
+
+
+def test_what_cannot_work_fails_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    before = weights(model)
+    cases: list[tuple[type[AdaPruneError], str, Any, dict[str, Any]]] = [
+        (ConfigError, "one vocabulary", tiny_model("llama", vocab_size=400), {}),
+        (UnsupportedModelError, "could not be loaded", str(tmp_path / "nowhere"), {}),
+        (ConfigError, "one number per source", model, {"shares": (1, 1)}),
+        (
+            ConfigError,
+            "no plan says",
+            tiny_model("llama", num_hidden_layers=2),
+            {"hidden_weight": 1.0, "hidden_layers": "all"},
+        ),
+    ]
+    for kind, message, teacher, changes in cases:
+        with pytest.raises(kind, match=message):
+            recover(model, tokenizer, teacher, short(**changes), sources=text())
+    with pytest.raises(ConfigError, match="folder of a pruned checkpoint"):
+        recover(model, tokenizer, model, short(), sources=text(), pruning=tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingDependencyError, match="peft"):
+        recover(model, tokenizer, model, short(lora={}), sources=text())
+    model.quantization_method = "some"
+    with pytest.raises(UnsupportedModelError, match="quantised"):
+        recover(model, tokenizer, model, short(), sources=text())
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_an_interrupted_training_leaves_a_whole_model(lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned().model.bfloat16()
+    names, calls = set(weights(model)), []
+
+    def stop(self: Any, *args: Any, **options: Any) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_adaprune.recovery._Course.on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, tiny_tokenizer(), tiny_model("llama"), short(lora=lora, held_out=0), sources=text())
+    assert calls and set(weights(model)) == names
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    assert all(value.requires_grad and value.grad is None for value in model.parameters())
+    assert "forward" not in model.__dict__ and not hasattr(model, "peft_config")
+
+
+def test_stage_shares() -> None:
+    assert stage_shares(4) == pytest.approx((0.1, 0.2, 0.3, 0.4))
+    assert stage_shares(3, "constant") == pytest.approx((1 / 3,) * 3)
+    cosine = stage_shares(5, "cosine")
+    assert sum(cosine) == pytest.approx(1) and list(cosine) == sorted(cosine)
+    with pytest.raises(ConfigError, match="stages"):
+        stage_shares(0)
+    with pytest.raises(ConfigError, match="kind"):
+        stage_shares(3, "square")
+
+
+def folders(tmp_path: Path) -> tuple[Path, Path, Path, Path]:
+    dense = tiny_model("llama")
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    pruned().save_pretrained(tmp_path / "pruned")
+    train, report = tmp_path / "train.txt", tmp_path / "report.txt"
+    train.write_text("\n\n".join(text().texts))
+    report.write_text("\n\n".join(text(200).texts))
+    return tmp_path / "dense", tmp_path / "pruned", train, report
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, small, train, report = folders(tmp_path)
+    words = ["recover", str(small), "--teacher", str(dense), "--calibration", str(train), "--report", str(report)]
+    words += ["--tokens", "3k", "--sequence-length", "32", "--batch-size", "8", "--learning-rate", "3e-3", "--quiet"]
+    assert main([*words, "--json", "--output", str(tmp_path / "out"), "--lora", "4"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["config"]["lora"]["rank"] == 4 and data["evaluation"]["report"]["after"]["value"] > 0
+    assert (tmp_path / "out" / "pruning_plan.json").is_file()
+    assert main([*words, "--output", str(tmp_path / "again")]) == 0
+    assert "held out, kl" in capsys.readouterr().out
+    for extra, message in (
+        (["--output", str(tmp_path / "out")], "not empty"),
+        (["--output", str(tmp_path / "x"), "--alpha", "3"], "alpha"),
+        (["--output", str(tmp_path / "x"), "--selection", str(train)], "overlap"),
+        (["--output", str(tmp_path / "x"), "--teacher", str(tmp_path / "none")], "could not be loaded"),
+    ):
+        assert main([*words, *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_refuses_a_pair_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, small, train, _ = folders(tmp_path)
+    tiny_model("llama", vocab_size=400).save_pretrained(tmp_path / "other")
+    words = ["recover", str(small), "--calibration", str(train), "--output", str(tmp_path / "x")]
+    assert main([*words, "--teacher", str(tmp_path / "other")]) == 2
+    assert "one vocabulary" in capsys.readouterr().err
+    config = json.loads((small / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (small / "config.json").write_text(json.dumps(quantised))
+    assert main([*words, "--teacher", str(dense)]) == 2
+    assert "--lora" in capsys.readouterr().err
+    (small / "config.json").write_text(json.dumps(config))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main([*words, "--teacher", str(dense), "--lora"]) == 2
+    assert "pip install peft" in capsys.readouterr().err
