@@ -65,8 +65,8 @@ def export_gguf(
         file (`str`): the file, usually `*.gguf`. It appears when it is complete; nothing is left after a failure.
         type (`str`, *optional*, defaults to `"f16"`): of the matrices: `f32`, `f16`, `bf16` or `q8_0`. Norms and biases
             are always float32. Matrices whose rows Q8_0 cannot hold (not a multiple of 32) become `f16`, with a warning.
-        tokenizer (`PreTrainedTokenizerBase` or `bool`, *optional*): written into the file. Where not given, the one in the
-            folder; `False` leaves it out, and the file then runs on token ids only.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): written into the file. May be left out with a folder that holds
+            one.
         overwrite (`bool`, *optional*, defaults to `False`): replace a file that exists.
 
     Returns:
@@ -74,7 +74,7 @@ def export_gguf(
 
     Raises:
         CheckpointError: the file exists or cannot be written, or the disk is too small.
-        ConfigError: no such type.
+        ConfigError: no such type, or no tokenizer.
         MissingDependencyError: `gguf` is not installed.
         UnsupportedModelError: llama.cpp does not know such a model or tokenizer, or a number does not fit the type.
 
@@ -93,9 +93,7 @@ def export_gguf(
     _check_target(target, overwrite)
     model, tokenizer = _loaded(model_or_folder, tokenizer)
     layout = layout_of(model)
-    vocabulary = read_vocabulary(tokenizer, layout.vocabulary) if tokenizer else None
-    if vocabulary is None:
-        logger.warning("the file gets no tokenizer: llama.cpp will take and give token ids only.")
+    vocabulary = read_vocabulary(tokenizer, layout.vocabulary)
     plan = [_Planned(entry, _kind(entry, TYPES[type][0])) for entry in layout.tensors]
     odd = sum(planned.kind == "F16" for planned in plan) if type == "q8_0" else 0
     if odd:
@@ -143,6 +141,8 @@ def _check_space(target: Path, needed: int) -> None:
 def _loaded(model_or_folder: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The model, and the tokenizer that is asked for."""
     if not isinstance(model_or_folder, (str, os.PathLike)):
+        if tokenizer is None:
+            raise ConfigError("`tokenizer` is missing: llama.cpp runs no model without one. Pass the model's own.")
         return model_or_folder, tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,13 +156,12 @@ def _loaded(model_or_folder: Any, tokenizer: Any) -> tuple[Any, Any]:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UnsupportedModelError(f"the model of {folder} could not be loaded: {error}") from error
-    if tokenizer is None or tokenizer is True:
+    if tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UnsupportedModelError(
-                f"the tokenizer of {folder} could not be loaded: {error} Pass one, or export without "
-                "(tokenizer=False, `--no-tokenizer`)."
+                f"the tokenizer of {folder} could not be loaded, and llama.cpp needs one: {error} Pass tokenizer=."
             ) from error
     return model, tokenizer
 
@@ -194,7 +193,7 @@ def _write_whole(target: Path, overwrite: bool, write: Any) -> None:
 
 
 def _write(
-    place: Path, layout: Layout, vocabulary: Vocabulary | None, plan: list[_Planned], type: str, name: str
+    place: Path, layout: Layout, vocabulary: Vocabulary, plan: list[_Planned], type: str, name: str
 ) -> None:
     import numpy as np
 
@@ -246,10 +245,7 @@ def _add(writer: Any, key: str, value: int | float | str | list[int]) -> None:
         writer.add_uint32(key, value)
 
 
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary | None) -> None:
-    if vocabulary is None:
-        writer.add_tokenizer_model("none")
-        return
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)

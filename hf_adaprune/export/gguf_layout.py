@@ -4,7 +4,8 @@ llama.cpp allocates tensors by its own rules and skips what it does not expect t
 almost rightly loads and answers wrongly. What is written here was compared with llama.cpp on log-probabilities, and
 everything else is refused:
 
-- Equal layers keep their family's architecture. It knows one head count and one MLP width only.
+- Equal layers keep their family's architecture. It knows one head count and one MLP width only; Qwen 2's also takes
+  it that all heads together are as wide as the hidden state, which they are not where heads were removed.
 - Layers that differ are written as `deci`, llama.cpp's architecture with sizes per layer, which otherwise computes what
   `llama` computes. Families that differ from Llama by biases and by the order of rotated pairs alone fit in it.
 - A layer without attention and MLP adds nothing and is left out. `deci` skips the attention's output where a layer has no
@@ -56,6 +57,7 @@ class Family:
         biases (`frozenset[str]`): tensors whose bias it adds.
         as_deci (`bool`): layers that differ may be written as `deci`.
         norms (`Mapping[str, str]`): norms of a layer beside the usual two.
+        square (`bool`): its heads together must be as wide as the hidden state.
     """
 
     arch: str
@@ -63,13 +65,14 @@ class Family:
     biases: frozenset[str] = frozenset()
     as_deci: bool = False
     norms: Mapping[str, str] | None = None
+    square: bool = False
 
 
 # Each compared with llama.cpp by tests/test_gguf.py.
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", True, _ALL_BIASES, True),
     "mistral": Family("llama", True, _ALL_BIASES, True),
-    "qwen2": Family("qwen2", False, _QKV, True),
+    "qwen2": Family("qwen2", False, _QKV, True, square=True),
     "qwen3": Family("qwen3", norms=_QK_NORMS),
 }
 _DECI = Family("deci", True, _ALL_BIASES, True)
@@ -138,8 +141,8 @@ def layout_of(model: Any) -> Layout:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(
-            f"models of type {config.model_type!r} cannot be written for llama.cpp; {', '.join(sorted(FAMILIES))} can. "
-            "If every layer is equally wide (`--uniform`), try llama.cpp's own convert_hf_to_gguf.py."
+            f"models of type {config.model_type!r} are not written for llama.cpp; {', '.join(sorted(FAMILIES))} are. "
+            "Those were compared with what llama.cpp computes."
         )
     _check_config(config, family)
     base = model.model
@@ -152,7 +155,9 @@ def layout_of(model: Any) -> Layout:
         raise UnsupportedModelError("every sublayer of this model is gone; llama.cpp needs at least one layer.")
     biases = frozenset[str]().union(*(layer.biases for layer in layers))
     equal = len({(layer.heads, layer.kv_heads, layer.width) for layer in layers}) == 1
+    hidden = base.embed_tokens.embedding_dim
     plain = equal and all((layers[0].heads, layers[0].width)) and biases <= family.biases
+    plain = plain and not (family.square and layers[0].heads * head_dim != hidden)
     if not plain and not family.as_deci:
         what = "layers of different widths" if not equal else f"biases on {', '.join(sorted(biases - family.biases))}"
         raise UnsupportedModelError(
@@ -165,7 +170,7 @@ def layout_of(model: Any) -> Layout:
     keys = _keys(config, base, head_dim, sizes, plain)
     tensors = list(_model_tensors(model, head_dim))
     for number, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
-        tensors.extend(_layer_tensors(number, layer, size, written, names, head_dim, base.embed_tokens.embedding_dim))
+        tensors.extend(_layer_tensors(number, layer, size, written, names, head_dim, hidden))
     return Layout(written.arch, keys, tuple(tensors), base.embed_tokens.num_embeddings)
 
 

@@ -8,6 +8,7 @@ really does, and a tokenizer that is none of them is refused.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from ..errors import UnsupportedModelError
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
+logger = logging.getLogger(__name__)
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_SKIP = "Export without it (tokenizer=False, `--no-tokenizer`) to use the file with token ids."
+_ADVICE = "Name a checkpoint with the tokenizer that the model was trained with; no other can be exported."
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -73,12 +76,12 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     if backend is None:
         raise UnsupportedModelError(
             f"a {type(tokenizer).__name__} has no tokenizer.json, which the export reads. Load it with AutoTokenizer. "
-            + _SKIP
+            + _ADVICE
         )
     spec = json.loads(backend.to_str())
     model = spec["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UnsupportedModelError(f"a tokenizer of type {model['type']} is not written; byte-pair encoding is. {_SKIP}")
+        raise UnsupportedModelError(f"a tokenizer of type {model['type']} is not written; byte-pair encoding is. {_ADVICE}")
     if model.get("byte_fallback"):
         space = _sentencepiece_prefix(spec)
         scores = _scores(model)
@@ -111,7 +114,7 @@ def _pre_tokenizer(spec: dict[str, Any]) -> str:
     # llama.cpp normalises nothing; text is in NFC already, nearly always.
     if normalizer and _parts(normalizer, "normalizers") != [{"type": "NFC"}]:
         raise UnsupportedModelError(
-            f"this tokenizer normalises text ({normalizer['type']}), which llama.cpp would not do. {_SKIP}"
+            f"this tokenizer normalises text ({normalizer['type']}), which llama.cpp would not do. {_ADVICE}"
         )
     splits: list[str] = []
     byte_level = False
@@ -129,7 +132,7 @@ def _pre_tokenizer(spec: dict[str, Any]) -> str:
     if name is None or not byte_level:
         raise UnsupportedModelError(
             f"llama.cpp is not known to split text as this tokenizer does ({'; '.join(splits) or 'not at all'}), and would "
-            f"see other tokens. Known: {', '.join(sorted(set(PRE_TOKENIZERS.values())))}. {_SKIP}"
+            f"see other tokens. Known: {', '.join(sorted(set(PRE_TOKENIZERS.values())))}. {_ADVICE}"
         )
     return name
 
@@ -141,7 +144,7 @@ def _parts(spec: dict[str, Any], inner: str) -> list[dict[str, Any]]:
 def _pair(merge: Any) -> str:
     pair = merge.split(" ") if isinstance(merge, str) else list(merge)
     if len(pair) != 2 or any(" " in piece for piece in pair):
-        raise UnsupportedModelError(f"the merge {merge!r} holds a space, which a GGUF file cannot say. {_SKIP}")
+        raise UnsupportedModelError(f"the merge {merge!r} holds a space, which a GGUF file cannot say. {_ADVICE}")
     return " ".join(pair)
 
 
@@ -154,10 +157,15 @@ def _sentencepiece_prefix(spec: dict[str, Any]) -> bool:
         return len(normal) == 2
     if normal == [{}] and len(before) == 1 and before[0].get("type") == "Metaspace" and not before[0].get("split", True):
         scheme = before[0].get("prepend_scheme")
-        if scheme in ("first", "never"):
-            return scheme == "first"
+        if scheme != "never":
+            logger.warning(
+                "llama.cpp puts a space before every text, and after special tokens; this tokenizer does not where text "
+                "begins with a space%s. Tokens differ there.",
+                ", or follows a special token" if scheme == "first" else "",
+            )
+        return scheme != "never"
     raise UnsupportedModelError(
-        f"this tokenizer falls back to bytes as SentencePiece does, but prepares text in another way. {_SKIP}"
+        f"this tokenizer falls back to bytes as SentencePiece does, but prepares text in another way. {_ADVICE}"
     )
 
 
@@ -169,7 +177,7 @@ def _scores(model: dict[str, Any]) -> dict[str, float]:
         token = _pair(merge).replace(" ", "")
         if token in scores and token != last:
             raise UnsupportedModelError(
-                f"the merges of {token!r} do not follow one another, so no score per token orders them. {_SKIP}"
+                f"the merges of {token!r} do not follow one another, so no score per token orders them. {_ADVICE}"
             )
         scores.setdefault(token, -float(rank + 1))
         last = token
@@ -217,7 +225,7 @@ def _added(tokenizer: Any) -> dict[str, bool]:
     begins = bos is not None and full[:1] == [bos] and bare[:1] != [bos]
     ends = eos is not None and full[-1:] == [eos] and bare[-1:] != [eos]
     if full != [bos] * begins + bare + [eos] * ends:
-        raise UnsupportedModelError(f"this tokenizer adds more to a text than its first and last token. {_SKIP}")
+        raise UnsupportedModelError(f"this tokenizer adds more to a text than its first and last token. {_ADVICE}")
     return {"add_bos_token": begins, "add_eos_token": ends}
 
 
