@@ -35,7 +35,9 @@ def ask(*jobs: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Run jobs in one process. Every prompt's answer has `text`, `logprobs` (a tensor `[vocabulary]`) and `ids`."""
     if not os.environ.get("CI"):
         pytest.importorskip("xllamacpp")
-    done = subprocess.run([sys.executable, __file__], input=json.dumps(jobs), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(jobs), capture_output=True, text=True, timeout=600
+    )
     if done.returncode:
         raise RuntimeError(f"llama.cpp failed ({done.returncode}): {done.stderr[-2000:]}")
     answers = json.loads(done.stdout.splitlines()[-1])

@@ -58,6 +58,9 @@ ORDER = [
     "pipeline",
     "loading",
     "saving",
+    "export.gguf_layout",
+    "export.gguf_tokenizer",
+    "export.gguf",
     "reporting",
     "journal_report",
     "journal_plot",
@@ -65,6 +68,7 @@ ORDER = [
     "demo",
     "cli_model",
     "cli_search",
+    "cli_publish",
     "cli",
     "__main__",
 ]

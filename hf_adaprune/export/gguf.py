@@ -18,7 +18,7 @@ from ..errors import AdaPruneError, CheckpointError, ConfigError, MissingDepende
 from .gguf_layout import Entry, Layout, layout_of
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 
-__all__ = ["TYPES", "export_gguf"]
+__all__ = ["TYPES", "architecture_of", "export_gguf"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,11 @@ def export_gguf(
     return target
 
 
+def architecture_of(file: str | os.PathLike[str]) -> str:
+    """The architecture that a GGUF file names."""
+    return str(_gguf().GGUFReader(file).fields["general.architecture"].contents())
+
+
 def _gguf() -> Any:
     try:
         import gguf
@@ -177,7 +182,9 @@ def _write_whole(target: Path, overwrite: bool, write: Any) -> None:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent)
     except OSError as error:
-        raise CheckpointError(f"{target.absolute().parent} is not writable ({error.strerror}). Name another.") from error
+        raise CheckpointError(
+            f"{target.absolute().parent} is not writable ({error.strerror}). Name another."
+        ) from error
     os.close(handle)
     partial = Path(name)
     try:
@@ -192,9 +199,7 @@ def _write_whole(target: Path, overwrite: bool, write: Any) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _write(
-    place: Path, layout: Layout, vocabulary: Vocabulary, plan: list[_Planned], type: str, name: str
-) -> None:
+def _write(place: Path, layout: Layout, vocabulary: Vocabulary, plan: list[_Planned], type: str, name: str) -> None:
     import numpy as np
 
     gguf = _gguf()

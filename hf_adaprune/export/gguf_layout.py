@@ -159,7 +159,11 @@ def layout_of(model: Any) -> Layout:
     plain = equal and all((layers[0].heads, layers[0].width)) and biases <= family.biases
     plain = plain and not (family.square and layers[0].heads * head_dim != hidden)
     if not plain and not family.as_deci:
-        what = "layers of different widths" if not equal else f"biases on {', '.join(sorted(biases - family.biases))}"
+        what = f"biases on {', '.join(sorted(biases - family.biases))}"
+        if not equal:
+            what = "layers of different widths"
+        elif biases <= family.biases:
+            what = "removed sublayers"
         raise UnsupportedModelError(
             f"llama.cpp has no architecture for {config.model_type} models with {what}; only "
             f"{', '.join(sorted(name for name, known in FAMILIES.items() if known.as_deci))} can be written so. "

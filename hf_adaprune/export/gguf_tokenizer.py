@@ -81,7 +81,9 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     spec = json.loads(backend.to_str())
     model = spec["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UnsupportedModelError(f"a tokenizer of type {model['type']} is not written; byte-pair encoding is. {_ADVICE}")
+        raise UnsupportedModelError(
+            f"a tokenizer of type {model['type']} is not written; byte-pair encoding is. {_ADVICE}"
+        )
     if model.get("byte_fallback"):
         space = _sentencepiece_prefix(spec)
         scores = _scores(model)
@@ -155,7 +157,12 @@ def _sentencepiece_prefix(spec: dict[str, Any]) -> bool:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     if before == [{}] and normal in ([{"type": "Prepend", "prepend": "\u2581"}, replace], [replace]):
         return len(normal) == 2
-    if normal == [{}] and len(before) == 1 and before[0].get("type") == "Metaspace" and not before[0].get("split", True):
+    if (
+        normal == [{}]
+        and len(before) == 1
+        and before[0].get("type") == "Metaspace"
+        and not before[0].get("split", True)
+    ):
         scheme = before[0].get("prepend_scheme")
         if scheme != "never":
             logger.warning(
