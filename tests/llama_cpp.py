@@ -14,9 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 
 def job(file: Path, prompts: Sequence[Any], vocabulary: int = 0, **options: Any) -> dict[str, Any]:
     """Prompts for one GGUF file, answered greedily with a float32 cache.
@@ -33,6 +30,10 @@ def job(file: Path, prompts: Sequence[Any], vocabulary: int = 0, **options: Any)
 
 def ask(*jobs: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Run jobs in one process. Every prompt's answer has `text`, `logprobs` (a tensor `[vocabulary]`) and `ids`."""
+    # Not at the top: the other process needs neither, and torch takes seconds.
+    import pytest
+    import torch
+
     if not os.environ.get("CI"):
         pytest.importorskip("xllamacpp")
     done = subprocess.run(

@@ -221,8 +221,8 @@ def test_llama_cpp_reads_every_type(type: str, tolerance: float, tmp_path: Path)
 
 def test_llama_cpp_sees_the_same_tokens(tmp_path: Path) -> None:
     texts = [
-        "the model reads", "don't we'll I'M HE'LL", "12 345 6789 a1b22", "naïve 日本語 text", "  two  spaces\n\n\nx\t\ty  ",
-        "(x==y)!!! ...", "<|user|>hi</s> there", " lead", "ſ's K",
+        "the model reads", "don't we'll I'M HE'LL", "12 345 6789 a1b22", "naïve 日本語 text",
+        "  two  spaces\n\n\nx\t\ty ", "(x==y)!!! ...", "<|user|>hi</s> there", " lead", "\u017f's K",
     ]  # fmt: skip
     model = tiny_model("llama", vocab_size=720)
     made = make_tokenizers()
@@ -319,7 +319,6 @@ def test_a_vocabulary_is_complete() -> None:
         (lambda: cut("llama", hidden_act="gelu"), "silu"),
         (lambda: cut("mistral", sliding_window=16), "sliding window of 16"),
         (lambda: cut("llama", **rope("dynamic", factor=2.0)), "'dynamic'"),
-        (lambda: cut("llama", gone=(*GONE, *NO_MLP)), "every sublayer"),
         (lambda: tiny_model("llama", vocab_size=100), "ids up to 419"),
     ],
 )
@@ -401,7 +400,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="f32, f16, bf16, q8_0. Found 'q4_0'"):
+    with pytest.raises(ConfigError, match=r"f32, f16, bf16, q8_0\. Found 'q4_0'"):
         export_gguf(cut("llama"), tmp_path / "a", type="q4_0", tokenizer=TOKENIZER)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="`tokenizer` is missing"):
         export_gguf(cut("llama"), tmp_path / "a")

@@ -57,16 +57,18 @@ def export_gguf(
 ) -> Path:
     """Write a model, pruned or not, as a GGUF file that llama.cpp runs.
 
-    Models whose layers are equally wide keep their architecture. Llama, Mistral and Qwen 2 models whose layers differ are
-    written as `deci`, llama.cpp's architecture with sizes per layer. What llama.cpp would compute wrongly is refused.
+    Models whose layers are equally wide keep their architecture. Llama, Mistral and Qwen 2 models whose layers differ
+    are written as `deci`, llama.cpp's architecture with sizes per layer. What llama.cpp would compute wrongly is
+    refused.
 
     Args:
         model_or_folder (`PreTrainedModel` or `str`): a model, or the folder of a checkpoint.
         file (`str`): the file, usually `*.gguf`. It appears when it is complete; nothing is left after a failure.
         type (`str`, *optional*, defaults to `"f16"`): of the matrices: `f32`, `f16`, `bf16` or `q8_0`. Norms and biases
-            are always float32. Matrices whose rows Q8_0 cannot hold (not a multiple of 32) become `f16`, with a warning.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): written into the file. May be left out with a folder that holds
-            one.
+            are always float32. Matrices whose rows Q8_0 cannot hold (not a multiple of 32) become `f16`, with a
+            warning.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): written into the file. May be left out with a folder that
+            holds one.
         overwrite (`bool`, *optional*, defaults to `False`): replace a file that exists.
 
     Returns:

@@ -8,8 +8,8 @@ everything else is refused:
   it that all heads together are as wide as the hidden state, which they are not where heads were removed.
 - Layers that differ are written as `deci`, llama.cpp's architecture with sizes per layer, which otherwise computes what
   `llama` computes. Families that differ from Llama by biases and by the order of rotated pairs alone fit in it.
-- A layer without attention and MLP adds nothing and is left out. `deci` skips the attention's output where a layer has no
-  MLP, so such a layer gets an MLP of zeros; it reads the head size from the first layer, so a first layer without
+- A layer without attention and MLP adds nothing and is left out. `deci` skips the attention's output where a layer has
+  no MLP, so such a layer gets an MLP of zeros; it reads the head size from the first layer, so a first layer without
   attention gets one head of zeros.
 """
 
@@ -191,8 +191,8 @@ def _check_config(config: Any, family: Family) -> None:
     if window and window < context and (types is None or "sliding_attention" in types):
         raise UnsupportedModelError(
             f"this model attends to a sliding window of {window} tokens, which llama.cpp's {family.arch} would ignore. "
-            f"Set config.sliding_window to None and max_position_embeddings to {window} (now {context}) to export it for "
-            "texts of that length."
+            f"Set config.sliding_window to None and max_position_embeddings to {window} (now {context}) to export it "
+            "for texts of that length."
         )
     rope = _rope(config)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
@@ -206,7 +206,7 @@ def _check_config(config: Any, family: Family) -> None:
     own = {name for values in (spec.per_layer_overrides.values() if spec else ()) for name in values}
     if own - known:
         raise UnsupportedModelError(
-            f"per_layer_config changes {', '.join(sorted(own - known))}, which a GGUF file cannot say for single layers."
+            f"per_layer_config changes {', '.join(sorted(own - known))}, which a GGUF file cannot say layer by layer."
         )
 
 
@@ -227,8 +227,8 @@ def _sizes(number: int, layer: nn.Module, names: Mapping[str, str], head_dim: in
     odd = set(layer.state_dict()) ^ expected ^ {unread[kind] for kind in gone}
     if odd:
         raise UnsupportedModelError(
-            f"layer {number} has or lacks {', '.join(sorted(odd))}, unlike its family; a file for llama.cpp cannot hold it. "
-            "Merge adapters, and undo quantisation, before the export."
+            f"layer {number} has or lacks {', '.join(sorted(odd))}, unlike its family; a file for llama.cpp cannot "
+            "hold it. Merge adapters, and undo quantisation, before the export."
         )
     size: Any = layer.get_submodule
     return _Layer(

@@ -84,10 +84,11 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         raise UnsupportedModelError(
             f"a tokenizer of type {model['type']} is not written; byte-pair encoding is. {_ADVICE}"
         )
+    merges: tuple[str, ...] = ()
     if model.get("byte_fallback"):
         space = _sentencepiece_prefix(spec)
         scores = _scores(model)
-        kind, pre, merges = "llama", "default", ()
+        kind, pre = "llama", "default"
     else:
         space = None
         kind, pre, scores = "gpt2", _pre_tokenizer(spec), {}
@@ -133,8 +134,8 @@ def _pre_tokenizer(spec: dict[str, Any]) -> str:
     name = PRE_TOKENIZERS.get((tuple(splits), bool(spec["model"].get("ignore_merges"))))
     if name is None or not byte_level:
         raise UnsupportedModelError(
-            f"llama.cpp is not known to split text as this tokenizer does ({'; '.join(splits) or 'not at all'}), and would "
-            f"see other tokens. Known: {', '.join(sorted(set(PRE_TOKENIZERS.values())))}. {_ADVICE}"
+            f"llama.cpp is not known to split text as this tokenizer does ({'; '.join(splits) or 'not at all'}) and "
+            f"would see other tokens. Known: {', '.join(sorted(set(PRE_TOKENIZERS.values())))}. {_ADVICE}"
         )
     return name
 
@@ -166,13 +167,13 @@ def _sentencepiece_prefix(spec: dict[str, Any]) -> bool:
         scheme = before[0].get("prepend_scheme")
         if scheme != "never":
             logger.warning(
-                "llama.cpp puts a space before every text, and after special tokens; this tokenizer does not where text "
-                "begins with a space%s. Tokens differ there.",
+                "llama.cpp puts a space before every text, and after special tokens; this tokenizer does not where "
+                "text begins with a space%s. Tokens differ there.",
                 ", or follows a special token" if scheme == "first" else "",
             )
         return scheme != "never"
     raise UnsupportedModelError(
-        f"this tokenizer falls back to bytes as SentencePiece does, but prepares text in another way. {_ADVICE}"
+        f"this tokenizer falls back to bytes as SentencePiece does, but prepares text otherwise. {_ADVICE}"
     )
 
 
