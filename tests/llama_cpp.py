@@ -23,7 +23,8 @@ def job(file: Path, prompts: Sequence[Any], vocabulary: int = 0, **options: Any)
         prompts: token ids or texts.
         vocabulary: how many log-probabilities of the first new token to return; 0 for none.
         options: `new_tokens` (1), `tokenize` (False: also say the ids of text prompts), `cache` ("f32"),
-            `say` (the id that is chosen first, whatever is probable).
+            `say` (the id that is chosen first, whatever is probable), `most_probable` (return the log-probabilities of so
+            many tokens only; the others are not a number).
     """
     return {"file": str(file), "prompts": list(prompts), "vocabulary": vocabulary, **options}
 
@@ -82,7 +83,7 @@ def answer(server: Any, prompt: Any, asked: dict[str, Any]) -> dict[str, Any]:
         {
             "prompt": prompt,
             "n_predict": asked.get("new_tokens", 1),
-            "n_probs": asked["vocabulary"],
+            "n_probs": asked.get("most_probable", asked["vocabulary"]),
             "temperature": 0.0,
             "cache_prompt": False,
             # Half a character as the first token would not be told. The probabilities are those before this bias.
