@@ -23,7 +23,7 @@ def job(file: Path, prompts: Sequence[Any], vocabulary: int = 0, **options: Any)
         prompts: token ids or texts.
         vocabulary: how many log-probabilities of the first new token to return; 0 for none.
         options: `new_tokens` (1), `tokenize` (False: also say the ids of text prompts), `cache` ("f32"),
-            `say` (the id that is chosen first, whatever is probable), `most_probable` (return the log-probabilities of so
+            `say` (the id that is chosen first, whatever is probable), `most_probable` (log-probabilities of so
             many tokens only; the others are not a number).
     """
     return {"file": str(file), "prompts": list(prompts), "vocabulary": vocabulary, **options}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,25 +43,25 @@ def test_llama_cpp_computes_what_transformers_computes(uniform: bool, folder: Pa
         calibration={"samples": 4, "sequence_length": 128}, repair={"method": "none"},
     )  # fmt: skip
     saved = prune(dense, tokenizer, config).save_pretrained(tmp_path / "pruned", check=False)
-    file = export_gguf(saved, tmp_path / "pruned.gguf")
-    # The numbers that the file holds, computed in float32.
-    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float16).float().eval()
-    assert bool(model.config.is_heterogeneous) is not uniform
+    exact = export_gguf(saved, tmp_path / "exact.gguf", type="f32")
+    half = export_gguf(saved, tmp_path / "half.gguf", type="f16")
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
+    assert bool(getattr(model.config, "is_heterogeneous", False)) is not uniform
     text = tokenizer("\n\n".join(read_source("python:prose", part=(2, 3)).texts[:60]))["input_ids"]
-    prompts = [text[64 * number : 64 * number + 8 + 3 * number] for number in range(PROMPTS)]
+    prompts = [text[64 * number : 64 * number + 8 + number] for number in range(PROMPTS)]
     texts = [tokenizer.decode(prompt) for prompt in prompts[-CONTINUED:]]
-    vocabulary = model.config.vocab_size
-    answers, continued = ask(
-        job(file, prompts, vocabulary, say=40, most_probable=TOLD),
-        job(file, texts, new_tokens=NEW_TOKENS, tokenize=True),
+    options = {"vocabulary": model.config.vocab_size, "say": 40, "most_probable": TOLD}
+    *answers, continued = ask(
+        job(exact, prompts[::4], **options),
+        job(half, prompts, **options),
+        job(half, texts, new_tokens=NEW_TOKENS, tokenize=True),
     )
-    differences = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        expected = model(torch.tensor([prompt]), use_cache=False).logits[0, -1].log_softmax(-1)
-        told = answer["logprobs"].isfinite()
-        assert int(told.sum()) == TOLD
-        differences.append((answer["logprobs"] - expected)[told].abs().max())
-    assert float(torch.stack(differences).max()) < 1e-2
+    expected = [model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1) for ids in prompts]
+    # Measured 3e-4 at most in float32. In float16 llama.cpp rounds activations, too: 2e-3 on average, 2e-2 at most.
+    average, most = differences(answers[0], expected[::4])
+    assert most < 1e-3, (average, most)
+    average, most = differences(answers[1], expected)
+    assert average < 5e-3 and most < 5e-2, (average, most)
     equal = 0
     for prompt, answer in zip(texts, continued, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -68,3 +69,14 @@ def test_llama_cpp_computes_what_transformers_computes(uniform: bool, folder: Pa
         new = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
         equal += tokenizer.decode(new, skip_special_tokens=True) == answer["text"]
     assert equal >= CONTINUED - 2
+
+
+def differences(answers: list[dict[str, Any]], expected: list[torch.Tensor]) -> tuple[float, float]:
+    """Average and largest difference of the tokens that llama.cpp told of."""
+    found = []
+    for answer, row in zip(answers, expected, strict=True):
+        told = answer["logprobs"].isfinite()
+        assert int(told.sum()) == TOLD
+        found.append((answer["logprobs"] - row)[told].abs())
+    every = torch.cat(found)
+    return float(every.mean()), float(every.max())
