@@ -67,6 +67,9 @@ ORDER = [
     "training",
     "loading",
     "saving",
+    "export.gguf_layout",
+    "export.gguf_tokenizer",
+    "export.gguf",
     "reporting",
     "journal_report",
     "journal_plot",
@@ -79,6 +82,7 @@ ORDER = [
     "cli_model",
     "cli_search",
     "cli_recover",
+    "cli_publish",
     "cli",
     "__main__",
 ]

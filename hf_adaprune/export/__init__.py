@@ -1,0 +1,5 @@
+"""Pruned models in the file formats of other runtimes."""
+
+from .gguf import export_gguf
+
+__all__ = ["export_gguf"]
