@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 # A schedule is a function of steps; with so many of them it is one of the share of the training that is over.
 RESOLUTION = 100_000
 ENDLESS = 10**7
+LOGGED = 50  # rows of the log
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,6 +329,7 @@ class _Course(TrainerCallback):
         self.steps, self.started, self.done = steps, started, 0
         self.first: float | None = None
         self.epoch = windows / (config.batch_size * config.gradient_accumulation)
+        self.told = 0.0
         self.bar: Any = None
 
     def share(self) -> float:
@@ -350,8 +352,10 @@ class _Course(TrainerCallback):
         if self.done <= self.epoch < self.done + 1 and (self.limit or self.steps > self.epoch + 1):
             logger.info("the training text was read once after %d steps; it is read again.", self.done + 1)
         self.done += 1
+        if self.share() >= self.told + 1 / LOGGED or self.done in (1, self.steps):
+            self.told, control.should_log = self.share(), True
         if self.limit is not None and time.perf_counter() - self.started + self._step() / 2 >= self.limit:
-            control.should_training_stop = True
+            control.should_log = control.should_training_stop = True
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """End the bar."""
@@ -434,7 +438,7 @@ def _trained_part(model: Any, config: RecoveryConfig) -> Iterator[Any]:
     import peft
 
     settings = config.lora
-    scale = 2 * settings.rank if settings.alpha is None else settings.alpha
+    scale: Any = 2 * settings.rank if settings.alpha is None else settings.alpha
     targets = list(settings.targets) or "all-linear"
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=settings.rank, lora_alpha=scale, target_modules=targets, task_type="CAUSAL_LM")
@@ -494,7 +498,7 @@ def _train(
                     save_strategy="no",
                     report_to="none",
                     disable_tqdm=True,
-                    logging_steps=10 if config.minutes is not None else max(steps // 50, 1),
+                    logging_strategy="no",  # the course says when
                     remove_unused_columns=False,
                 )
                 trainer = _RecoveryTrainer(
