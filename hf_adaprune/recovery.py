@@ -288,16 +288,18 @@ def training_texts(
             )
         )  # fmt: skip
     names = tuple(documents.name for documents in read["training"])
-    train, held = [], []
-    for part, share in zip(parts, shares, strict=True):
+    train: list[TokenBlocks] = []
+    held: list[TokenBlocks] = []
+    for blocks, share in zip(parts, shares, strict=True):
         # The windows that come first do not depend on how long the training is.
-        aside = min(max(round(share * config.held_out), 1) if config.held_out else 0, len(part) // 4)
-        held.append(part.select(slice(0, aside)))
-        train.append(part.select(slice(aside, len(part))))
+        aside = min(max(round(share * config.held_out), 1) if config.held_out else 0, len(blocks) // 4)
+        held.append(blocks.select(slice(0, aside)))
+        train.append(blocks.select(slice(aside, len(blocks))))
     if wanted is None and config.shares:
         # Without a number of tokens the source that is scarcest for its share says how much of the others is read.
-        room = min(len(part) / share for part, share in zip(train, shares, strict=True) if share)
-        train = [part.select(slice(0, max(int(share * room), 1))) for part, share in zip(train, shares, strict=True)]
+        pairs = list(zip(train, shares, strict=True))
+        room = min(len(own) / share for own, share in pairs if share)
+        train = [own.select(slice(0, max(int(share * room), 1))) for own, share in pairs]
     held_out = _joined(held, names)
     if config.held_out and not len(held_out):
         raise CalibrationError(

@@ -94,7 +94,7 @@ def test_same_seed_same_weights_and_weights_stay_narrow() -> None:
 @pytest.mark.parametrize("unit", ["channel", "layer"])
 def test_saved_with_plan_and_provenance(unit: str, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "dense")
-    pruned(units=(unit,), pruning_ratio=0.3).save_pretrained(tmp_path / "pruned")
+    pruned(units=(unit,), ratio=0.5).save_pretrained(tmp_path / "pruned")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     config = short(tokens=1000, hidden_weight=0.1, hidden_layers="all")
     result = recover(model, tiny_tokenizer(), tmp_path / "dense", config, sources=text())
