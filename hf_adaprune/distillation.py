@@ -344,8 +344,10 @@ class DistillationTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = self._signature_columns or []
-        self._signature_columns = columns if INDEX in columns else [*columns, INDEX]
+        # transformers initialises it with None, so its type says that it never is a list.
+        columns: Any = self._signature_columns
+        if INDEX not in columns:
+            columns.append(INDEX)
 
     def compute_loss(
         self,

@@ -39,9 +39,9 @@ def text(first: int = 1, name: str = "prose") -> TextSource:
     return TextSource(name, [calibration_prose(seed, 200) for seed in range(first, first + 30)])
 
 
-def pruned(**changes: Any) -> Any:
+def pruned(recipe: str = "magnitude", **changes: Any) -> Any:
     model = tiny_model("llama")
-    return prune(model, tiny_tokenizer(), config_of("magnitude", **changes))
+    return prune(model, tiny_tokenizer(), config_of(recipe, **changes))
 
 
 def short(**changes: Any) -> RecoveryConfig:
@@ -91,10 +91,10 @@ def test_same_seed_same_weights_and_weights_stay_narrow() -> None:
     assert not all(torch.equal(found[2][name], value) for name, value in found[0].items())
 
 
-@pytest.mark.parametrize("unit", ["channel", "layer"])
-def test_saved_with_plan_and_provenance(unit: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "ratio"), [("magnitude", 0.3), ("shortgpt", 0.5)])
+def test_saved_with_plan_and_provenance(recipe: str, ratio: float, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "dense")
-    pruned(units=(unit,), ratio=0.5).save_pretrained(tmp_path / "pruned")
+    pruned(recipe, ratio=ratio).save_pretrained(tmp_path / "pruned")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     config = short(tokens=1000, hidden_weight=0.1, hidden_layers="all")
     result = recover(model, tiny_tokenizer(), tmp_path / "dense", config, sources=text())
