@@ -140,7 +140,7 @@ def cache_teacher(
         raise ConfigError(f"`top_k` should be at least 1. Found {top_k}.")
     target = Path(folder)
     name = str(getattr(model.config, "_name_or_path", ""))
-    facts = {
+    facts: dict[str, Any] = {
         "sha256": blocks.digest, "windows": len(blocks), "temperature": temperature, "vocabulary": vocabulary_of(model),
         "top_k": min(top_k, vocabulary_of(model)), "teacher": _fingerprint(model), "name": name,
     }  # fmt: skip
@@ -149,8 +149,8 @@ def cache_teacher(
         different = [key for key in facts if key != "name" and there.facts.get(key) != facts[key]]
         if different:
             raise CheckpointError(
-                f"{target} holds a teacher cached with another {' and '.join(different)}. Name another folder, or "
-                "remove it."
+                f"{target} holds a teacher cached with another {' and '.join(different)}. Name another "
+                "folder, or remove it."
             )
         return there
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -235,8 +235,8 @@ def _split(model: Any, ids: torch.Tensor) -> _Split | None:
 class DistillationTrainer(Trainer):
     r"""A [`~transformers.Trainer`] whose loss is the divergence from a teacher, mixed with the language-model loss.
 
-    `alpha T^2 KL(teacher || student) + (1 - alpha) CE`, the mean over all next-token positions of a step (a label of
-    -100 is none), whatever the batch size and the gradient accumulation.
+    `alpha T^2 KL(teacher || student) + (1 - alpha) CE`, the mean over all next-token positions of a step (labels of
+    -100 are none), whatever the batch size and the gradient accumulation.
 
     Args:
         teacher (`PreTrainedModel`, `str` or [`CachedTeacher`]): the dense model, its folder or id on the Hub (loaded on
@@ -320,6 +320,7 @@ class DistillationTrainer(Trainer):
         return self.teacher
 
     def _dense(self) -> Any:
+        assert not isinstance(self.teacher, CachedTeacher)
         if isinstance(self.teacher, torch.nn.Module):
             return self.teacher
         from transformers import AutoModelForCausalLM
@@ -343,8 +344,10 @@ class DistillationTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if INDEX not in self._signature_columns:
-            self._signature_columns.append(INDEX)
+        # transformers initialises it with None, so its type says that it never is a list.
+        columns: Any = self._signature_columns
+        if INDEX not in columns:
+            columns.append(INDEX)
 
     def compute_loss(
         self,

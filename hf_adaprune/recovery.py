@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, get_scheduler
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 # A schedule is a function of steps; with so many of them it is one of the share of the training that is over.
 RESOLUTION = 100_000
 ENDLESS = 10**7
+LOGGED = 50  # rows of the log
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,16 +291,18 @@ def training_texts(
             )
         )  # fmt: skip
     names = tuple(documents.name for documents in read["training"])
-    train, held = [], []
-    for windows, share in zip(parts, shares, strict=True):
+    train: list[TokenBlocks] = []
+    held: list[TokenBlocks] = []
+    for blocks, share in zip(parts, shares, strict=True):
         # The windows that come first do not depend on how long the training is.
-        aside = min(max(round(share * config.held_out), 1) if config.held_out else 0, len(windows) // 4)
-        held.append(windows.select(slice(0, aside)))
-        train.append(windows.select(slice(aside, len(windows))))
+        aside = min(max(round(share * config.held_out), 1) if config.held_out else 0, len(blocks) // 4)
+        held.append(blocks.select(slice(0, aside)))
+        train.append(blocks.select(slice(aside, len(blocks))))
     if wanted is None and config.shares:
         # Without a number of tokens the source that is scarcest for its share says how much of the others is read.
-        room = min(len(part) / share for part, share in zip(train, shares, strict=True) if share)
-        train = [part.select(slice(0, max(int(share * room), 1))) for part, share in zip(train, shares, strict=True)]
+        pairs = list(zip(train, shares, strict=True))
+        room = min(len(own) / share for own, share in pairs if share)
+        train = [own.select(slice(0, max(int(share * room), 1))) for own, share in pairs]
     held_out = _joined(held, names)
     if config.held_out and not len(held_out):
         raise CalibrationError(
@@ -331,6 +334,7 @@ class _Course(TrainerCallback):
         self.steps, self.started, self.done = steps, started, 0
         self.first: float | None = None
         self.epoch = windows / (config.batch_size * config.gradient_accumulation)
+        self.told = 0.0
         self.bar: Any = None
 
     def share(self) -> float:
@@ -353,8 +357,10 @@ class _Course(TrainerCallback):
         if self.done <= self.epoch < self.done + 1 and (self.limit or self.steps > self.epoch + 1):
             logger.info("the training text was read once after %d steps; it is read again.", self.done + 1)
         self.done += 1
+        if self.share() >= self.told + 1 / LOGGED or self.done in (1, self.steps):
+            self.told, control.should_log = self.share(), True
         if self.limit is not None and time.perf_counter() - self.started + self._step() / 2 >= self.limit:
-            control.should_training_stop = True
+            control.should_log = control.should_training_stop = True
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """End the bar."""
@@ -437,11 +443,11 @@ def _trained_part(model: Any, config: RecoveryConfig) -> Iterator[Any]:
     import peft
 
     settings = config.lora
-    scale = 2 * settings.rank if settings.alpha is None else settings.alpha
+    scale: Any = 2 * settings.rank if settings.alpha is None else settings.alpha
     targets = list(settings.targets) or "all-linear"
     adapted = peft.get_peft_model(
         model,
-        peft.LoraConfig(r=settings.rank, lora_alpha=cast(int, scale), target_modules=targets, task_type="CAUSAL_LM"),
+        peft.LoraConfig(r=settings.rank, lora_alpha=scale, target_modules=targets, task_type="CAUSAL_LM"),
     )
     try:
         yield adapted
@@ -499,7 +505,7 @@ def _train(
                     save_strategy="no",
                     report_to="none",
                     disable_tqdm=True,
-                    logging_steps=10 if config.minutes is not None else max(steps // 50, 1),
+                    logging_strategy="no",  # the course says when
                     remove_unused_columns=False,
                 )
                 trainer = _RecoveryTrainer(
