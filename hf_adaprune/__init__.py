@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         SearchConfig,
         TextSource,
     )
+    from .card import model_card
     from .errors import AdaPruneError
+    from .hub import push_to_hub
     from .loading import result_of
     from .masking import masked
     from .metrics import METRICS
@@ -58,8 +60,10 @@ _WHERE = {
     "TextSource": "config",
     "apply_plan": "surgery",
     "find_sites": "sites",
+    "model_card": "card",
     "masked": "masking",
     "prune": "pipeline",
+    "push_to_hub": "hub",
     "result_of": "loading",
     "save_pruned": "saving",
     "search_plan": "pipeline",
@@ -87,8 +91,10 @@ __all__ = [
     "TextSource",
     "apply_plan",
     "find_sites",
+    "model_card",
     "masked",
     "prune",
+    "push_to_hub",
     "result_of",
     "save_pruned",
     "search_plan",

@@ -1,4 +1,4 @@
-"""The command line: prune, search, evaluate, show, demo.
+"""The command line: prune, search, evaluate, show, push, demo.
 
 Results go to standard output, everything else to standard error. torch and transformers are imported by the commands
 that need them, so that `--help` answers at once.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli_model import Loader
+from .cli_publish import add_push_arguments
 from .cli_search import (
     SEARCH_FIELDS,
     SUFFIXES,
@@ -194,6 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("path", metavar="PLAN|CHECKPOINT|JOURNAL", help="a JSON file, a checkpoint's folder, a journal")
     show.add_argument("--plot", metavar="FILE", help="draw it, too: .png, .svg or .pdf")
     show.set_defaults(run=_show)
+
+    add_push_arguments(commands, common)
+    commands.choices["push"].set_defaults(run=_publish)
 
     demo = commands.add_parser("demo", parents=[common], help="prune a small model and compare it with itself")
     demo.add_argument("--model", metavar="MODEL", help="folder or id on the Hub (default: SmolLM2-135M from PyPI)")
@@ -565,6 +569,11 @@ def _show(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     if arguments.plot:
         plot_widths(description.layers, arguments.plot, description.title)
     _answer(arguments, description.to_dict(), str(description))
+
+
+def _publish(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    if _is_first():
+        _answer(arguments, *arguments.publish(arguments))
 
 
 def _is_journal(path: Path) -> bool:

@@ -15,12 +15,13 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from .architectures import ARCHITECTURES, Architecture, Attention, Experts, Mlp, architecture_for
-from .layers import SkippedAttention, SkippedMlp, bind_views
+from .layers import bind_views
 from .sites import ModelSites
 
-__all__ = ["PROVENANCE_KEY", "drop_config_layers", "known_architecture", "update_config"]
+__all__ = ["MODEL_TAGS", "PROVENANCE_KEY", "drop_config_layers", "known_architecture", "update_config"]
 
 PROVENANCE_KEY = "adaprune"
+MODEL_TAGS = ("hf-adaprune", "pruned")  # of repositories on the Hub
 
 
 def architecture_to_dict(architecture: Architecture) -> dict[str, Any]:
@@ -183,5 +184,6 @@ def known_architecture(config: Any, own: Architecture | None = None) -> Architec
 
 def skipped_sublayers(layer: Any) -> list[str]:
     """Which sublayers of a decoder layer were removed, in transformers' words: `attention`, `mlp`."""
-    kinds = {SkippedAttention: "attention", SkippedMlp: "mlp"}
-    return sorted({kinds[type(module)] for module in layer.modules() if type(module) in kinds})
+    # By attribute: a model that was loaded by its remote code has classes of its own there.
+    kinds = (getattr(type(module), "removed_sublayer", None) for module in layer.modules())
+    return sorted({kind for kind in kinds if kind})

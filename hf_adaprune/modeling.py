@@ -17,10 +17,10 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .layers import LayerConfigView
-from .model_config import PROVENANCE_KEY, head_dim_of, known_architecture
+from .model_config import MODEL_TAGS, PROVENANCE_KEY, head_dim_of, known_architecture
 from .surgery import add_bias, skip_sublayers
 
-__all__ = ["prepare_layer_class"]
+__all__ = ["note_pruned", "prepare_layer_class"]
 
 
 def prepare_layer_class(model: nn.Module, config: Any) -> None:
@@ -40,6 +40,23 @@ def prepare_layer_class(model: nn.Module, config: Any) -> None:
         if layer_class is not None:
             _wrap(layer_class)
             return
+
+
+def note_pruned(model: Any, config: Any) -> None:
+    """Give a model that is built from a pruned checkpoint its tags, so that a push of transformers' own carries them.
+
+    The config may name remote code of its checkpoint. A class of transformers' own saves the name without the file, and
+    then the name leads nowhere: it goes.
+    """
+    if not config.__dict__.get(PROVENANCE_KEY):
+        return
+    model.add_model_tags(list(MODEL_TAGS))
+    references = config.__dict__.get("auto_map")
+    if isinstance(references, dict) and type(model).__module__.startswith("transformers.models."):
+        kept = {key: value for key, value in references.items() if not str(value).startswith("modeling_adaprune_")}
+        config.auto_map = kept
+        if not kept:
+            del config.auto_map
 
 
 def _upstream_builds_layers() -> bool:

@@ -22,9 +22,10 @@ from .config import PruningConfig, SearchConfig, Source, TextSource
 from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
-from .model_config import PROVENANCE_KEY, known_architecture
+from .model_config import MODEL_TAGS, PROVENANCE_KEY, known_architecture
 from .parallel import collect_together, processes
 from .plan import PruningPlan
+from .public import base_model_name
 from .searching import SearchResult, check_journal, check_search, find_best, search_needs, shared_costs
 from .sites import ModelSites, find_sites
 from .stages import (
@@ -43,6 +44,7 @@ from .surgery import apply_plan, assign_layer
 from .workers import Alone
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["PruningResult", "Sizes", "prune", "search_plan"]
@@ -89,6 +91,7 @@ class PruningResult:
         calibration (`dict[str, Any]`): tokens, windows, digest and domains of the pool.
         seconds (`dict[str, float]`): time per stop.
         search ([`SearchResult`], *optional*): what a search found; `config` and `plan` are its winner's.
+        base_model (`str`, *optional*): the dense model's id on the Hub, or the name of its folder.
     """
 
     model: Any
@@ -103,6 +106,7 @@ class PruningResult:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     search: SearchResult | None = None
+    base_model: str = ""
 
     @property
     def pruning_ratio(self) -> float:
@@ -129,6 +133,7 @@ class PruningResult:
             },
             "calibration": dict(self.calibration),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            **({"base_model": self.base_model} if self.base_model else {}),
             **({} if self.search is None else {"search": self.search.to_dict()}),
         }
 
@@ -137,6 +142,12 @@ class PruningResult:
         from .saving import save_pruned
 
         return save_pruned(self, output_dir, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Publish everything with a model card, in one commit; see [`hf_adaprune.push_to_hub`]."""
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
 
 def prune(
@@ -259,6 +270,7 @@ def prune(
         assign_layer(cut.layers[plan.kept_layers().index(number)], state)
     clock.stop("surgery")
     _note_provenance(cut, config, plan)
+    model.add_model_tags(list(MODEL_TAGS))
     after = Sizes.of(cut)
     pruned = {name: perplexity(model, report) for name, report in reports.items()}
     clock.stop("report pruned")
@@ -287,6 +299,7 @@ def prune(
         facts,
         clock.seconds,
         found,
+        base_model_name(model),
     )
 
 
