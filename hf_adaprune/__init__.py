@@ -13,6 +13,7 @@ from . import loading as _loading
 
 if TYPE_CHECKING:
     from .architectures import ARCHITECTURES, Architecture, Attention, Experts, Mlp
+    from .card import model_card
     from .config import (
         RECIPES,
         AllocationConfig,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
         SearchConfig,
         TextSource,
     )
-    from .card import model_card
     from .errors import AdaPruneError
     from .hub import push_to_hub
     from .loading import result_of
@@ -91,8 +91,8 @@ __all__ = [
     "TextSource",
     "apply_plan",
     "find_sites",
-    "model_card",
     "masked",
+    "model_card",
     "prune",
     "push_to_hub",
     "result_of",

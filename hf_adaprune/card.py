@@ -100,13 +100,15 @@ def model_card(
 
     run, description = read_run(folder), describe_checkpoint(folder)
     extra = _evaluation_file(Path(folder))
-    base = base_model or str(run.get("base_model") or "")
+    known = str(run.get("base_model") or "")
+    # A bare name may be an old id or the last part of a folder's path: only somebody who says so makes it a link.
+    linked = base_model or (known if "/" in known and is_repo_id(known) else None)
     name = repo_id.rsplit("/", 1)[-1]
     licensed = {"license": license} if isinstance(license, str) else dict(license or {})
     try:
         results = _eval_results(run, extra)
         data = ModelCardData(
-            base_model=base if is_repo_id(base) else None,
+            base_model=linked,
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=list(MODEL_TAGS),
@@ -114,7 +116,7 @@ def model_card(
             eval_results=results or None,
             **licensed,  # type: ignore[arg-type]
         )
-        body = _body(run, extra, description, form_of(folder), repo_id, base, picture)
+        body = _body(run, extra, description, form_of(folder), repo_id, linked, known, picture)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
             f"{Path(folder) / CONFIG_NAME} is not as this package writes it ({error!r}). Restore the file of the run."
@@ -196,12 +198,13 @@ def _body(
     description: Description,
     form: str,
     repo_id: str,
-    base: str,
+    linked: str | None,
+    known: str,
     picture: bool,
 ) -> str:
     config = run["config"]
     ratio = 100 * float(run["pruning_ratio"])
-    dense = f"[{base}](https://huggingface.co/{base})" if is_repo_id(base) else _plain(base) or "a dense model"
+    dense = f"[{linked}](https://huggingface.co/{linked})" if linked else _plain(known) or "A dense model"
     parts = [
         f"# {repo_id.rsplit('/', 1)[-1]}",
         f"{dense} with {ratio:.1f} % of its decoder-layer parameters removed by structured pruning with "

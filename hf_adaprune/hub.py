@@ -19,7 +19,7 @@ from .card import PICTURE_NAME, model_card, read_run
 from .config import CONFIG_NAME
 from .errors import AdaPruneError, CheckpointError, HubError, JournalError, MissingDependencyError
 from .plan import PruningPlan
-from .public import find_token, is_repo_id, public, without_tokens
+from .public import find_token, public, without_tokens
 from .remote_code import add_remote_code, module_name
 from .reporting import Description, LayerWidths, describe_checkpoint, layer_widths, plot_widths
 from .saving import PLAN_NAME, check_round_trip, save_pruned
@@ -100,8 +100,6 @@ def push_to_hub(
             journal = _journal_of(source, folder)
         record = read_run(folder)
         description = check_checkpoint(folder, record)
-        known = str(record.get("base_model") or "")
-        base = base_model or (known if is_repo_id(known) else None)
         files: dict[str, Path | bytes] = {**_files(folder)}
         files[CONFIG_NAME] = _json(record)
         if journal is not None:
@@ -112,17 +110,16 @@ def push_to_hub(
         _forbid_tokens(files, secret)  # before anything is sent
         with _told(secret, repo_id):
             api = _api(token)
-            if license is None and base is not None:
-                licensed: Mapping[str, str] = _license_of(api, base)
-            else:
-                licensed = {} if license is None else {"license": license}
             if (folder / "README.md").is_file():
                 files["README.md"] = folder / "README.md"
             else:
                 picture = _picture(description, Path(staging) / PICTURE_NAME, repo_id)
                 if picture is not None:
                     files[PICTURE_NAME] = picture
-                card = model_card(shown, repo_id, base_model=base, license=licensed, picture=picture is not None)
+                options: dict[str, Any] = {"base_model": base_model, "picture": picture is not None}
+                card = model_card(shown, repo_id, license=license, **options)
+                if license is None and card.data.base_model:
+                    card = model_card(shown, repo_id, license=_license_of(api, card.data.base_model), **options)
                 files["README.md"] = str(card).encode()
             _forbid_tokens({"README.md": files["README.md"]}, secret)
             repo_id = _repository(api, repo_id, private, create_pr)
@@ -350,22 +347,27 @@ def _told(secret: str | None, repo_id: str) -> Iterator[None]:
     except AdaPruneError:
         raise
     except HFValidationError as error:
-        message = f"{repo_id!r} is no name of a repository ({error}). Write it as owner/name."
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = _ADVICE.get(status, "Run the same command again; what has arrived is not sent twice.")
-        said = error.server_message or str(error).split("\n", 1)[0]
-        message = f"the Hub answered {status} ({said}). Nothing was published to {repo_id}. {advice}"
+        message = f"{repo_id!r} is no name of a repository ({_line(error)}). Write it as owner/name."
     except Exception as error:
-        # Connections break as httpx errors, OSError, RuntimeError around either.
-        cause = error.__cause__ or error
-        message = (
-            f"the upload to {repo_id} broke off ({type(cause).__name__}: {str(cause).splitlines()[:1]}). Nothing was "
-            "published. Run the same command again; what has arrived is not sent twice."
-        )
+        # Large files fail inside threads, as a RuntimeError around what happened.
+        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            advice = _ADVICE.get(status, "Run the same command again; what has arrived is not sent twice.")
+            said = f"the Hub answered {status} ({cause.server_message or _line(cause)})"
+            message = f"{said}. Nothing was published to {repo_id}. {advice}"
+        else:
+            message = (
+                f"the upload to {repo_id} broke off ({type(cause).__name__}: {_line(cause)}). Nothing was published. "
+                "Run the same command again; what has arrived is not sent twice."
+            )
     if message:
         # Not `from error`: a traceback would print what the message leaves out.
         raise HubError(without_tokens(message, secret)) from None
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _license_of(api: HfApi, base: str) -> dict[str, str]:

@@ -177,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def handle_request(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        raw = urlsplit(self.path).path  # a revision with slashes comes quoted
+        path = unquote(raw)
         with self.hub.lock:
             self.hub.requests.append((self.command, path))
             self.hub.authorizations.add(self.headers.get("Authorization", ""))
@@ -196,11 +197,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(fault.status, {"error": fault.message}, {"X-Error-Message": fault.message})
             return
         for pattern, method, route in ROUTES:
-            if method == self.command and (found := re.fullmatch(pattern, path)):
+            if method == self.command and (found := re.fullmatch(pattern, raw)):
                 with self.hub.lock:
                     if method in ("POST", "PUT") and not path.startswith("/lfs/"):
                         self.hub.bodies.append(data)
-                    route(self, data, *found.groups())
+                    route(self, data, *(group and unquote(group) for group in found.groups()))
                 return
         self.answer(404, {"error": f"no route {self.command} {path}"})
 
@@ -319,7 +320,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
         self.answer(200, headers=headers, raw=content)
 
-    def info(self, data: bytes, name: str, _: str | None = None, revision: str | None = None) -> None:
+    def info(self, data: bytes, name: str, revision: str | None = None) -> None:
         commit = self.commit_at(name, revision or "main")
         if commit is not None:
             self.answer(
@@ -333,12 +334,17 @@ class _Handler(BaseHTTPRequestHandler):
                 },
             )
 
-    def tree(self, data: bytes, name: str, revision: str) -> None:
+    def tree(self, data: bytes, name: str, revision: str, below: str | None = None) -> None:
         commit = self.commit_at(name, revision)
         if commit is None:
             return
+        if below and not any(path.startswith(f"{below}/") for path in commit.files):
+            self.answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            return
         entries = []
         for path, content in commit.files.items():
+            if below and not path.startswith(f"{below}/"):
+                continue
             entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
             if path.endswith(LARGE):
                 entry["lfs"] = {
@@ -350,19 +356,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, entries)
 
 
-_NAME = r"([^/]+/[^/]+)"
+_NAME, _REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
 _API = rf"/api/models/{_NAME}"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     (r"/api/whoami-v2", "GET", _Handler.whoami),
     (r"/api/repos/create", "POST", _Handler.create),
     (r"/api/validate-yaml", "POST", _Handler.validate),
-    (rf"{_API}/branch/(.+)", "POST", _Handler.branch),
-    (rf"{_API}/preupload/(.+)", "POST", _Handler.preupload),
-    (rf"{_API}/commit/(.+)", "POST", _Handler.commit),
-    (rf"{_API}/tree/(.+?)/?", "GET", _Handler.tree),
-    (rf"{_API}(/revision/(.+))?", "GET", _Handler.info),
+    (rf"{_API}/branch/{_REVISION}", "POST", _Handler.branch),
+    (rf"{_API}/preupload/{_REVISION}", "POST", _Handler.preupload),
+    (rf"{_API}/commit/{_REVISION}", "POST", _Handler.commit),
+    (rf"{_API}/tree/{_REVISION}(?:/(.*))?", "GET", _Handler.tree),
+    (rf"{_API}(?:/revision/{_REVISION})?", "GET", _Handler.info),
     (rf"/{_NAME}\.git/info/lfs/objects/batch", "POST", _Handler.batch),
     (r"/lfs/([0-9a-f]+)", "PUT", _Handler.upload),
-    (rf"/{_NAME}/resolve/((?:refs/pr/)?[^/]+)/(.+)", "GET", _Handler.resolve),
-    (rf"/{_NAME}/resolve/((?:refs/pr/)?[^/]+)/(.+)", "HEAD", _Handler.resolve),
+    (rf"/{_NAME}/resolve/{_REVISION}/(.+)", "GET", _Handler.resolve),
+    (rf"/{_NAME}/resolve/{_REVISION}/(.+)", "HEAD", _Handler.resolve),
 ]
