@@ -305,17 +305,22 @@ def _method(run: Mapping[str, Any]) -> list[str]:
             f"calibration: {calibration['tokens']:,} tokens in {calibration['windows']:,} windows of "
             f"{calibration['sequence_length']:,}, from {', '.join(domains)}"
         )
+    seconds = run.get("seconds") or {}
     if search := run.get("search"):
+        cost = f" in {_time(seconds['search'])}" if "search" in seconds else ""
         lines.append(
-            f"search: {search['trials']} trials ({', '.join(map(_plain, search['strategy']))}) for the lowest "
+            f"search: {search['trials']} trials ({', '.join(map(_plain, search['strategy']))}){cost} for the lowest "
             f"{_plain(search['objective'])} on selection text; trial {search['winner']['trial']} won"
         )
     lines.append(f"seed {config['seed']}, plan `{_plain(run['plan_digest'])[:16]}`")
-    seconds = run.get("seconds") or {}
     if seconds:
-        lines.append(f"time of the run, reading and reporting included: {sum(seconds.values()) / 60:.1f} minutes")
+        lines.append(f"time of the run, reading and reporting included: {_time(sum(seconds.values()))}")
     tail = "The whole config and every measurement are in `pruning_config.json`, which units stayed in "
     return ["\n".join(f"- {line}" for line in lines), tail + "`pruning_plan.json`."]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
 
 
 def _mixture(metrics: Mapping[str, float]) -> str:

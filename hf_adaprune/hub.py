@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from .card import PICTURE_NAME, model_card, read_run
 from .config import CONFIG_NAME
 from .errors import AdaPruneError, CheckpointError, HubError, JournalError, MissingDependencyError
-from .plan import PruningPlan
+from .plan import PruningPlan, SitePlan, split_site_name
 from .public import find_token, public, without_tokens
 from .remote_code import add_remote_code, module_name
-from .reporting import Description, LayerWidths, describe_checkpoint, layer_widths, plot_widths
+from .reporting import Description, LayerWidths, describe_checkpoint, plot_widths
 from .saving import PLAN_NAME, check_round_trip, save_pruned
 
 if TYPE_CHECKING:
@@ -181,19 +181,23 @@ def check_checkpoint(folder: str | os.PathLike[str], run: Mapping[str, Any] | No
         raise CheckpointError(
             f"{folder}: the plan is for {plan.model_type!r} and the checkpoint a {description.model_type!r}."
         )
-    planned = {row.layer: row for row in layer_widths(plan) if not row.dropped}
     found = {row.layer: row for row in description.layers if not row.dropped}
-    if found and (planned.keys() != found.keys() or any(_differ(planned[n], found[n]) for n in found)):
+    if found and (tuple(found) != plan.kept_layers() or not all(_fits(*cut, found) for cut in plan.changed())):
         raise CheckpointError(
             f"{folder}: the layers are not as wide as the plan says. Config, weights and plan are of different runs."
         )
     return description
 
 
-def _differ(planned: LayerWidths, found: LayerWidths) -> bool:
-    pairs = ((getattr(planned, name), getattr(found, name)) for name in ("heads", "groups", "channels", "experts"))
-    # A sublayer that goes whole keeps 0 of everything; which of the numbers says so differs by kind.
-    return any(a is not None and b is not None and a[0] != b[0] and (a[0] or b[0]) for a, b in pairs)
+def _fits(name: str, kept: SitePlan, found: Mapping[int, LayerWidths]) -> bool:
+    layer, kind = split_site_name(name)
+    row, groups, each = found[layer], len(kept.kept_groups), kept.kept_per_group
+    planned = {
+        "attention": ((row.heads, groups * each), (row.groups, groups)),
+        "mlp": ((row.channels, each),),
+        "experts": ((row.experts, groups), (row.channels, each)),
+    }
+    return all(pair is None or pair[0] == count for pair, count in planned[kind])
 
 
 def _check_shards(folder: Path) -> None:

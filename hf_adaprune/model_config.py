@@ -18,9 +18,11 @@ from .architectures import ARCHITECTURES, Architecture, Attention, Experts, Mlp,
 from .layers import bind_views
 from .sites import ModelSites
 
-__all__ = ["MODEL_TAGS", "PROVENANCE_KEY", "drop_config_layers", "known_architecture", "update_config"]
+__all__ = ["LOADING", "MODEL_TAGS", "PROVENANCE_KEY", "drop_config_layers", "known_architecture", "update_config"]
 
 PROVENANCE_KEY = "adaprune"
+# Beside the `per_layer_config` that transformers' error points at: it has no place for a message of ours.
+LOADING = "import hf_adaprune before from_pretrained"
 MODEL_TAGS = ("hf-adaprune", "pruned")  # of repositories on the Hub
 
 
@@ -76,7 +78,7 @@ def update_config(sites: ModelSites, added_biases: Mapping[int, Iterable[str]]) 
             setattr(config, name, value)
         config.__dict__.pop(PROVENANCE_KEY, None)
     else:
-        provenance = {**(config.__dict__.get(PROVENANCE_KEY) or {}), "added_biases": biases}
+        provenance = {**(config.__dict__.get(PROVENANCE_KEY) or {}), "added_biases": biases, "loading": LOADING}
         if architecture.model_type not in ARCHITECTURES:
             provenance["architecture"] = architecture_to_dict(architecture)
         setattr(config, PROVENANCE_KEY, provenance)

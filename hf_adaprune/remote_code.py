@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import CheckpointError, UnsupportedModelError
 from .layers import LayerConfigView, SkippedAttention, SkippedMlp
-from .model_config import PROVENANCE_KEY, known_architecture
+from .model_config import LOADING, PROVENANCE_KEY, known_architecture
 
 __all__ = ["add_remote_code", "is_needed", "load_class", "module_name", "render"]
 
@@ -79,6 +79,15 @@ class $model_class(_Base):
     @classmethod
     def is_custom_code(cls):
         return False  # or the renamings between stored and live weights of the family would not be applied
+
+    # transformers reads these two off the source of a class's module, and the attention is in the base's.
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return _Base._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return _Base._can_set_experts_implementation()
 
 
 def _build_layer(config, number):
@@ -185,6 +194,7 @@ def add_remote_code(folder: Path, model_class: type, config: Any) -> Path | None
     data = json.loads(place.read_text(encoding="utf-8"))
     # The class has the name of the one it extends: a model loaded with it saves the same `architectures` again.
     data["auto_map"] = {**data.get("auto_map", {}), _AUTO_CLASS: f"{name}.{data['architectures'][0]}"}
+    data[PROVENANCE_KEY] = {**data.get(PROVENANCE_KEY, {}), "loading": f"{LOADING}, or pass it trust_remote_code=True"}
     place.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return file
 

@@ -194,7 +194,9 @@ def test_the_license_and_the_name_of_the_base_model(hub: FakeHub, folder: Path, 
     data = huggingface_hub.ModelCard(hub.repositories["me/tiny"].files["README.md"].decode()).data
     assert data.base_model == "big/dense"
     assert (data.license, data.license_name) == ("other", "dense-1.0")
-    (folder / "pruning_config.json").write_text(json.dumps(record | {"base_model": str(tmp_path / "secrets" / "dense")}))
+    (folder / "pruning_config.json").write_text(
+        json.dumps(record | {"base_model": str(tmp_path / "secrets" / "dense")})
+    )
     push_to_hub(folder, "me/other")
     text = hub.repositories["me/other"].files["README.md"].decode()
     assert "base_model" not in text and "license" not in text
