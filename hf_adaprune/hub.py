@@ -111,6 +111,7 @@ def push_to_hub(
         with _told(secret, repo_id):
             api = _api(token)
             if (folder / "README.md").is_file():
+                _stays_inside(folder / "README.md", folder)
                 files["README.md"] = folder / "README.md"
             else:
                 picture = _picture(description, Path(staging) / PICTURE_NAME, repo_id)

@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import CheckpointError, UnsupportedModelError
 from .layers import LayerConfigView, SkippedAttention, SkippedMlp
-from .model_config import LOADING, PROVENANCE_KEY, known_architecture
+from .model_config import LOADING, PROVENANCE_KEY, known_architecture, provenance_of
 
 __all__ = ["add_remote_code", "is_needed", "load_class", "module_name", "render"]
 
@@ -128,8 +128,7 @@ def is_needed(config: Any) -> bool:
     Args:
         config (`PreTrainedConfig`): of a pruned model.
     """
-    provenance = config.__dict__.get(PROVENANCE_KEY) or {}
-    return bool(getattr(config, "is_heterogeneous", False) or provenance.get("added_biases"))
+    return bool(getattr(config, "is_heterogeneous", False) or provenance_of(config).get("added_biases"))
 
 
 def render(model_class: type, config: Any) -> str:
