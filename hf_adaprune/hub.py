@@ -119,8 +119,9 @@ def push_to_hub(
                     files[PICTURE_NAME] = picture
                 options: dict[str, Any] = {"base_model": base_model, "picture": picture is not None}
                 card = model_card(shown, repo_id, license=license, **options)
-                if license is None and card.data.base_model:
-                    card = model_card(shown, repo_id, license=_license_of(api, card.data.base_model), **options)
+                dense = card.data.to_dict().get("base_model")
+                if license is None and dense:
+                    card = model_card(shown, repo_id, license=_license_of(api, dense), **options)
                 files["README.md"] = str(card).encode()
             _forbid_tokens({"README.md": files["README.md"]}, secret)
             repo_id = _repository(api, repo_id, private, create_pr)

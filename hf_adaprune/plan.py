@@ -264,7 +264,7 @@ def _site_from_dict(entry: Mapping[str, Any]) -> SitePlan:
     for start, stop in entry["kept"]:
         # Before the runs are written out: a crafted one could fill the memory.
         if not end <= start <= stop <= whole.units:
-            raise PlanError(f"kept units should be ascending runs in [0, {whole.units}). Found [{start}, {stop}].")
+            raise PlanError(f"kept units should be in [0, {whole.units}), in ascending runs. Found [{start}, {stop}].")
         end = stop
     kept = tuple(unit for start, stop in entry["kept"] for unit in range(start, stop))
     return SitePlan(whole.groups, whole.group_size, kept)
