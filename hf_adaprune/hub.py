@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .card import PICTURE_NAME, model_card, read_run
+from .card import EVALUATION_NAME, PICTURE_NAME, model_card, read_run
 from .config import CONFIG_NAME
 from .errors import AdaPruneError, CheckpointError, HubError, JournalError, MissingDependencyError
 from .plan import PruningPlan, SitePlan, split_site_name
@@ -98,10 +98,13 @@ def push_to_hub(
     with _folder(source, remote_code) as folder, tempfile.TemporaryDirectory(prefix="hf_adaprune_") as staging:
         if journal is None:
             journal = _journal_of(source, folder)
+        _stays_inside(folder / CONFIG_NAME, folder)
         record = read_run(folder)
         description = check_checkpoint(folder, record)
         files: dict[str, Path | bytes] = {**_files(folder)}
         files[CONFIG_NAME] = _json(record)
+        for name, copy in _public_copies(files):
+            files[name] = copy
         if journal is not None:
             files[JOURNAL_NAME] = _public_journal(Path(journal))
         shown = folder
@@ -232,6 +235,19 @@ def _files(folder: Path) -> dict[str, Path]:
     if left:
         logger.info("left out of the upload: %s", ", ".join(left))
     return found
+
+
+def _public_copies(files: Mapping[str, Path | bytes]) -> Iterator[tuple[str, bytes]]:
+    """Other files that may say where something lay on this machine."""
+    for name in (EVALUATION_NAME, "tokenizer_config.json"):
+        file = files.get(name)
+        if isinstance(file, Path):
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if name == EVALUATION_NAME:
+                yield name, _json(public(data))
+            elif isinstance(data, dict) and "name_or_path" in data:
+                # The rest are tokens and templates, in which a slash is a slash.
+                yield name, _json({**data, "name_or_path": public(data["name_or_path"])})
 
 
 def _stays_inside(path: Path, folder: Path) -> None:

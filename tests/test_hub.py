@@ -313,6 +313,17 @@ def test_pickles_logs_and_hidden_files_stay_at_home(
     assert "training_args.bin" in caplog.text
 
 
+def test_other_files_are_published_without_folders_too(hub: FakeHub, folder: Path) -> None:
+    (folder / "evaluation.json").write_text(json.dumps({"model": "/private/place/tiny", "results": {}, "speed": {}}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    changed = tokenizer | {"name_or_path": "/private/place/dense", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(changed))
+    push_to_hub(folder, "me/tiny")
+    files = hub.repositories["me/tiny"].files
+    assert json.loads(files["evaluation.json"])["model"] == "tiny"
+    assert json.loads(files["tokenizer_config.json"]) == changed | {"name_or_path": "dense"}
+
+
 def test_files_are_named_without_their_folders(hub: FakeHub, tmp_path: Path) -> None:
     places = {}
     for name in ("sources", "selection", "report"):
