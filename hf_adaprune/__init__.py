@@ -13,6 +13,7 @@ from . import loading as _loading
 
 if TYPE_CHECKING:
     from .architectures import ARCHITECTURES, Architecture, Attention, Experts, Mlp
+    from .card import model_card
     from .config import (
         RECIPES,
         AllocationConfig,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .cut_schedule import stage_shares
     from .distillation import DistillationTrainer
     from .errors import AdaPruneError
+    from .hub import push_to_hub
     from .loading import result_of
     from .masking import masked
     from .metrics import METRICS
@@ -68,8 +70,10 @@ _WHERE = {
     "TextSource": "config",
     "apply_plan": "surgery",
     "find_sites": "sites",
+    "model_card": "card",
     "masked": "masking",
     "prune": "pipeline",
+    "push_to_hub": "hub",
     "recover": "recovery",
     "result_of": "loading",
     "save_pruned": "saving",
@@ -105,7 +109,9 @@ __all__ = [
     "apply_plan",
     "find_sites",
     "masked",
+    "model_card",
     "prune",
+    "push_to_hub",
     "recover",
     "result_of",
     "save_pruned",

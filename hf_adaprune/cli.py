@@ -1,4 +1,4 @@
-"""The command line: prune, search, recover, evaluate, show, export, demo.
+"""The command line: prune, search, recover, evaluate, show, push, export, demo.
 
 Results go to standard output, everything else to standard error. torch and transformers are imported by the commands
 that need them, so that `--help` answers at once.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli_model import Loader
-from .cli_publish import add_export_arguments, run_export
+from .cli_publish import add_export_arguments, add_push_arguments, run_export
 from .cli_recover import add_recover_arguments, run_recover
 from .cli_search import (
     SEARCH_FIELDS,
@@ -201,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--plot", metavar="FILE", help="draw it, too: .png, .svg or .pdf")
     show.set_defaults(run=_show)
     add_export_arguments(commands, common).set_defaults(run=_export)
+
+    add_push_arguments(commands, common)
+    commands.choices["push"].set_defaults(run=_publish)
 
     demo = commands.add_parser("demo", parents=[common], help="prune a small model and compare it with itself")
     demo.add_argument("--model", metavar="MODEL", help="folder or id on the Hub (default: SmolLM2-135M from PyPI)")
@@ -576,6 +579,11 @@ def _show(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
 def _export(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     _answer(arguments, *run_export(arguments))
+
+
+def _publish(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    if _is_first():
+        _answer(arguments, *arguments.publish(arguments))
 
 
 def _is_journal(path: Path) -> bool:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,10 @@ class PruningConfig:
         Raises:
             ConfigError: an unknown field, or a value out of range.
         """
+        with _wrong_types("PruningConfig"):
+            return self._changed(changes)
+
+    def _changed(self, changes: Mapping[str, Any]) -> PruningConfig:
         prepared: dict[str, Any] = {}
         for name, value in changes.items():
             if name not in {f.name for f in fields(self)}:
@@ -235,6 +240,8 @@ class PruningConfig:
         Raises:
             ConfigError: a value is out of range, or texts in memory would be needed.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a config should be a mapping of fields. Found {data!r}.")
         known = dict(data)
         known.pop("version", None)
         parts = {
@@ -248,8 +255,10 @@ class PruningConfig:
             if name in known and not (name == "search" and known[name] is None):
                 if not isinstance(known[name], Mapping):
                     raise ConfigError(f"`{name}` should be a mapping of fields. Found {known[name]!r}.")
-                known[name] = kind(**_known_fields(kind, known[name]))
-        return cls(**_known_fields(cls, known))
+                with _wrong_types(name):
+                    known[name] = kind(**_known_fields(kind, known[name]))
+        with _wrong_types("PruningConfig"):
+            return cls(**_known_fields(cls, known))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `pruning_config.json` into a folder, which is made where it is missing."""
@@ -284,11 +293,24 @@ class PruningConfig:
             raise ConfigError(
                 f"There is no {CONFIG_NAME} in {path.parent}. Was the model pruned by this package?"
             ) from error
-        except json.JSONDecodeError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not JSON: {error}.") from error
         if not isinstance(data, Mapping):
             raise ConfigError(f"{path} should hold a JSON object.")
         return cls.from_dict(data.get("config", data))
+
+
+@contextmanager
+def _wrong_types(name: str) -> Iterator[None]:
+    """What a field of a wrong type runs into is an error of the config."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise ConfigError(
+            f"a field of {name} has a value of a wrong type: {error}. Compare with its docstring."
+        ) from error
 
 
 def _looks_like_percent(ratio: Any) -> bool:

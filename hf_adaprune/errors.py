@@ -37,6 +37,10 @@ class CheckpointError(AdaPruneError, RuntimeError):
     """A checkpoint could not be written, or what was written does not reload to the same model."""
 
 
+class HubError(AdaPruneError, RuntimeError):
+    """The Hub refused or broke off an upload; the message says what it answered and what to do."""
+
+
 class MissingDependencyError(AdaPruneError, ImportError):
     """An optional dependency is missing; the message names the extra that brings it."""
 

@@ -60,6 +60,8 @@ class SkippedAttention(nn.Module):
     of the cache from the first layer of each attention type, which may be this one.
     """
 
+    removed_sublayer = "attention"
+
     def __init__(self, layer_idx: int, head_dim: int) -> None:
         """Take the layer number and the head size of the zero head."""
         super().__init__()
@@ -93,6 +95,8 @@ class SkippedAttention(nn.Module):
 class SkippedMlp(nn.Module):
     """Stands where an MLP was removed: adds nothing to the residual stream."""
 
+    removed_sublayer = "mlp"
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Zeros in the shape of the input."""
         return torch.zeros_like(hidden_states)
@@ -109,5 +113,6 @@ def bind_views(layers: Iterable[Any], config: Any) -> None:
         view = LayerConfigView(config, number) if mixed else config
         for module in layer.modules():
             own = module.__dict__.get("config")
-            if own is not None and (own is config or isinstance(own, LayerConfigView)):
+            # By name: a model that was loaded by its remote code has views of a class of its own.
+            if own is not None and (own is config or type(own).__name__ == LayerConfigView.__name__):
                 module.config = view

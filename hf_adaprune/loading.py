@@ -84,10 +84,11 @@ def _wrap(module: ModuleType) -> None:
 
     @functools.wraps(build)
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        from .modeling import prepare_layer_class
+        from .modeling import note_pruned, prepare_layer_class
 
         prepare_layer_class(self, config)
         build(self, config, *args, **kwargs)
+        note_pruned(self, config)
 
     @functools.wraps(load)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

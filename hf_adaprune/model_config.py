@@ -15,12 +15,24 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from .architectures import ARCHITECTURES, Architecture, Attention, Experts, Mlp, architecture_for
-from .layers import SkippedAttention, SkippedMlp, bind_views
+from .errors import CheckpointError
+from .layers import bind_views
 from .sites import ModelSites
 
-__all__ = ["PROVENANCE_KEY", "drop_config_layers", "known_architecture", "update_config"]
+__all__ = [
+    "LOADING",
+    "MODEL_TAGS",
+    "PROVENANCE_KEY",
+    "drop_config_layers",
+    "known_architecture",
+    "provenance_of",
+    "update_config",
+]
 
 PROVENANCE_KEY = "adaprune"
+# Beside the `per_layer_config` that transformers' error points at: it has no place for a message of ours.
+LOADING = "import hf_adaprune before from_pretrained"
+MODEL_TAGS = ("hf-adaprune", "pruned")  # of repositories on the Hub
 
 
 def architecture_to_dict(architecture: Architecture) -> dict[str, Any]:
@@ -75,7 +87,7 @@ def update_config(sites: ModelSites, added_biases: Mapping[int, Iterable[str]]) 
             setattr(config, name, value)
         config.__dict__.pop(PROVENANCE_KEY, None)
     else:
-        provenance = {**(config.__dict__.get(PROVENANCE_KEY) or {}), "added_biases": biases}
+        provenance = {**(config.__dict__.get(PROVENANCE_KEY) or {}), "added_biases": biases, "loading": LOADING}
         if architecture.model_type not in ARCHITECTURES:
             provenance["architecture"] = architecture_to_dict(architecture)
         setattr(config, PROVENANCE_KEY, provenance)
@@ -172,16 +184,42 @@ def drop_config_layers(config: Any, architecture: Architecture, kept: Iterable[i
         config.max_window_layers = sum(old < config.max_window_layers for old in kept)
 
 
+def provenance_of(config: Any) -> dict[str, Any]:
+    """What this package wrote into a config; empty for a config without.
+
+    Raises:
+        CheckpointError: something else stands there.
+    """
+    found = config.__dict__.get(PROVENANCE_KEY) or {}
+    biases = found.get("added_biases", {}) if isinstance(found, dict) else None
+    if not isinstance(biases, dict) or not all(
+        number.isdecimal() and isinstance(paths, (list, tuple)) and all(isinstance(path, str) for path in paths)
+        for number, paths in biases.items()
+    ):
+        raise CheckpointError(
+            f"`{PROVENANCE_KEY}` in config.json should be what hf_adaprune writes, with lists of matrices by layer in "
+            f"`added_biases`. Found {str(found)[:80]!r}. Is the checkpoint whole, and from a source that you trust?"
+        )
+    return found
+
+
 def known_architecture(config: Any, own: Architecture | None = None) -> Architecture:
     """The architecture of a config: the caller's, the one its checkpoint carries, or a built-in one."""
-    carried = (config.__dict__.get(PROVENANCE_KEY) or {}).get("architecture")
+    carried = provenance_of(config).get("architecture")
     candidates = [own] if own is not None else []
     if carried:
-        candidates.append(architecture_from_dict(carried))
+        try:
+            candidates.append(architecture_from_dict(carried))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"`{PROVENANCE_KEY}.architecture` in config.json describes no architecture: {error!r}. Is the "
+                "checkpoint whole, and from a source that you trust?"
+            ) from error
     return architecture_for(config.model_type, candidates)
 
 
 def skipped_sublayers(layer: Any) -> list[str]:
     """Which sublayers of a decoder layer were removed, in transformers' words: `attention`, `mlp`."""
-    kinds = {SkippedAttention: "attention", SkippedMlp: "mlp"}
-    return sorted({kinds[type(module)] for module in layer.modules() if type(module) in kinds})
+    # By attribute: a model that was loaded by its remote code has classes of its own there.
+    kinds = (getattr(type(module), "removed_sublayer", None) for module in layer.modules())
+    return sorted({kind for kind in kinds if kind})

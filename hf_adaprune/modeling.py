@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from .errors import UnsupportedModelError
+from .errors import CheckpointError, UnsupportedModelError
 from .layers import LayerConfigView
-from .model_config import PROVENANCE_KEY, head_dim_of, known_architecture
+from .model_config import MODEL_TAGS, PROVENANCE_KEY, head_dim_of, known_architecture, provenance_of
 from .surgery import add_bias, skip_sublayers
 
-__all__ = ["prepare_layer_class"]
+__all__ = ["note_pruned", "prepare_layer_class"]
 
 
 def prepare_layer_class(model: nn.Module, config: Any) -> None:
@@ -29,7 +29,7 @@ def prepare_layer_class(model: nn.Module, config: Any) -> None:
     Called before the layers exist. Does nothing for families that are unknown here, or whose layers transformers
     already builds from per-layer sizes.
     """
-    provenance = config.__dict__.get(PROVENANCE_KEY) or {}
+    provenance = provenance_of(config)
     if not getattr(config, "is_heterogeneous", False) and not provenance.get("added_biases"):
         return
     architecture = _architecture_or_none(config)
@@ -40,6 +40,23 @@ def prepare_layer_class(model: nn.Module, config: Any) -> None:
         if layer_class is not None:
             _wrap(layer_class)
             return
+
+
+def note_pruned(model: Any, config: Any) -> None:
+    """Give a model that is built from a pruned checkpoint its tags, so that a push of transformers' own carries them.
+
+    The config may name remote code of its checkpoint. A class of transformers' own saves the name without the file, and
+    then the name leads nowhere: it goes.
+    """
+    if not provenance_of(config):
+        return
+    model.add_model_tags(list(MODEL_TAGS))
+    references = config.__dict__.get("auto_map")
+    if isinstance(references, dict) and type(model).__module__.startswith("transformers.models."):
+        kept = {key: value for key, value in references.items() if not str(value).startswith("modeling_adaprune_")}
+        config.auto_map = kept
+        if not kept:
+            del config.auto_map
 
 
 def _upstream_builds_layers() -> bool:
@@ -53,7 +70,7 @@ def _wrap(layer_class: type[nn.Module]) -> None:
 
     @functools.wraps(original)
     def init(self: Any, config: Any, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> None:
-        provenance = config.__dict__.get(PROVENANCE_KEY) or {}
+        provenance = provenance_of(config)
         mixed = getattr(config, "is_heterogeneous", False)
         if not mixed and not provenance.get("added_biases"):
             original(self, config, layer_idx, *args, **kwargs)
@@ -66,6 +83,12 @@ def _wrap(layer_class: type[nn.Module]) -> None:
             skip = getattr(config.per_layer_config[number], "skip", ()) if mixed else ()
             skip_sublayers(self, number, skip, architecture, head_dim_of(config))
             for path in provenance.get("added_biases", {}).get(str(number), ()):
+                readers = (architecture.attention.output, architecture.mlp.down)
+                if path not in readers:
+                    raise CheckpointError(
+                        f"`{PROVENANCE_KEY}.added_biases` in config.json should name {' or '.join(readers)}. Found "
+                        f"{path!r}. Is the checkpoint whole, and from a source that you trust?"
+                    )
                 module = self.get_submodule(path)
                 add_bias(module, _outputs(module))
         view = LayerConfigView(config, number)

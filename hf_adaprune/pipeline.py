@@ -22,9 +22,10 @@ from .config import PruningConfig, SearchConfig, Source, TextSource
 from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
-from .model_config import PROVENANCE_KEY, known_architecture
+from .model_config import MODEL_TAGS, PROVENANCE_KEY, known_architecture
 from .parallel import collect_together, processes
 from .plan import PruningPlan
+from .public import base_model_name
 from .search_checks import check_search, search_needs
 from .search_journal import check_journal
 from .searching import SearchResult, find_best, shared_costs
@@ -45,6 +46,7 @@ from .surgery import Follow, apply_plan, assign_layer
 from .workers import Alone
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .compensation import Repair
@@ -102,6 +104,7 @@ class PruningResult:
         calibration (`dict[str, Any]`): tokens, windows, digest and domains of the pool.
         seconds (`dict[str, float]`): time per stop.
         search ([`SearchResult`], *optional*): what a search found; `config` and `plan` are its winner's.
+        base_model (`str`, *optional*): the dense model's id on the Hub, or the name of its folder.
     """
 
     model: Any
@@ -116,6 +119,7 @@ class PruningResult:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     search: SearchResult | None = None
+    base_model: str = ""
 
     @property
     def pruning_ratio(self) -> float:
@@ -142,6 +146,7 @@ class PruningResult:
             },
             "calibration": dict(self.calibration),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            **({"base_model": self.base_model} if self.base_model else {}),
             **({} if self.search is None else {"search": self.search.to_dict()}),
         }
 
@@ -150,6 +155,12 @@ class PruningResult:
         from .saving import save_pruned
 
         return save_pruned(self, output_dir, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Publish everything with a model card, in one commit; see [`hf_adaprune.push_to_hub`]."""
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
 
 def prune(
@@ -252,6 +263,7 @@ def prune(
     cut = carry_out(sites, made)
     clock.stop("surgery")
     note_provenance(cut, config, plan)
+    model.add_model_tags(list(MODEL_TAGS))
     after = Sizes.of(cut)
     pruned = {name: perplexity(model, report) for name, report in reports.items()}
     clock.stop("report pruned")
@@ -280,6 +292,7 @@ def prune(
         facts,
         clock.seconds,
         made.search,
+        base_model_name(model),
     )
 
 

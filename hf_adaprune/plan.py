@@ -23,6 +23,8 @@ __all__ = ["PruningPlan", "SitePlan", "site_name"]
 
 PLAN_FORMAT = 1
 KINDS = ("attention", "mlp", "experts")
+# Far above any model; a file that claims more is refused before memory is spent on it.
+MOST_UNITS, MOST_LAYERS = 2**22, 2**14
 
 
 def site_name(layer: int, kind: str) -> str:
@@ -51,6 +53,10 @@ class SitePlan:
         """Check range, order and equal groups."""
         if self.groups < 1 or self.group_size < 1:
             raise PlanError(f"a site has at least one group of one unit. Found {self.groups} x {self.group_size}.")
+        if self.units > MOST_UNITS:
+            raise PlanError(
+                f"a site should have at most {MOST_UNITS:,} units. Found {self.groups} x {self.group_size}."
+            )
         kept = tuple(int(unit) for unit in self.kept)
         object.__setattr__(self, "kept", kept)
         if any(a >= b for a, b in pairwise(kept)):
@@ -118,6 +124,8 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         """Check names and layers, and sort the sites so that equal plans have equal digests."""
+        if not 1 <= self.num_layers <= MOST_LAYERS:
+            raise PlanError(f"a model has 1 to {MOST_LAYERS:,} layers. Found {self.num_layers}.")
         dropped = tuple(sorted({int(layer) for layer in self.dropped_layers}))
         object.__setattr__(self, "dropped_layers", dropped)
         if dropped and not (dropped[0] >= 0 and dropped[-1] < self.num_layers):
@@ -217,16 +225,11 @@ class PruningPlan:
                 raise PlanError(
                     f"this plan has format {data['format']!r}; this version reads {PLAN_FORMAT}. Update hf_adaprune."
                 )
-            sites = {
-                name: SitePlan(
-                    int(entry["groups"]),
-                    int(entry["group_size"]),
-                    tuple(unit for start, stop in entry["kept"] for unit in range(start, stop)),
-                )
-                for name, entry in data["sites"].items()
-            }
-            return cls(str(data["model_type"]), int(data["num_layers"]), sites, tuple(data["dropped_layers"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            sites = {name: _site_from_dict(entry) for name, entry in data["sites"].items()}
+            if not isinstance(data["model_type"], str):
+                raise PlanError(f"`model_type` of a plan should be a name. Found {data['model_type']!r}.")
+            return cls(data["model_type"], int(data["num_layers"]), sites, tuple(data["dropped_layers"]))
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"not a pruning plan: {error!r}.") from error
@@ -244,7 +247,7 @@ class PruningPlan:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"not a pruning plan: {error}.") from error
         if not isinstance(data, Mapping):
             raise PlanError("not a pruning plan: the JSON should be an object.")
@@ -268,6 +271,8 @@ class PruningPlan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise PlanError(f"there is no plan at {path}.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path} is no pruning plan: {error}.") from error
 
 
 def split_site_name(name: str) -> tuple[int, str]:
@@ -280,6 +285,18 @@ def split_site_name(name: str) -> tuple[int, str]:
     if len(parts) != 3 or not parts[1].isdecimal() or name != site_name(int(parts[1]), parts[2]):
         raise PlanError(f"a site name looks like layers.3.mlp. Found {name!r}.")
     return int(parts[1]), parts[2]
+
+
+def _site_from_dict(entry: Mapping[str, Any]) -> SitePlan:
+    whole = SitePlan(int(entry["groups"]), int(entry["group_size"]), ())
+    end = 0
+    for start, stop in entry["kept"]:
+        # Before the runs are written out: a crafted one could fill the memory.
+        if not end <= start <= stop <= whole.units:
+            raise PlanError(f"kept units should be in [0, {whole.units}), in ascending runs. Found [{start}, {stop}].")
+        end = stop
+    kept = tuple(unit for start, stop in entry["kept"] for unit in range(start, stop))
+    return SitePlan(whole.groups, whole.group_size, kept)
 
 
 def _runs(units: Iterable[int]) -> list[list[int]]:

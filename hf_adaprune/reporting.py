@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures import ARCHITECTURES, Architecture
 from .config import CONFIG_NAME
-from .errors import CheckpointError, ConfigError, MissingDependencyError, PlanError
+from .errors import AdaPruneError, CheckpointError, ConfigError, MissingDependencyError, PlanError
 from .plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -302,7 +302,18 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> Description:
     Raises:
         CheckpointError: no config.json, or a file that cannot be read.
     """
-    folder = Path(path)
+    try:
+        return _describe_checkpoint(Path(path))
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, IndexError) as error:
+        if isinstance(error, AdaPruneError):
+            raise
+        raise CheckpointError(
+            f"{path} is no checkpoint that can be described: its config, records or weight headers hold what nobody "
+            f"writes there ({error!r}). Is it whole, and from a source that you trust?"
+        ) from error
+
+
+def _describe_checkpoint(folder: Path) -> Description:
     config = _json_object(folder / "config.json")
     tensors: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -411,7 +422,8 @@ def _family(config: Mapping[str, Any]) -> Architecture | None:
 
 
 def _layer_pairs(config: Mapping[str, Any], family: Architecture, layer: int, sparse: bool) -> dict[str, Pair]:
-    own = (config.get("per_layer_config") or {}).get(str(layer), {})
+    # transformers pads the keys with zeros: "03" in a model of more than ten layers.
+    own = {int(number): sizes for number, sizes in (config.get("per_layer_config") or {}).items()}.get(layer, {})
     skip = own.get("skip", ())
 
     def pair(*names: str, gone: bool) -> Pair | None:

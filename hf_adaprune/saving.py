@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 
 from .config import CONFIG_NAME
 from .errors import CheckpointError
+from .remote_code import add_remote_code, load_class, module_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +75,7 @@ def save_pruned(
     *,
     check: bool = True,
     max_shard_size: str = "50GB",
+    remote_code: bool = False,
 ) -> Path:
     """Save a pruned model so that `AutoModelForCausalLM.from_pretrained` opens it.
 
@@ -85,11 +88,15 @@ def save_pruned(
         check (`bool`, *optional*, defaults to `True`): load the checkpoint again and compare weights and logits bit by
             bit and a cached generation token by token. Needs memory for a second copy of the pruned model.
         max_shard_size (`str`, *optional*, defaults to `"50GB"`): as in `PreTrainedModel.save_pretrained`.
+        remote_code (`bool`, *optional*, defaults to `False`): write a Python file beside the weights with which
+            `trust_remote_code=True` loads the model where this package is not installed. A model whose layers are all
+            equal needs none and gets none.
 
     Returns:
         `Path`: the folder.
 
     Raises:
+        UnsupportedModelError: remote code for a model class that is not transformers' own.
         CheckpointError: the folder cannot be written, or what was written does not reload to the same model. Nothing is
             left behind then.
     """
@@ -102,6 +109,9 @@ def save_pruned(
             result.model.save_pretrained(partial, max_shard_size=max_shard_size)
         if result.tokenizer is not None:
             result.tokenizer.save_pretrained(partial)
+        _drop_remote_code(partial)
+        if remote_code:
+            add_remote_code(partial, type(result.model), result.model.config)
         text = json.dumps(result.to_dict(), indent=2, sort_keys=True) + "\n"
         (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
         if result.plan is not None:
@@ -123,7 +133,9 @@ def save_pruned(
 def check_round_trip(
     model: Any, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Load a checkpoint with `AutoModelForCausalLM` and compare it with the model in memory.
+    """Load a checkpoint with `AutoModelForCausalLM` and compare it with the model in memory; by its remote code, too.
+
+    Only for a folder that was written just now: remote code in it is run.
 
     Args:
         model (`PreTrainedModel`): the model.
@@ -138,30 +150,38 @@ def check_round_trip(
     from .loading import install
 
     install()
+    _compare(model, folder, AutoModelForCausalLM, "the checkpoint")
+    by_its_code = load_class(Path(folder))
+    if by_its_code is not None:
+        try:
+            _compare(model, folder, by_its_code, "the checkpoint by its remote code")
+        finally:
+            del sys.modules[by_its_code.__module__]
+    if tokenizer is not None and type(tokenizer).from_pretrained(folder).encode(_PROBE) != tokenizer.encode(_PROBE):
+        raise CheckpointError("the tokenizer does not reload to the same token ids. Save the one the model came with.")
+
+
+def _compare(model: Any, folder: str | os.PathLike[str], kind: Any, what: str) -> None:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             dtype=model.dtype,
             attn_implementation=model.config._attn_implementation,
             output_loading_info=True,
         )
     except Exception as error:
-        raise CheckpointError(
-            f"the checkpoint does not reload: {error}. Please report this model's architecture."
-        ) from error
+        raise CheckpointError(f"{what} does not reload: {error}. Please report this model's architecture.") from error
     again, info = loaded
     wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
     if wrong:
-        raise CheckpointError(f"the checkpoint does not reload to the same model: {wrong}.")
+        raise CheckpointError(f"{what} does not reload to the same model: {wrong}.")
     mine, theirs = model.state_dict(), again.state_dict()
     for name, value in mine.items():
         if name not in theirs or not torch.equal(value.cpu(), theirs[name]):
-            raise CheckpointError(f"the checkpoint does not reload to the same model: {name} differs.")
+            raise CheckpointError(f"{what} does not reload to the same model: {name} differs.")
     if len({parameter.device for parameter in model.parameters()}) == 1:
         _compare_outputs(model, again.to(model.device))
     # A model spread over devices computes other last bits than one that is not; its weights were compared.
-    if tokenizer is not None and type(tokenizer).from_pretrained(folder).encode(_PROBE) != tokenizer.encode(_PROBE):
-        raise CheckpointError("the tokenizer does not reload to the same token ids. Save the one the model came with.")
 
 
 def _compare_outputs(model: Any, again: Any) -> None:
@@ -177,6 +197,20 @@ def _compare_outputs(model: Any, again: Any) -> None:
         raise CheckpointError(
             f"the reloaded model generates other tokens with its cache: {found}, expected {expected}."
         )
+
+
+def _drop_remote_code(folder: Path) -> None:
+    """Take out remote code that a model brought from its own checkpoint: what is written here is written anew."""
+    for file in folder.glob(f"{module_name('*')}.py"):
+        file.unlink()
+    place = folder / "config.json"
+    data = json.loads(place.read_text(encoding="utf-8"))
+    references = data.get("auto_map", {})
+    kept = {key: value for key, value in references.items() if not str(value).startswith(module_name(""))}
+    if kept != references:
+        data.pop("auto_map")
+        data.update({"auto_map": kept} if kept else {})
+        place.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

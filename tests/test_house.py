@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_adaprune"
 # From the ground up. A file may import, when it is loaded, only from files before it.
 ORDER = [
     "errors",
+    "public",
     "workers",
     "parts",
     "search_config",
@@ -39,6 +40,7 @@ ORDER = [
     "masking",
     "surgery",
     "modeling",
+    "remote_code",
     "layerwise",
     "evaluation",
     "costs",
@@ -73,6 +75,8 @@ ORDER = [
     "reporting",
     "journal_report",
     "journal_plot",
+    "card",
+    "hub",
     "estimate",
     "recovery_config",
     "distillation_loss",
@@ -86,7 +90,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-WITHOUT_TORCH = ("errors", "parts", "search_config", "config", "architectures", "plan", "recovery_config")
+WITHOUT_TORCH = ("errors", "public", "parts", "search_config", "config", "architectures", "plan", "recovery_config")
 FILES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")

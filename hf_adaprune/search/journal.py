@@ -254,7 +254,12 @@ class Journal:
     def winner(self) -> Trial | None:
         """The trial that won the last measurement; `None` before it."""
         event = self.event("winner")
-        return None if event is None else self.trials[event["number"]]
+        if event is None:
+            return None
+        number = event.get("number")
+        if type(number) is not int or not 0 <= number < len(self.trials):
+            raise JournalError(f"{self.path} names trial {number!r} as winner, and has {len(self.trials)} trials.")
+        return self.trials[number]
 
     def _append(self, record: Mapping[str, Any]) -> None:
         if self.path is None:
@@ -281,7 +286,7 @@ class Journal:
                 self._take(json.loads(line))
             except JournalError:
                 raise
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise JournalError(f"{self.path}, line {number} is no event of a search: {error!r}.") from error
             good += len(line)
         if repair and good < len(data):
@@ -310,7 +315,12 @@ class Journal:
 
 
 def _rows(rows: Iterable[Iterable[float]]) -> Rows:
-    return tuple(tuple(float(entry) for entry in row) for row in rows)
+    found = tuple(tuple(float(entry) for entry in row) for row in rows)
+    if found and (len(found[0]) < 2 or len({len(row) for row in found}) > 1):
+        raise ValueError("rows of a trial should hold a count and the same number of sums each")
+    if not all(row[0] > 0 for row in found):
+        raise ValueError("rows of a trial should count at least one token or question each")
+    return found
 
 
 def _frozen(value: Any) -> Any:

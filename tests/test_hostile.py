@@ -1,0 +1,375 @@
+"""Folders and files from strangers: nothing in them runs, and what is wrong with them is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plans import pruning_plans
+from safetensors.torch import load_file, save_file
+from test_hub import folder, hub, pruned, saved  # noqa: F401
+from test_pipeline import config_of
+from transformers import AutoModelForCausalLM
+
+from hf_adaprune import PruningConfig, PruningPlan, prune, push_to_hub
+from hf_adaprune.cli import main
+from hf_adaprune.errors import AdaPruneError, CheckpointError, UnsupportedModelError
+from hf_adaprune.hub import check_checkpoint
+from hf_adaprune.reporting import describe
+from hf_adaprune.search.journal import Journal
+
+# See test_hub.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+MARK = "hostile_code_ran"
+HUGE = 10**30
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Code of a stranger would leave a mark; nobody may be asked whether to run it."""
+
+    def asked(*arguments: Any) -> str:
+        raise AssertionError("a person was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    yield
+    assert not list(tmp_path.rglob(MARK))
+    assert MARK not in os.environ
+
+
+def code(folder: Path) -> str:  # noqa: F811
+    return f"import os, pathlib\npathlib.Path({str(folder.parent / MARK)!r}).touch()\nos.environ[{MARK!r}] = '1'\n"
+
+
+def edit(file: Path, change: Callable[[dict], Any]) -> None:
+    data = json.loads(file.read_text())
+    changed = change(data)
+    file.write_text(json.dumps(data if changed is None else changed))
+
+
+# -- a whole folder ---------------------------------------------------------------------------------------------------
+
+
+def test_code_in_a_folder_never_runs_by_itself(hub: Any, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    for name in ("modeling_adaprune_llama.py", "conftest.py", "sitecustomize.py", "__init__.py"):
+        (folder / name).write_text(code(folder) + "class LlamaForCausalLM: pass\n")
+    reference = {"AutoModelForCausalLM": "modeling_adaprune_llama.LlamaForCausalLM"}
+    edit(folder / "config.json", lambda data: data.update(auto_map=reference))
+    AutoModelForCausalLM.from_pretrained(folder)
+    describe(folder)
+    assert main(["show", str(folder), "--quiet"]) == 0
+    push_to_hub(folder, "me/tiny")
+    # What is published is this package's own text, not what lay there.
+    there = hub.repositories["me/tiny"].files
+    assert [name for name in there if name.endswith(".py")] == ["modeling_adaprune_llama.py"]
+    assert MARK.encode() not in there["modeling_adaprune_llama.py"]
+    for foreign in ("other/repo--modeling.Evil", "modeling_evil.Evil", ["a"], 3):
+        edit(folder / "config.json", lambda data, f=foreign: data.update(auto_map={"AutoModelForCausalLM": f}))
+        with pytest.raises(CheckpointError, match="code of its own"):
+            push_to_hub(folder, "me/other", remote_code=True)
+    assert "me/other" not in hub.repositories
+
+
+def test_links_out_of_the_folder_are_not_followed(hub: Any, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a private thing")
+    (folder / "vocab.txt").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"vocab\.txt is a link"):
+        push_to_hub(folder, "me/tiny")
+    (folder / "vocab.txt").unlink()
+    (folder / "additional_chat_templates").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(CheckpointError, match="is a link"):
+        push_to_hub(folder, "me/tiny")
+    (folder / "additional_chat_templates").unlink()
+    (folder / "README.md").symlink_to(secret)
+    with pytest.raises(CheckpointError, match="is a link"):
+        push_to_hub(folder, "me/tiny")
+    assert b"private thing" not in hub.sent()
+
+
+def test_a_snapshot_of_the_hubs_cache_is_all_links_and_may_be_pushed(
+    hub: Any, saved: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "0123"
+    blobs = snapshot.parent.parent / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(saved, blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    push_to_hub(snapshot, "me/tiny")
+    assert len(hub.commits("me/tiny")) == 1
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"0": {"intermediate_size": HUGE}},
+        {"0": {"intermediate_size": -1}},
+        {"0": {"intermediate_size": "39"}},
+        {"0": {"intermediate_size": None}},
+        {"0": {"num_attention_heads": 0}},
+        {"0": {"skip": ["../../etc/passwd"], "intermediate_size": 7}},
+        {"0": {"skip": ["attention", "mlp"]}},
+        {"0": {"__class__": "os.system", "intermediate_size": 7}},
+        {"../0": {"intermediate_size": 39}},
+        {"99": {"intermediate_size": 39}},
+        {"0": []},
+        [1, 2],
+        "x",
+    ],
+    ids=str,
+)
+def test_sizes_that_the_weights_do_not_have(folder: Path, sizes: Any) -> None:  # noqa: F811
+    edit(folder / "config.json", lambda data: data.update(per_layer_config=sizes))
+    # Some of it transformers refuses itself, field by field.
+    with pytest.raises((AdaPruneError, StrictDataclassError, ValueError, TypeError, RuntimeError, AttributeError)):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(AdaPruneError):
+        push_to_hub(folder, "me/tiny")
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"added_biases": {"0": ["../../x"]}},
+        {"added_biases": {"0": ["mlp.__class__"]}},
+        {"added_biases": {"0": ["mlp"]}},
+        {"added_biases": {"0": ["mlp.act_fn"]}},
+        {"added_biases": {"0": 3}},
+        {"added_biases": ["x"]},
+        {"architecture": {"model_type": "llama"}},
+        {"architecture": 7},
+        "x",
+        [1],
+    ],
+    ids=str,
+)
+def test_provenance_that_nobody_wrote(folder: Path, provenance: Any) -> None:  # noqa: F811
+    edit(folder / "config.json", lambda data: data.update(adaprune=provenance))
+    with pytest.raises(AdaPruneError, match=r"adaprune|describe"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan["sites"]["layers.0.mlp"].update(kept=[[0, HUGE]]),
+        lambda plan: plan["sites"]["layers.0.mlp"].update(kept=[[0, 10**12]]),
+        lambda plan: plan["sites"]["layers.0.mlp"].update(group_size=HUGE),
+        lambda plan: plan["sites"]["layers.0.mlp"].update(groups="1e400"),
+        lambda plan: plan["sites"].update({"../../x": {}}),
+        lambda plan: plan["sites"].update({"layers.²³.mlp": {"groups": 1, "group_size": 1, "kept": []}}),
+        lambda plan: plan.update(num_layers=HUGE),
+        lambda plan: plan.update(num_layers=math.inf),
+        lambda plan: plan.update(dropped_layers=[math.nan]),
+        lambda plan: plan.update(model_type={"$ne": 1}),
+        lambda plan: plan.update(sites=[]),
+    ],
+)
+def test_a_crafted_plan_is_refused_at_once(folder: Path, change: Callable[[dict], Any]) -> None:  # noqa: F811
+    edit(folder / "pruning_plan.json", change)
+    with pytest.raises(AdaPruneError):
+        check_checkpoint(folder)
+    with pytest.raises(AdaPruneError):
+        PruningPlan.load(folder / "pruning_plan.json")
+
+
+def test_weights_that_are_not_finite_are_not_pruned(folder: Path) -> None:  # noqa: F811
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UnsupportedModelError, match="finite"):
+        prune(model, None, config_of("magnitude"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff" * 40,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 18) + b'{"a":{"shape":[1]}',
+        struct.pack("<Q", 47) + b'{"a":{"dtype":"F32","shape":["x"],"data_offsets":[0]}}',
+        b"",
+        b"\x80\x04cos\nsystem\n",
+    ],
+    ids=repr,
+)
+def test_weight_files_that_are_none(folder: Path, header: bytes) -> None:  # noqa: F811
+    (folder / "model.safetensors").write_bytes(header)
+    with pytest.raises(AdaPruneError):
+        check_checkpoint(folder)
+    with pytest.raises(Exception, match=r"(?i)header|safetensors|json|incomplete|deseriali"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["../../outside.safetensors", "/etc/hostname", "sub/x.safetensors", 3, None])
+def test_an_index_that_names_files_elsewhere(folder: Path, name: Any) -> None:  # noqa: F811
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError):
+        check_checkpoint(folder)
+
+
+def test_a_record_of_a_run_is_data(folder: Path) -> None:  # noqa: F811
+    """A recipe that names files elsewhere is read as a config, and opens nothing."""
+    edit(folder / "pruning_config.json", lambda data: data["config"]["calibration"].update(report=["python"]))
+    edit(folder / "pruning_config.json", lambda data: data["config"].update(recipe_name="__import__('os').system('x')"))
+    edit(folder / "pruning_config.json", lambda data: data["config"]["calibration"].update(sources=["/etc/passwd"]))
+    assert PruningConfig.from_pretrained(folder).calibration.sources == ("/etc/passwd",)
+
+
+# -- any JSON ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(st.integers(), st.integers(-(10**40), 10**40), st.floats(), st.sampled_from([2**31, 2**63, 1e308]))
+SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=8), st.sampled_from(["python", "../x", "1"]))
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+QUICK = settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """Every place in JSON data."""
+    found = [path] if path else []
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        found += places(entry, (*path, key))
+    return found
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, data: Any) -> Any:
+    """Data with one or two places replaced by anything, taken out, or given another name."""
+    copy = json.loads(json.dumps(data))
+    for _ in range(draw(st.integers(1, 2))):
+        options = places(copy)
+        if not options:
+            break
+        *way, last = draw(st.sampled_from(options))
+        place = copy
+        for key in way:
+            place = place[key]
+        action = draw(st.sampled_from(["replace", "replace", "drop", "rename"]))
+        if action == "replace":
+            place[last] = draw(JSON)
+        elif action == "rename" and isinstance(place, dict):
+            place[draw(st.text(max_size=8))] = place.pop(last)
+        else:
+            del place[last]
+    return copy
+
+
+def reads(read: Callable[[], Any]) -> None:
+    """Either it can be read, or the error is one of this package's."""
+    try:
+        read()
+    except AdaPruneError as error:
+        assert str(error)
+
+
+@QUICK
+@given(st.data())
+def test_any_json_is_a_plan_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    plan = data.draw(pruning_plans())
+    value = data.draw(st.one_of(JSON, spoiled(plan.to_dict())))
+    file = tmp_path_factory.getbasetemp() / "any_plan.json"
+    file.write_text(json.dumps(value))
+    reads(lambda: PruningPlan.load(file))
+    reads(lambda: describe(file))
+
+
+@QUICK
+@given(data=st.binary(max_size=60))
+def test_any_bytes_are_no_plan(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "any_bytes.json"
+    file.write_bytes(data)
+    reads(lambda: PruningPlan.load(file))
+    reads(lambda: Journal.load(file))
+    reads(lambda: PruningConfig.from_pretrained(file))
+
+
+@QUICK
+@given(st.data())
+def test_any_json_is_a_config_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    base = PruningConfig.recipe("default", search={}).to_dict()
+    value = data.draw(st.one_of(JSON, spoiled(base)))
+    file = tmp_path_factory.getbasetemp() / "any_config.json"
+    file.write_text(json.dumps(value))
+    reads(lambda: PruningConfig.from_pretrained(file))
+    if isinstance(value, dict):
+        reads(lambda: PruningConfig.from_dict(value))
+        reads(lambda: PruningConfig().with_changes(**value))
+
+
+HEADER = {
+    "kind": "search",
+    "format": 1,
+    "version": "0.1.0",
+    "config": {"search": {"trials": 2, "objective": "kl"}},
+    "space": {"dimensions": {}},
+    "logarithmic": True,
+    "windows": [2, 4, 2],
+}
+TRIAL = {
+    "kind": "trial",
+    "number": 0,
+    "strategy": "gp",
+    "point": {"repair.damping": 0.1, "allocation.profile": [0.0, 1.0]},
+    "key": "abc",
+    "rows": [[8.0, 1.5], [8.0, 2.5]],
+    "costs": {"ratio": 0.2},
+    "widths": {"layers.0.mlp": 3},
+    "seconds": 1.0,
+    "predicted": [0.0, 1.0],
+    "answered_by": None,
+    "error": "",
+}
+FINAL = {"kind": "final", "number": 0, "rows": [[8.0, 1.5]]}
+WINNER = {"kind": "winner", "number": 0}
+
+
+@QUICK
+@given(st.data())
+def test_any_json_is_a_journal_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    lines = [HEADER, TRIAL, {**TRIAL, "number": 1}, FINAL, WINNER]
+    place = data.draw(st.integers(0, len(lines) - 1))
+    lines[place] = data.draw(st.one_of(JSON, spoiled(lines[place])))
+    file = tmp_path_factory.getbasetemp() / "any_journal.jsonl"
+    file.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+
+    def use() -> None:
+        journal = Journal.load(file)
+        journal.best()
+        journal.winner()
+
+    reads(use)
+
+
+def test_torch_is_not_asked_to_unpickle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def unpickles(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a pickle was read")
+
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'x'\ntR.")
+    (folder / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'x'\ntR.")
+    monkeypatch.setattr(torch, "load", unpickles)
+    check_checkpoint(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
