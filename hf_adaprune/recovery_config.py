@@ -48,7 +48,7 @@ class RecoveryConfig:
         minutes (`float`, *optional*): time to train for, instead of a number of tokens: caching a teacher and the
             steps, not reading texts and measuring. The schedule follows the clock: the learning rate is down when time
             is up; how far training gets depends on the machine.
-        learning_rate (`float`, *optional*, defaults to 1e-4): its highest value.
+        learning_rate (`float`, *optional*, defaults to 2e-4): its highest value.
         temperature (`float`, *optional*, defaults to 1.0): of teacher and student in the divergence.
         alpha (`float`, *optional*, defaults to 1.0): share of the divergence; the rest is the language-model loss.
         hidden_weight (`float`, *optional*, defaults to 0.0): weight of the distance between hidden states.
@@ -77,7 +77,7 @@ class RecoveryConfig:
 
     tokens: int | None = None
     minutes: float | None = None
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     temperature: float = 1.0
     alpha: float = 1.0
     hidden_weight: float = 0.0
