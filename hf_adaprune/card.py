@@ -312,6 +312,16 @@ def _method(run: Mapping[str, Any]) -> list[str]:
             f"search: {search['trials']} trials ({', '.join(map(_plain, search['strategy']))}){cost} for the lowest "
             f"{_plain(search['objective'])} on selection text; trial {search['winner']['trial']} won"
         )
+    for cut in run.get("cuts") or ():
+        lines.append(
+            f"cut after training step {cut['step']}: {100 * cut['pruning/ratio']:.1f} % removed in all, loss "
+            f"{cut['pruning/loss_before']:.3f} before and {cut['pruning/loss_after']:.3f} after"
+        )
+    if recovery := run.get("recovery"):
+        lines.append(
+            f"recovery: {recovery['tokens']:,} tokens in {recovery['minutes']:.1f} minutes, "
+            f"{100 * recovery['config']['alpha']:.0f} % divergence from the dense model, the rest language-model loss"
+        )
     lines.append(f"seed {config['seed']}, plan `{_plain(run['plan_digest'])[:16]}`")
     if seconds:
         lines.append(f"time of the run, reading and reporting included: {_time(sum(seconds.values()))}")

@@ -80,42 +80,31 @@ def run_recover(
         AdaPruneError: before any training, for what cannot work.
     """
     config = recovery_config(arguments)
-    from .documents import read_source
     from .saving import check_output
 
     output = check_output(arguments.output)
     loader = Loader.of(arguments)
     _check_pair(loader, arguments, config)
-    from .calibration import report_blocks
-    from .evaluation import perplexity
-    from .parts import CalibrationConfig
     from .recovery import check_student, recover
     from .reporting import text_table
-    from .stages import text_part
 
     check_student(None, config)
     model, tokenizer = loader.model(), loader.tokenizer()
-    own = CalibrationConfig()
     sources = arguments.calibration or ["python"]
-    reports = {}
-    for source in arguments.report:
-        documents = read_source(source, tokenizer=tokenizer, model=model, part=text_part(source, "report"))
-        reports[documents.name] = report_blocks(
-            documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length
-        )
-    before = {name: perplexity(model, blocks) for name, blocks in reports.items()}
     result = recover(
         model, tokenizer, arguments.teacher, config, sources=sources, selection=arguments.selection,
         report=arguments.report,
     )  # fmt: skip
-    after = {name: perplexity(model, blocks) for name, blocks in reports.items()}
     result.save_pretrained(output)
     lines = [
         (f"held out, {name}", *(f"{result.held_out[when][name].value:.4f}" for when in ("before", "after")))
         for name in ("kl", "loss")
         if result.held_out
     ]
-    lines += [(f"{name}, perplexity", f"{before[name].value:.3f}", f"{after[name].value:.3f}") for name in reports]
+    lines += [
+        (f"{name}, perplexity", f"{found['before'].value:.3f}", f"{found['pruned'].value:.3f}")
+        for name, found in result.evaluation.items()
+    ]
     speed = result.tokens / max(result.minutes * 60, 1e-9)
     parts = [
         f"{loader.name} -> {output}: {result.tokens:,} tokens in {result.minutes:.1f} minutes ({speed:,.0f} tokens/s)",
@@ -124,7 +113,7 @@ def run_recover(
     data = {
         **result.to_dict()["recovery"],
         "output": str(output),
-        "evaluation": {name: {"before": vars(before[name]), "after": vars(after[name])} for name in reports},
+        "evaluation": result.to_dict()["evaluation"],
     }
     answer(arguments, data, "\n\n".join(part for part in parts if part))
 

@@ -22,12 +22,12 @@ from transformers import TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from .calibration import TokenBlocks, packed_blocks
-from .config import CONFIG_NAME, Source, TextSource
+from .calibration import TokenBlocks, packed_blocks, report_blocks
+from .config import CONFIG_NAME, CalibrationConfig, Source, TextSource
 from .distillation import DistillationTrainer, Windows, cache_teacher, vocabulary_of
 from .documents import Documents, input_device, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError, MissingDependencyError, UnsupportedModelError
-from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss
+from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
 from .pipeline import PruningResult, Sizes
 from .plan import PruningPlan
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
@@ -35,6 +35,7 @@ from .saving import PLAN_NAME, save_pruned
 from .sites import find_sites
 from .stages import text_part
 from .surgery import cast_parameters
+from .training import AdaPrunerCallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +67,8 @@ class RecoveryResult:
         pruning (`dict[str, Any]`): what `pruning_config.json` said about the pruned checkpoint.
         plan ([`PruningPlan`], *optional*): of the pruned checkpoint.
         teacher (`str`): its name.
+        evaluation (`dict[str, dict[str, Measurement]]`): perplexity per report source: `dense` (the teacher), `before`
+            and `pruned`, which is the recovered model.
     """
 
     model: Any
@@ -80,6 +83,7 @@ class RecoveryResult:
     pruning: Mapping[str, Any] = field(default_factory=dict)
     plan: PruningPlan | None = None
     teacher: str = ""
+    evaluation: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
 
     @property
     def after(self) -> Sizes:
@@ -96,7 +100,13 @@ class RecoveryResult:
                 for when, measured in self.held_out.items()
             },
         }  # fmt: skip
-        return {**self.pruning, "recovery": own}
+        # What was measured when it was pruned is not true of the recovered model.
+        own["pruned"] = {"evaluation": self.pruning.get("evaluation", {})}
+        evaluation = {
+            source: {which: vars(value) for which, value in measured.items()}
+            for source, measured in self.evaluation.items()
+        }
+        return {**self.pruning, "evaluation": evaluation, "recovery": own}
 
     def save_pretrained(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
         """Save checkpoint, plan and provenance, and check that they reload; see [`hf_adaprune.save_pruned`]."""
@@ -124,7 +134,7 @@ def recover(
         config ([`RecoveryConfig`], *optional*): how long and how.
         sources (`str`, [`TextSource`] or a list of them): training text, as calibration sources are written.
         selection (the same, *optional*): text that training must not see; overlaps are refused.
-        report (the same, *optional*): more of it.
+        report (the same, *optional*): more of it, on which perplexity is reported: dense, before and after.
         pruning ([`PruningResult`] or `str`, *optional*): where the model came from: what [`prune`] returned, or the
             folder of the pruned checkpoint; found by the model's name where not given.
         callbacks (list of `TrainerCallback`, *optional*): of the Trainer. With an [`AdaPrunerCallback`] the model may
@@ -157,18 +167,27 @@ def recover(
             f"{vocabulary_of(model)} (student). Name the model that the student was pruned from."
         )
     layers = _layer_map(model, dense, plan) if config.hidden_weight and config.hidden_layers == "all" else None
+    reports = _reports(model, tokenizer, report)
+    evaluation = {
+        source: {"dense": perplexity(dense, own), "before": perplexity(model, own)} for source, own in reports.items()
+    }
     measured = {"before": _measure(model, dense, held_out)} if held_out is not None else {}
     started = time.perf_counter()
     tokens, steps, log = _train(model, dense, train, config, layers, started, callbacks)
     minutes = (time.perf_counter() - started) / 60
     if held_out is not None:
         measured["after"] = _measure(model, dense, held_out)
+    for source, blocks in reports.items():
+        evaluation[source]["pruned"] = perplexity(model, blocks)
+    for callback in callbacks:
+        if isinstance(callback, AdaPrunerCallback) and callback.plan is not None:
+            plan, provenance = callback.plan, callback.record(model)
     text = {
         "windows": len(train), "sequence_length": train.input_ids.shape[1], "domains": list(train.domains),
         "sha256": train.digest,
     }  # fmt: skip
     return RecoveryResult(
-        model, tokenizer, config, tokens, steps, minutes, measured, log, text, provenance, plan, name
+        model, tokenizer, config, tokens, steps, minutes, measured, log, text, provenance, plan, name, evaluation
     )  # fmt: skip
 
 
@@ -254,7 +273,7 @@ def training_texts(
         config ([`RecoveryConfig`]): how many windows, how long.
         sources (`str`, [`TextSource`] or a list of them): training text.
         selection (the same, *optional*): text that must not overlap with it.
-        report (the same, *optional*): more of it.
+        report (the same, *optional*): more of it, on which perplexity is reported: dense, before and after.
 
     Raises:
         CalibrationError: too little text, or overlaps.
@@ -310,6 +329,17 @@ def training_texts(
             "(`sequence_length`), or set `held_out` to 0."
         )
     return _joined(train, names), held_out if len(held_out) else None
+
+
+def _reports(model: Any, tokenizer: PreTrainedTokenizerBase, report: Any) -> dict[str, TokenBlocks]:
+    own = CalibrationConfig()
+    found = {}
+    for source in _listed(report):
+        documents = read_source(source, tokenizer=tokenizer, model=model, part=text_part(source, "report"))
+        found[documents.name] = report_blocks(
+            documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length
+        )
+    return found
 
 
 def _joined(parts: Sequence[TokenBlocks], names: tuple[str, ...]) -> TokenBlocks:

@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from .budgets import check_budgets
 from .calibration import TokenBlocks
+from .card import model_card
 from .compensation import check_enough_tokens
 from .config import CONFIG_NAME, PruningConfig
 from .costs import Costs
@@ -29,11 +30,12 @@ from .errors import CalibrationError, CheckpointError, ConfigError
 from .evaluation import per_window_loss
 from .importance import unit_of
 from .masking import masked
-from .model_config import known_architecture
+from .model_config import MODEL_TAGS, known_architecture
 from .optimizer_state import OptimizerFollower
 from .parallel import processes
 from .pipeline import Decision, carry_out, decide_and_repair, note_provenance
 from .plan import PruningPlan
+from .public import base_model_name
 from .recording import quiet_model
 from .restoring import Restorer
 from .search_checks import check_search, search_needs
@@ -128,12 +130,14 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         check_config(self.config, mode)
         self.done: list[dict[str, Any]] = []
         self.plan: PruningPlan | None = None
-        self.first = 0  # decoder parameters before the first cut
+        self.first: dict[str, int] = {}  # sizes before the first cut
         self.steps: tuple[int, ...] = ()
         self.ratios: tuple[float, ...] = ()
         self._blocks: tuple[TokenBlocks | None, TokenBlocks | None] | None = None
-        self._masks = contextlib.ExitStack()
+        self._masks, self._masked = contextlib.ExitStack(), False
         self._restorer: Restorer | None = None
+        self._text: dict[str, Any] = {}
+        self._base_model = ""
         self._pending: list[dict[str, float]] = []
         self._folder = ""
         self._workers = Alone()
@@ -213,7 +217,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero or not folder.is_dir() or self.plan is None:
             return
-        self._write(folder)
+        self._write(folder, _base_of(model))
         if _is_peft(model):
             _save_base(model, folder)
 
@@ -234,30 +238,35 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             self._cut(args, state, model, None, processing_class, self.ratios[-1])
         elif self._is_masked() and self.plan is not None:
             self._masks.close()
+            self._masked = False
             with _merged(model):
                 cut = carry_out(self._sites(base), Decision(self.config, self.plan))
                 note_provenance(cut, self.config, self.plan)
         _running.pop(base, None)
         if self.plan is None or not state.is_world_process_zero:
             return
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        if late or self._is_masked():
-            # No checkpoint of the Trainer holds the cut model.
-            model.save_pretrained(args.output_dir)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # What was cut after the last step is in no checkpoint of the Trainer.
+        if late or self._is_masked() or str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+            base.add_model_tags(list(MODEL_TAGS))
+            model.save_pretrained(folder)
             if processing_class is not None:
-                processing_class.save_pretrained(args.output_dir)
+                processing_class.save_pretrained(folder)
             if _is_peft(model):
-                _save_base(model, Path(args.output_dir))
-        self._write(Path(args.output_dir))
-        base.config.save_pretrained(args.output_dir)
+                _save_base(model, folder)
+        self._write(folder, base)
+        base.config.save_pretrained(folder)
+        if not _is_peft(model) and (folder / "model.safetensors").exists():
+            name = args.hub_model_id or folder.absolute().name
+            (folder / "README.md").write_text(str(model_card(folder, name)), encoding="utf-8")
 
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Plan and history go up with the model."""
         if self.plan is not None and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            self._write(Path(args.output_dir))
-            if hasattr(model, "add_model_tags"):
-                model.add_model_tags(["hf-adaprune", "pruned"])
+            self._write(Path(args.output_dir), _base_of(model))
+            _base_of(model).add_model_tags(list(MODEL_TAGS))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback, as JSON types."""
@@ -265,7 +274,9 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             "args": {},
             "attributes": {
                 "asked": self._asked(),
-                "first": self.first,
+                "first": dict(self.first),
+                "text": self._text if self._blocks is None or self._blocks[0] is None else _facts(self._blocks[0]),
+                "base_model": self._base_model,
                 "steps": list(self.steps),
                 "ratios": list(self.ratios),
                 "done": copy.deepcopy(self.done),
@@ -298,15 +309,19 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
                     f"the checkpoint was made with another recipe: {', '.join(different)} differ. Give the callback "
                     "the same arguments, or start a new run from the checkpoint's model."
                 )
-            self.first, self.done = attributes["first"], list(attributes["done"])
+            self.first, self.done = dict(attributes["first"]), list(attributes["done"])
+            self._text, self._base_model = attributes["text"], attributes["base_model"]
             self.steps, self.ratios = tuple(attributes["steps"]), tuple(attributes["ratios"])
             plan = attributes["saved_plan"]
             self.plan = None if plan is None else PruningPlan.from_dict(plan)
             return
         sites = self._sites(base)
-        self.done, self.plan, self.first = [], None, sites.decoder_parameters
+        self.done, self.plan, self.first = [], None, _sizes(sites)
+        self._base_model = base_model_name(base)
         whole = even_plan(sites, self.config, Costs.of(sites, self.config))
-        ratio = Costs.of(sites, self.config).removed(whole) / self.first if has_budget(self.config) else None
+        ratio = (
+            Costs.of(sites, self.config).removed(whole) / sites.decoder_parameters if has_budget(self.config) else None
+        )
         ratio = self.config.pruning_ratio if ratio is None else ratio
         self.ratios = self.schedule.ratios(ratio)
         self.steps = self.schedule.steps(ratio, state.max_steps)
@@ -346,14 +361,14 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self.plan = plan if self.plan is None else self.plan.then(plan)
         if self._is_masked():
             self._mask(base)
-        after = self._sites(base)
-        decoder = after.decoder_parameters - _removed(after, self.plan if self._is_masked() else None)
+        after, left = self._sites(base), self.plan if self._is_masked() else None
+        sizes = _sizes(after, left)
         numbers |= {
-            "pruning/parameters": after.total_parameters - (after.decoder_parameters - decoder),
-            "pruning/decoder_parameters": decoder,
-            "pruning/ratio": 1 - decoder / self.first,
+            "pruning/parameters": sizes["total"],
+            "pruning/decoder_parameters": sizes["decoder"],
+            "pruning/ratio": 1 - sizes["decoder"] / self.first["decoder"],
         }
-        numbers |= _mean_widths(after, self.plan if self._is_masked() else None)
+        numbers |= _mean_widths(after, left)
         self._note(state, numbers, plan)
 
     def _decided(self, sites: ModelSites, tokenizer: Any, ratio: float) -> tuple[Decision, dict[str, float]]:
@@ -377,7 +392,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             config = config.with_changes(calibration={"gradient_samples": gradients})
         if ratio == self.ratios[-1] and has_budget(config):
             return config
-        own = max(0.0, 1 - self.first * (1 - ratio) / sites.decoder_parameters)
+        own = max(0.0, 1 - self.first["decoder"] * (1 - ratio) / sites.decoder_parameters)
         return config.with_changes(pruning_ratio=own, target_parameters=None, target_bytes=None, budgets={})
 
     def _cut_together(self, base: Any, tokenizer: Any, ratio: float) -> tuple[dict[str, float], PruningPlan]:
@@ -410,7 +425,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
     def _mask(self, base: Any) -> None:
         assert self.plan is not None
         self._masks.close()
-        self._masks = contextlib.ExitStack()
+        self._masks, self._masked = contextlib.ExitStack(), True
         self._masks.enter_context(masked(self._sites(base), self.plan))
 
     def _is_masked(self) -> bool:
@@ -461,23 +476,38 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
             self._pending.append(numbers)
 
-    def _write(self, folder: Path) -> None:
+    def record(self, model: Any) -> dict[str, Any]:
+        """What `pruning_config.json` says of the run so far, as JSON types.
+
+        Args:
+            model (`PreTrainedModel`): as it is now.
+        """
         from . import __version__
 
         assert self.plan is not None
-        self.plan.save(folder / PLAN_NAME)
-        data = {
+        sites = self._sites(_base_of(model))
+        after = _sizes(sites, self.plan if self._is_masked() and self._masked else None)
+        blocks = (self._blocks or (None, None))[0]
+        calibration = self._text if blocks is None else _facts(blocks)
+        return {
             "version": __version__,
             "config": self.config.to_dict(),
             "plan": self.plan.to_dict(),
             "plan_digest": self.plan.digest,
+            "pruning_ratio": 1 - after["decoder"] / self.first["decoder"],
+            "before": dict(self.first),
+            "after": after,
+            "calibration": calibration,
+            "base_model": self._base_model,
             "schedule": self._asked()["schedule"],
-            "pruning_ratio": self.done[-1]["pruning/ratio"] if self.done else 0.0,
-            "before": {"decoder": self.first},
             "cuts": [cut for cut in self.done if cut],
         }
+
+    def _write(self, folder: Path, base: Any) -> None:
+        assert self.plan is not None
+        self.plan.save(folder / PLAN_NAME)
         partial = folder / f"{CONFIG_NAME}.partial"
-        partial.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(self.record(base), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(partial, folder / CONFIG_NAME)
 
     def _known_plans(self) -> Iterator[PruningPlan]:
@@ -534,10 +564,22 @@ def _save_base(model: Any, folder: Path) -> None:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _removed(sites: ModelSites, plan: PruningPlan | None) -> int:
-    if plan is None:
-        return 0
-    return sum(sites.by_name[name].removed_parameters(kept) for name, kept in plan.changed())
+def _sizes(sites: ModelSites, plan: PruningPlan | None = None) -> dict[str, int]:
+    """Sizes of a model, or of what a plan that is masked will leave of it."""
+    removed = 0 if plan is None else sum(sites.by_name[n].removed_parameters(kept) for n, kept in plan.changed())
+    total = sites.total_parameters - removed
+    size = next(sites.model.parameters()).element_size()
+    return {"decoder": sites.decoder_parameters - removed, "total": total, "bytes": total * size}
+
+
+def _facts(blocks: TokenBlocks) -> dict[str, Any]:
+    return {
+        "tokens": blocks.tokens,
+        "windows": len(blocks),
+        "sequence_length": blocks.input_ids.shape[1],
+        "domains": list(blocks.domains),
+        "sha256": blocks.digest,
+    }
 
 
 def _mean_widths(sites: ModelSites, plan: PruningPlan | None) -> dict[str, float]:

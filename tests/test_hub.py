@@ -401,3 +401,21 @@ def test_folders_that_are_refused_before_anything_is_sent(hub: FakeHub, folder: 
     with pytest.raises(CheckpointError, match="lacks model-00002"):
         push_to_hub(folder, "me/tiny")
     assert not hub.requests
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_a_trainer_that_prunes_pushes_a_model_that_loads(hub: FakeHub, tmp_path: Path) -> None:
+    from trainings import progressive, training
+    from transformers import AutoModelForCausalLM
+
+    options = {"push_to_hub": True, "hub_model_id": "me/trained", "save_strategy": "steps", "save_steps": 5}
+    trainer = training(tmp_path / "run", progressive(), **options)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.repositories["me/trained"].files
+    assert {"pruning_plan.json", "pruning_config.json", "model.safetensors", "README.md"} <= set(files)
+    loaded = AutoModelForCausalLM.from_pretrained("me/trained")
+    assert torch.equal(logits_of(loaded, tokens()), logits_of(trainer.model.eval(), tokens()))
+    push_to_hub(tmp_path / "run" / "checkpoint-10", "me/checkpoint", token=TOKEN)
+    again = AutoModelForCausalLM.from_pretrained("me/checkpoint")
+    assert torch.equal(logits_of(again, tokens()), logits_of(loaded, tokens()))

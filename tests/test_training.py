@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_adaprune import AdaPrunerCallback
 from hf_adaprune.errors import AdaPruneError, BudgetError, CheckpointError, ConfigError, UnsupportedModelError
+from hf_adaprune.hub import check_checkpoint
 from hf_adaprune.plan import PruningPlan
 from hf_adaprune.sites import find_sites
 
@@ -80,6 +81,16 @@ def test_the_plan_left_behind_is_of_the_dense_model(finished: Trainer) -> None:
     for site in after:
         kept = plan.sites.get(site.name)
         assert site.groups * site.group_size == (len(kept.kept) if kept else sites.by_name[site.name].whole.units)
+
+
+def test_the_output_folder_is_a_pruned_checkpoint_with_a_card(finished: Trainer) -> None:
+    folder = Path(finished.args.output_dir)
+    same(AutoModelForCausalLM.from_pretrained(folder), finished.model)
+    description = check_checkpoint(folder)
+    assert description.parameters == find_sites(finished.model).total_parameters
+    card = (folder / "README.md").read_text()
+    assert "cut after training step 6: 40" in card
+    assert str(folder) not in card
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 9])
