@@ -133,7 +133,7 @@ def card_errors(text: str) -> list[str]:
     if data.get("license") == "other" and not data.get("license_name"):
         errors.append("license_name is missing")
     for model in data.get("model-index", []):
-        if not isinstance(model.get("name"), str) or not model.get("results"):
+        if not isinstance(model.get("name"), str) or not isinstance(model.get("results"), list):
             errors.append("model-index needs name and results")
         for result in model.get("results", []):
             if not result.get("task", {}).get("type"):
