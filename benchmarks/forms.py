@@ -1,8 +1,8 @@
 """What the uniform form costs against the adaptive one, and how fast pruned models are, aligned and not.
 
-All forms are decided on one pass over the calibration text, by the recipe `default`. Speed is measured in turns, so that
-a machine that slows down slows all models; `ideal` is what parameters promise: those of the decoder layers in prefill (one
-position goes through the head), with those of the head in decoding.
+All forms are decided on one pass over the calibration text, by the recipe `default`. Speed is measured in turns, so
+that a machine that slows down slows all models; `ideal` is what parameters promise: those of the decoder layers in
+prefill (one position goes through the head), with those of the head in decoding.
 
     python benchmarks/forms.py quality MODEL --folder DIR --calibration a.jsonl b.txt --report c.txt d.jsonl
     python benchmarks/forms.py speed MODEL --folder DIR
