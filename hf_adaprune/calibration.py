@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -81,6 +81,16 @@ class TokenBlocks:
     def tokens(self) -> int:
         """Number of tokens that are no padding."""
         return int(self.attention_mask.sum())
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of them, as JSON types."""
+        return {
+            "tokens": self.tokens,
+            "windows": len(self),
+            "sequence_length": self.input_ids.shape[1],
+            "domains": list(self.domains),
+            "sha256": self.digest,
+        }
 
     def select(self, indices: Sequence[int] | torch.Tensor | slice) -> TokenBlocks:
         """The windows at `indices`, in that order; the tuple of domains stays whole."""

@@ -223,6 +223,27 @@ class PruningConfig:
             prepared[name] = value
         return replace(self, **prepared)
 
+    @classmethod
+    def read(cls, given: Any, field: str = "config") -> PruningConfig:
+        """The config that a caller means: a config, its fields, or the name of a recipe.
+
+        Args:
+            given ([`PruningConfig`], `dict` or `str`): what was passed.
+            field (`str`, *optional*, defaults to `"config"`): the argument's name, for the message.
+
+        Raises:
+            ConfigError: it is something else, or a field is out of range.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, str):
+            return cls.recipe(given)
+        if isinstance(given, Mapping):
+            return cls.from_dict(given)
+        raise ConfigError(
+            f"`{field}` should be a PruningConfig, a mapping of its fields or the name of a recipe. Found {given!r}."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types; texts in memory become their name and digest."""
         from . import __version__

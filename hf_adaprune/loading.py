@@ -95,7 +95,7 @@ def _wrap(module: ModuleType) -> None:
         pruning_config = kwargs.pop("pruning_config", None)
         if pruning_config is None:
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
-        config = _as_config(pruning_config)
+        config = PruningConfig.read(pruning_config, "pruning_config")
         tokenizer = kwargs.pop("pruning_tokenizer", None)
         architecture = kwargs.pop("pruning_architecture", None)
         loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
@@ -106,18 +106,6 @@ def _wrap(module: ModuleType) -> None:
     init._adaprune = True  # type: ignore[attr-defined]
     base.__init__ = init
     base.from_pretrained = classmethod(from_pretrained)
-
-
-def _as_config(given: Any) -> PruningConfig:
-    if isinstance(given, PruningConfig):
-        return given
-    if isinstance(given, str):
-        return PruningConfig.recipe(given)
-    if isinstance(given, Mapping):
-        return PruningConfig.from_dict(given)
-    raise ConfigError(
-        f"`pruning_config` should be a PruningConfig, a mapping of its fields or the name of a recipe. Found {given!r}."
-    )
 
 
 def _prune_loaded(

@@ -267,17 +267,7 @@ def prune(
     after = Sizes.of(cut)
     pruned = {name: perplexity(model, report) for name, report in reports.items()}
     clock.stop("report pruned")
-    facts = (
-        {}
-        if blocks is None
-        else {
-            "tokens": blocks.tokens,
-            "windows": len(blocks),
-            "sequence_length": blocks.input_ids.shape[1],
-            "domains": list(blocks.domains),
-            "sha256": blocks.digest,
-        }
-    )
+    facts = {} if blocks is None else blocks.facts()
     evaluation = {name: {"dense": dense[name], "pruned": pruned[name]} for name in reports}
     return PruningResult(
         model,

@@ -42,7 +42,7 @@ from .search_checks import check_search, search_needs
 from .sites import ModelSites, find_sites
 from .stages import check_weights, even_plan, gather_texts, what_to_collect
 from .surgery import assign_units
-from .training_checks import check_config, check_engine, check_masked, has_budget, read_config
+from .training_checks import check_config, check_engine, check_masked, has_budget
 from .training_text import dataset_blocks
 from .trials import quiet_bars
 from .workers import Alone
@@ -122,7 +122,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         trainer: Any = None,
     ) -> None:
         self.schedule = CutSchedule(mode, cuts, share, every, tuple(at), spacing, targets)
-        self.config = read_config(config)
+        self.config = PruningConfig.read("default" if config is None else config)
         self.data, self.samples, self.reset_best = data, samples, reset_best
         self.architecture, self.trainer, self.tokenizer = architecture, trainer, tokenizer
         if data not in ("train", "calibration"):
@@ -275,7 +275,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             "attributes": {
                 "asked": self._asked(),
                 "first": dict(self.first),
-                "text": self._text if self._blocks is None or self._blocks[0] is None else _facts(self._blocks[0]),
+                "text": self._text if self._blocks is None or self._blocks[0] is None else self._blocks[0].facts(),
                 "base_model": self._base_model,
                 "steps": list(self.steps),
                 "ratios": list(self.ratios),
@@ -488,7 +488,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         sites = self._sites(_base_of(model))
         after = _sizes(sites, self.plan if self._is_masked() and self._masked else None)
         blocks = (self._blocks or (None, None))[0]
-        calibration = self._text if blocks is None else _facts(blocks)
+        calibration = self._text if blocks is None else blocks.facts()
         return {
             "version": __version__,
             "config": self.config.to_dict(),
@@ -570,16 +570,6 @@ def _sizes(sites: ModelSites, plan: PruningPlan | None = None) -> dict[str, int]
     total = sites.total_parameters - removed
     size = next(sites.model.parameters()).element_size()
     return {"decoder": sites.decoder_parameters - removed, "total": total, "bytes": total * size}
-
-
-def _facts(blocks: TokenBlocks) -> dict[str, Any]:
-    return {
-        "tokens": blocks.tokens,
-        "windows": len(blocks),
-        "sequence_length": blocks.input_ids.shape[1],
-        "domains": list(blocks.domains),
-        "sha256": blocks.digest,
-    }
 
 
 def _mean_widths(sites: ModelSites, plan: PruningPlan | None) -> dict[str, float]:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from .config import PruningConfig
 from .errors import ConfigError, UnsupportedModelError
 
-__all__ = ["check_config", "check_engine", "check_masked", "has_budget", "read_config"]
+__all__ = ["check_config", "check_engine", "check_masked", "has_budget"]
 
 _WIDTHS = ("channel", "kv_group", "query_head", "expert", "expert_channel")
-
-
-def read_config(given: Any) -> PruningConfig:
-    """A config from what a caller gave: a config, its fields, the name of a recipe, or nothing.
-
-    Raises:
-        ConfigError: it is something else, or a field is out of range.
-    """
-    if given is None:
-        return PruningConfig.recipe("default")
-    if isinstance(given, PruningConfig):
-        return given
-    if isinstance(given, str):
-        return PruningConfig.recipe(given)
-    if isinstance(given, Mapping):
-        return PruningConfig.from_dict(given)
-    raise ConfigError(f"`config` should be a PruningConfig, its fields or the name of a recipe. Found {given!r}.")
 
 
 def has_budget(config: PruningConfig) -> bool:
