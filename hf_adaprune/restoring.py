@@ -17,7 +17,7 @@ from .architectures import Architecture
 from .errors import AdaPruneError, CheckpointError
 from .model_config import update_config
 from .plan import PruningPlan, SitePlan
-from .sites import ModelSites, Site, find_sites
+from .sites import Matrix, ModelSites, Site, find_sites
 from .surgery import add_bias, apply_plan, take_structure
 
 __all__ = ["Restorer"]
@@ -66,18 +66,31 @@ class Restorer:
                 )
             return
         sites = find_sites(model, self.architecture)
-        if _fits(own, incoming, sites.architecture.layers + "."):
+        layers = sites.architecture.layers + "."
+        if _fits(own, incoming, layers):
             return
+        whole = _is_whole(own, incoming, layers)
+        # A shard says nothing of the layers that are in others: what they hold by now has to stay.
+        known = incoming if whole else {**{name: value.shape for name, value in own.items()}, **incoming}
         like = self.dense(model)
-        plan = self._plan_of(like, incoming)
-        biases = _added_biases(like, incoming)
+        plan = self._plan_of(like, known, incoming)
+        biases = _added_biases(like, known)
         cut = apply_plan(like, plan)
         if biases:
             _give_biases(cut, biases)
+        missing = [name for name, _ in cut.model.named_parameters() if name.startswith(layers) and name not in known]
+        if whole and missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} weights of the layers ({missing[0]}, ...): whole layers or "
+                "sublayers were removed, and no pruning_plan.json in output_dir says which. Resume in the folder of "
+                "the first run, or build the Trainer with AutoModelForCausalLM.from_pretrained(CHECKPOINT)."
+            )
         logger.info("the checkpoint has other sizes than the model, which takes them on.")
         take_structure(sites, cut)
 
-    def _plan_of(self, dense: ModelSites, incoming: Mapping[str, torch.Size]) -> PruningPlan:
+    def _plan_of(
+        self, dense: ModelSites, known: Mapping[str, torch.Size], incoming: Mapping[str, torch.Size]
+    ) -> PruningPlan:
         for plan in self.known():
             try:
                 trial = apply_plan(self.dense(dense.model), plan)
@@ -88,7 +101,7 @@ class Restorer:
         names = {id(parameter): name for name, parameter in dense.model.named_parameters()}
         sites = {}
         for site in dense:
-            found = _site_of(site, names, incoming)
+            found = _site_of(site, names, known, incoming)
             if found is not None:
                 sites[site.name] = found
         return PruningPlan(dense.architecture.model_type, len(dense.layers), sites)
@@ -100,33 +113,65 @@ def _fits(own: Mapping[str, torch.Tensor], incoming: Mapping[str, torch.Size], l
         return False
     if any(name not in own for name in incoming if name.startswith(layers)):
         return False
-    # Only a whole state dict can show what is missing: it brings embeddings and final norm.
-    whole = all(name in incoming for name in own if not name.startswith(layers))
-    return not whole or all(name in incoming for name in own if name.startswith(layers))
+    # Only a whole state dict can show what is missing.
+    return not _is_whole(own, incoming, layers) or all(name in incoming for name in own if name.startswith(layers))
 
 
-def _site_of(site: Site, names: Mapping[int, str], incoming: Mapping[str, torch.Size]) -> SitePlan | None:
-    """What the shapes say of a site: how many units, numbered from the first; values come with the checkpoint."""
-    shape = incoming.get(names[id(site.reader.parameter)])
-    if shape is None:
+def _is_whole(own: Mapping[str, torch.Tensor], incoming: Mapping[str, torch.Size], layers: str) -> bool:
+    """Whether a state dict is no shard: it brings everything outside of the layers, embeddings and final norm."""
+    return all(name in incoming for name in own if not name.startswith(layers))
+
+
+def _site_of(
+    site: Site, names: Mapping[int, str], known: Mapping[str, torch.Size], incoming: Mapping[str, torch.Size]
+) -> SitePlan | None:
+    """What the shapes say of a site: how many units, numbered from the first; values come with the checkpoint.
+
+    A shard may hold some matrices of a site: what they say counts, and the others follow as little as they have to.
+    """
+    if site.kind == "attention" and site.refusal:
         return None
+
+    def rows(writer: Matrix, shapes: Mapping[str, torch.Size]) -> int | None:
+        shape = shapes.get(names[id(writer.parameter)])
+        return None if shape is None else shape[-1 if writer.transposed else -2]
+
+    def columns(shapes: Mapping[str, torch.Size]) -> int | None:
+        shape = shapes.get(names[id(site.reader.parameter)])
+        return None if shape is None else shape[-2 if site.reader.transposed else -1]
+
+    here = names[id(site.reader.parameter)]
+    first = site.writers[0]
     if site.kind == "experts":
-        groups, per_group = shape[0], shape[2]
-    else:
-        columns = shape[0] if site.reader.transposed else shape[1]
-        units = columns // site.columns_per_unit
-        groups = 1
-        if site.kind == "attention" and not site.refusal:
-            writer = site.writers[0 if site.fused else 1]
-            there = incoming.get(names[id(writer.parameter)])
-            if there is None:
-                return None
-            rows = there[1] if writer.transposed else there[0]
-            heads = rows // site.columns_per_unit
-            groups = (heads - units) // 2 if site.fused else heads
-        elif site.kind == "attention":
+        given = here if here in incoming else names[id(first.parameter)]
+        if given not in known:
             return None
-        per_group = units // groups
+        groups, per_group = known[given][0], known[given][-1 if given == here else -2]
+        per_group = per_group if given == here else per_group // site.copies
+    elif site.kind == "mlp":
+        width, of_writer = columns(incoming), [rows(writer, incoming) for writer in site.writers]
+        width = width or next((found // site.copies for found in of_writer if found), None) or columns(known)
+        if width is None:
+            return None
+        groups, per_group = 1, width
+    else:
+        head = site.columns_per_unit
+        now_columns, now_rows = columns(known), rows(site.writers[-1], known)
+        if now_columns is None or now_rows is None:
+            return None
+        if site.fused:
+            units = (columns(incoming) or now_columns) // head
+            groups = ((rows(first, incoming) or now_rows) // head - units) // 2
+        else:
+            units = (columns(incoming) or rows(first, incoming) or now_columns) // head
+            told = [found // head for writer in site.writers[1:] if (found := rows(writer, incoming))]
+            groups = told[0] if told else now_rows // head
+            if units % groups or units // groups > site.group_size:
+                if columns(incoming) or rows(first, incoming):
+                    groups = max(1, units // site.group_size)
+                else:
+                    units = groups * site.group_size
+        per_group = units // max(groups, 1)
     if groups > site.groups or per_group > site.group_size:
         raise CheckpointError(
             f"the checkpoint has {groups} x {per_group} units at {site.name}, the model that training began with only "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,37 @@ def test_layers_and_sublayers_go_in_flight_and_come_back_on_resume(tmp_path: Pat
     again = training(tmp_path / "a", progressive(config=config, at=(0.4,)))
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
     same(again.model, whole.model)
+
+
+def test_shards_are_loaded_one_by_one_and_none_forgets_another(finished: Trainer, tmp_path: Path) -> None:
+    """In any folder, so without a plan to look up: a shard must leave alone what it does not hold."""
+    from hf_adaprune.restoring import Restorer
+
+    state = weights(AutoModelForCausalLM.from_pretrained(Path(finished.args.output_dir) / "checkpoint-10"))
+    names = sorted(state, key=lambda name: hash_of(name))
+    model = tiny_model("llama", seed=5)
+    Restorer(model, None, lambda: ())
+    for start in range(0, len(names), 5):
+        model.load_state_dict({name: state[name] for name in names[start : start + 5]}, strict=False)
+    found = weights(model)
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def hash_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def test_removed_layers_of_an_unknown_plan_are_refused_not_filled(tmp_path: Path) -> None:
+    config = pruning_config(
+        units=("mlp",),
+        pruning_ratio=0.15,
+        importance={"metrics": {"block_influence": 1.0}},
+        repair={"method": "none", "min_tokens_per_column": 0},
+    )
+    training(tmp_path / "a", progressive(config=config, at=(0.4,))).train()
+    again = training(tmp_path / "elsewhere", progressive(config=config, at=(0.4,)))
+    with pytest.raises(CheckpointError, match="no pruning_plan"):
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
 
 
 def test_a_repair_with_biases_resumes(tmp_path: Path) -> None:
