@@ -143,11 +143,14 @@ def _site_of(
     here = names[id(site.reader.parameter)]
     first = site.writers[0]
     if site.kind == "experts":
-        given = here if here in incoming else names[id(first.parameter)]
+        writer_name = names[id(first.parameter)]
+        given = writer_name if writer_name in incoming and here not in incoming else here
         if given not in known:
             return None
         groups, per_group = known[given][0], known[given][-1 if given == here else -2]
         per_group = per_group if given == here else per_group // site.copies
+        if given not in incoming and site.router is not None:
+            groups = rows(site.router, incoming) or groups
     elif site.kind == "mlp":
         width, of_writer = columns(incoming), [rows(writer, incoming) for writer in site.writers]
         width = width or next((found // site.copies for found in of_writer if found), None) or columns(known)
@@ -161,7 +164,14 @@ def _site_of(
             return None
         if site.fused:
             units = (columns(incoming) or now_columns) // head
-            groups = ((rows(first, incoming) or now_rows) // head - units) // 2
+            heads = (rows(first, incoming) or now_rows) // head
+            groups = (heads - units) // 2
+            if not 0 < groups <= site.groups or units % groups or units // groups > site.group_size:
+                if columns(incoming):
+                    groups = max(1, units // site.group_size)
+                else:
+                    groups = heads // (site.group_size + 2)
+                    units = groups * site.group_size
         else:
             units = (columns(incoming) or rows(first, incoming) or now_columns) // head
             told = [found // head for writer in site.writers[1:] if (found := rows(writer, incoming))]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import logits_of, tiny_model, tokens
+from plans import plan_of_kind
 from trainings import Rows, progressive, pruning_config, training, weights
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
@@ -18,6 +19,7 @@ from hf_adaprune.errors import AdaPruneError, BudgetError, CheckpointError, Conf
 from hf_adaprune.hub import check_checkpoint
 from hf_adaprune.plan import PruningPlan
 from hf_adaprune.sites import find_sites
+from hf_adaprune.surgery import apply_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -153,6 +155,24 @@ def test_shards_are_loaded_one_by_one_and_none_forgets_another(finished: Trainer
         model.load_state_dict({name: state[name] for name in names[start : start + 5]}, strict=False)
     found = weights(model)
     assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("kind", ["channel", "kv_group", "query_head", "expert", "expert_channel"])
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "qwen3_moe"])
+def test_shards_of_other_families(family: str, kind: str) -> None:
+    from hf_adaprune.restoring import Restorer
+
+    cut = tiny_model(family)
+    plan = plan_of_kind(find_sites(cut), kind)
+    if plan is None:
+        pytest.skip(f"no {kind} in {family}")
+    state = weights(apply_plan(find_sites(cut), plan).model)
+    names = sorted(state, key=lambda name: hash_of(name))
+    model = tiny_model(family, seed=5)
+    Restorer(model, None, lambda: ())
+    for start in range(0, len(names), 5):
+        model.load_state_dict({name: state[name] for name in names[start : start + 5]}, strict=False)
+    assert torch.equal(logits_of(model, tokens()), logits_of(cut, tokens()))
 
 
 def hash_of(name: str) -> str:
