@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJ
 
 from hf_adaprune import PruningConfig, PruningPlan, cli, pipeline, saving
 from hf_adaprune.cli import main
+from hf_adaprune.cli_arguments import build_config, command_line
 from hf_adaprune.search import loop
 
 
@@ -117,7 +118,7 @@ def test_dry_run_writes_nothing(dense: Path, work: Path, capsys: pytest.CaptureF
 
 def test_options_override_the_file_and_the_file_the_recipe(tmp_path: Path) -> None:
     def config_of(*words: str) -> object:
-        return cli.build_config(cli._parser().parse_args(["prune", "m", "--output", "o", *words]))
+        return build_config(command_line(cli.COMMANDS).parse_args(["prune", "m", "--output", "o", *words]))
 
     partial = tmp_path / "part.json"
     partial.write_text(json.dumps({"target_parameters": 10**6, "seed": 3, "calibration": {"samples": 9}}))
@@ -371,7 +372,7 @@ def test_a_search_needs_selection_text(dense: Path, work: Path, capsys: pytest.C
 
 def test_budgets_of_the_command_line(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["prune", "m", "--budget", "parameters=110M", "--budget", "macs=2.5k", "--budget", "ratio=0.3"]
-    config = cli.build_config(cli._parser().parse_args(words))
+    config = build_config(command_line(cli.COMMANDS).parse_args(words))
     assert config.budgets == {"parameters": 110e6, "macs": 2500.0, "ratio": 0.3}
     assert main(prune_words(dense, work, "--budget", "parameters=34k", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["after"]["total"] <= 34_000

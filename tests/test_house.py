@@ -87,6 +87,7 @@ ORDER = [
     "cli_search",
     "cli_recover",
     "cli_publish",
+    "cli_arguments",
     "cli",
     "__main__",
 ]
