@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from .reporting import text_table
+from .search.dimensions import Choice, Dimension, Number, Simplex, Vector
 from .search.gaussian_process import coverage, fit_surrogate
 from .search.journal import Estimate, Journal, Trial, compare, mean_value
 from .search.loop import Slot, View, front
-from .search.space import Choice, Dimension, Number, Simplex, Space, Vector
+from .search.space import Space
 from .search_config import SearchConfig
 
 __all__ = ["Finalist", "JournalSummary", "Scale", "describe_journal", "differences", "search_of", "space_of"]

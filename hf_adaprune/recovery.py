@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, get_scheduler
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging as transformers_logging
 
 from .calibration import TokenBlocks, packed_blocks, report_blocks
 from .config import CONFIG_NAME, CalibrationConfig, Source, TextSource
@@ -31,6 +30,7 @@ from .evaluation import Measurement, kl_divergence, mean_over_windows, per_windo
 from .pipeline import PruningResult, Sizes
 from .plan import PruningPlan
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
+from .recovery_course import Course, schedule_shape
 from .saving import PLAN_NAME, save_pruned
 from .sites import find_sites
 from .stages import text_part
@@ -44,10 +44,7 @@ __all__ = ["RecoveryResult", "check_student", "recover", "training_texts"]
 
 logger = logging.getLogger(__name__)
 
-# A schedule is a function of steps; with so many of them it is one of the share of the training that is over.
-RESOLUTION = 100_000
-ENDLESS = 10**7
-LOGGED = 50  # rows of the log
+ENDLESS = 10**7  # steps of a training that the clock ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,49 +353,8 @@ def _measure(model: Any, dense: Any, blocks: TokenBlocks) -> dict[str, Measureme
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-class _Course(TrainerCallback):
-    """How far the training is, by steps or by the clock; ends it when time is up."""
-
-    def __init__(self, config: RecoveryConfig, steps: int, started: float, windows: int) -> None:
-        self.limit = None if config.minutes is None else config.minutes * 60
-        self.steps, self.started, self.done = steps, started, 0
-        self.first: float | None = None
-        self.epoch = windows / (config.batch_size * config.gradient_accumulation)
-        self.told = 0.0
-        self.bar: Any = None
-
-    def share(self) -> float:
-        """Share of the training that is over in the middle of the next step."""
-        if self.limit is None:
-            return min((self.done + 0.5) / self.steps, 1.0)
-        return min((time.perf_counter() - self.started + self._step() / 2) / self.limit, 1.0)
-
-    def _step(self) -> float:
-        return 0.0 if self.first is None or not self.done else (time.perf_counter() - self.first) / self.done
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the bar."""
-        self.first = time.perf_counter()
-        self.bar = transformers_logging.tqdm(total=None if self.limit else self.steps, desc="recovery", unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count, and stop where another step would end later than it should."""
-        self.bar.update()
-        if self.done <= self.epoch < self.done + 1 and (self.limit or self.steps > self.epoch + 1):
-            logger.info("the training text was read once after %d steps; it is read again.", self.done + 1)
-        self.done += 1
-        if self.share() >= self.told + 1 / LOGGED or self.done in (1, self.steps):
-            self.told, control.should_log = self.share(), True
-        if self.limit is not None and time.perf_counter() - self.started + self._step() / 2 >= self.limit:
-            control.should_log = control.should_training_stop = True
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """End the bar."""
-        self.bar.close()
-
-
 class _RecoveryTrainer(DistillationTrainer):
-    course: _Course
+    course: Course
     shape: Callable[[float], float]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -407,21 +363,6 @@ class _RecoveryTrainer(DistillationTrainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.shape(self.course.share()))
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-
-def schedule_shape(config: RecoveryConfig) -> Callable[[float], float]:
-    """The config's schedule as a function of the share of the training that is over, times the highest rate."""
-    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    own = {"num_decay_steps": round(config.decay * RESOLUTION)} if config.scheduler == "warmup_stable_decay" else {}
-    found: Any = get_scheduler(
-        config.scheduler,
-        stand_in,
-        num_warmup_steps=round(config.warmup * RESOLUTION),
-        num_training_steps=RESOLUTION,
-        scheduler_specific_kwargs=own,
-    )
-    function = found.lr_lambdas[0]
-    return lambda share: float(function(share * RESOLUTION))
 
 
 def _autocasts(config: RecoveryConfig, device: torch.device) -> bool:
@@ -551,7 +492,7 @@ def _train(
                 )
                 for printer in (PrinterCallback, ProgressCallback):
                     trainer.remove_callback(printer)
-                trainer.course = _Course(config, steps, started, len(blocks))
+                trainer.course = Course(config, steps, started, len(blocks))
                 trainer.shape = schedule_shape(config)
                 trainer.add_callback(trainer.course)
                 trainer.train()

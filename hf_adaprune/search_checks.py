@@ -10,8 +10,9 @@ from typing import Any
 from .config import PruningConfig
 from .errors import ConfigError
 from .metrics import METRICS
+from .search.dimensions import Choice, Simplex
 from .search.loop import View
-from .search.space import Choice, Simplex, default_space
+from .search.space import default_space
 from .search_config import REFINING
 from .stages import what_to_collect
 from .statistics import Needs

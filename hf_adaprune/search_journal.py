@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from .config import PruningConfig
-from .costs import SpeedTable
 from .errors import CalibrationError, JournalError
 from .search.journal import Journal
 from .search.loop import WARM_POINTS, finalists
 from .search.space import Point, Space
 from .search_config import SPEEDS
 from .sites import ModelSites
+from .speeds import SpeedTable
 from .trials import Trials
 from .workers import Alone
 

@@ -206,11 +206,15 @@ class Site:
             return per_query
         return per_query * self.group_size + head * (2 * inputs + key + value)
 
+    def owned_parameters(self) -> Iterator[nn.Parameter]:
+        """What goes when the whole sublayer is removed, each once."""
+        owners: list[nn.Module] = [self.sublayer, self.reader.module, *(writer.module for writer in self.writers)]
+        yield from {id(p): p for owner in owners for p in owner.parameters()}.values()
+
     @property
     def sublayer_parameters(self) -> int:
         """Parameters that go when the whole sublayer is removed."""
-        owners: list[nn.Module] = [self.sublayer, self.reader.module, *(writer.module for writer in self.writers)]
-        return sum(p.numel() for p in {id(p): p for owner in owners for p in owner.parameters()}.values())
+        return sum(p.numel() for p in self.owned_parameters())
 
     def removed_parameters(self, kept: SitePlan) -> int:
         """Parameters that a plan for this site removes."""

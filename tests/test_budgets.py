@@ -18,12 +18,13 @@ from hf_adaprune import budgets as budgets_room
 from hf_adaprune.allocation import allocate
 from hf_adaprune.budgets import allocate_within, check_budgets, even_scores, missed_budgets, nested_plans
 from hf_adaprune.config import AllocationConfig, PruningConfig, RepairConfig
-from hf_adaprune.costs import Costs, SpeedCurve, SpeedTable, measure_speed_table, shape_of
+from hf_adaprune.costs import Costs
 from hf_adaprune.errors import BudgetError, ConfigError, UnsupportedModelError
 from hf_adaprune.importance import Scores, unit_of
 from hf_adaprune.pipeline import prune
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.sites import ModelSites, find_sites
+from hf_adaprune.speeds import SpeedCurve, SpeedTable, measure_speed_table, shape_of
 from hf_adaprune.stages import decide, even_plan
 from hf_adaprune.surgery import apply_plan
 

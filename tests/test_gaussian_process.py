@@ -12,6 +12,7 @@ import torch
 from hf_adaprune import PruningConfig
 from hf_adaprune.search import gaussian_process
 from hf_adaprune.search.baselines import propose_random
+from hf_adaprune.search.dimensions import Choice, Number, Simplex, Vector
 from hf_adaprune.search.gaussian_process import (
     ROUGHNESS,
     SQUEEZE,
@@ -23,7 +24,7 @@ from hf_adaprune.search.gaussian_process import (
 )
 from hf_adaprune.search.journal import Journal, Rows, Trial
 from hf_adaprune.search.loop import Candidate, View, cost_axis, front, run_search
-from hf_adaprune.search.space import Choice, Number, Simplex, Space, Vector, default_space
+from hf_adaprune.search.space import Space, default_space
 from hf_adaprune.search_config import SearchConfig
 
 SPACE = Space(

@@ -28,7 +28,8 @@ from hf_adaprune.errors import (
     MissingDependencyError,
     UnsupportedModelError,
 )
-from hf_adaprune.recovery import schedule_shape, training_texts
+from hf_adaprune.recovery import training_texts
+from hf_adaprune.recovery_course import schedule_shape
 from hf_adaprune.surgery import cast_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -264,7 +265,7 @@ def test_an_interrupted_training_leaves_a_whole_model(lora: Any, monkeypatch: py
         calls.append(1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_adaprune.recovery._Course.on_step_end", stop)
+    monkeypatch.setattr("hf_adaprune.recovery_course.Course.on_step_end", stop)
     with pytest.raises(KeyboardInterrupt):
         recover(model, tiny_tokenizer(), tiny_model("llama"), short(lora=lora, held_out=0), sources=text())
     assert calls and set(weights(model)) == names

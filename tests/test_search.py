@@ -25,9 +25,10 @@ from hf_adaprune.config import CalibrationConfig, ImportanceConfig, PruningConfi
 from hf_adaprune.errors import BudgetError, ConfigError, JournalError, MissingDependencyError
 from hf_adaprune.search import loop
 from hf_adaprune.search.baselines import propose_random, propose_sobol, propose_tpe
+from hf_adaprune.search.dimensions import Choice, Number, Simplex, Vector
 from hf_adaprune.search.journal import Final, Journal, Trial, compare, mean_value
 from hf_adaprune.search.loop import Candidate, Progress, Proposal, View, cost_axis, finalists, front, run_search
-from hf_adaprune.search.space import Choice, Number, Simplex, Space, Vector, apply_fields, default_space, field_of
+from hf_adaprune.search.space import Space, apply_fields, default_space, field_of
 
 DOMAINS = ("code", "prose", "chat", "maths")
 

@@ -22,12 +22,13 @@ from hf_adaprune.importance import Scores
 from hf_adaprune.search import predictor
 from hf_adaprune.search import shares as sharing_module
 from hf_adaprune.search.baselines import propose_random
+from hf_adaprune.search.dimensions import Number
 from hf_adaprune.search.evolution import propose_evolution
 from hf_adaprune.search.journal import Journal, Trial
 from hf_adaprune.search.loop import Candidate, Proposal, Slot, View, run_search
 from hf_adaprune.search.predictor import predictor_quality, propose_predictor
 from hf_adaprune.search.shares import Sharing, sharing_of
-from hf_adaprune.search.space import Number, Space
+from hf_adaprune.search.space import Space
 from hf_adaprune.search_config import SearchConfig
 from hf_adaprune.sites import find_sites
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import MissingDependencyError
+from .dimensions import Choice
 from .loop import Proposal, View
-from .space import Choice
 
 __all__ = ["need_optuna", "propose_random", "propose_sobol", "propose_tpe"]
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from .baselines import propose_sobol
+from .dimensions import Choice
 from .journal import Trial
 from .loop import Proposal, View, cost_axis
-from .space import Choice, Space
+from .space import Space
 
 __all__ = ["compress", "coverage", "fit_surrogate", "propose_gp"]
 
