@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,12 +28,15 @@ from .distillation_loss import (
 )
 from .documents import eval_mode, input_device
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
+from .whole_files import whole_folder
 
 __all__ = ["CachedTeacher", "DistillationTrainer", "Windows", "cache_teacher", "vocabulary_of"]
 
 INDEX = "sample_index"
 CACHE_FILE, CACHE_FACTS = "teacher.safetensors", "teacher.json"
 CHUNK_POSITIONS = 64
+# What a cache is refused without.
+_FACTS: Mapping[str, Any] = {"sha256": str, "windows": int, "vocabulary": int, "temperature": (int, float)}
 
 
 class Windows(torch.utils.data.Dataset):
@@ -85,6 +86,14 @@ class CachedTeacher:
             raise CheckpointError(f"{path} holds no cached teacher. Make one with cache_teacher().") from error
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the cached teacher in {path} cannot be read: {error}. Remove it.") from error
+        wrong = [
+            name for name, kind in _FACTS.items() if type(facts) is not dict or not isinstance(facts.get(name), kind)
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{path / CACHE_FACTS} should say {', '.join(wrong)} of a cached teacher. Remove the folder, and cache "
+                "again."
+            )
         if self.blocks is not None and facts["sha256"] != self.blocks.digest:
             raise CheckpointError(
                 f"the cached teacher in {path} is of other text (digest {facts['sha256'][:12]}) than the training "
@@ -153,19 +162,10 @@ def cache_teacher(
                 "folder, or remove it."
             )
         return there
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
-    try:
+    with whole_folder(target) as partial:
         tokens, values = _top_of_all(model, blocks, facts["top_k"], temperature, batch_size)
         save_file({"tokens": tokens, "log_probabilities": values}, partial / CACHE_FILE)
         (partial / CACHE_FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        partial.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target} could not be written: {error}. Nothing was left behind.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return CachedTeacher(target, blocks)
 
 

@@ -185,13 +185,23 @@ def block_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> torc
         units (`int`): how many equal blocks the columns (of all experts) form.
     """
     if weight.dim() == 3:
-        per_expert = max(1, units // len(weight))
-        costs = torch.cat([block_costs(w, i, per_expert) for w, i in zip(weight, inverse, strict=True)])
-        return costs.reshape(units, -1).sum(1)
+        return _costs_by_expert(block_costs, weight, inverse, units)
     size = weight.shape[1] // units
     if size == 1:
         return (weight.square().sum(0) / inverse.diagonal()).cpu()
     return _refit_errors(weight.reshape(-1, units, size).permute(1, 2, 0), _diagonal_blocks(inverse, units)).cpu()
+
+
+def _costs_by_expert(
+    costs_of: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    units: int,
+) -> torch.Tensor:
+    """Costs of every expert by itself, `[units]`; summed where a unit is a whole expert."""
+    per_expert = max(1, units // len(weight))
+    costs = torch.cat([costs_of(own, moments, per_expert) for own, moments in zip(weight, inverse, strict=True)])
+    return costs.reshape(units, -1).sum(1)
 
 
 def _diagonal_blocks(inverse: torch.Tensor, units: int) -> torch.Tensor:
@@ -221,9 +231,7 @@ def greedy_costs(weight: torch.Tensor, inverse: torch.Tensor, units: int) -> tor
         units (`int`): how many equal blocks the columns (of all experts) form.
     """
     if weight.dim() == 3:
-        per_expert = max(1, units // len(weight))
-        costs = torch.cat([greedy_costs(w, i, per_expert) for w, i in zip(weight, inverse, strict=True)])
-        return costs.reshape(units, -1).sum(1)
+        return _costs_by_expert(greedy_costs, weight, inverse, units)
     size = weight.shape[1] // units
     batch = max(1, units // 48) if size == 1 else 1
     added = torch.zeros(units, dtype=torch.float64)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
+from .whole_files import write_whole
 
 __all__ = ["PruningPlan", "SitePlan", "site_name"]
 
@@ -255,10 +256,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as a JSON file, whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_whole(path, json.dumps(self.to_dict(), sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:

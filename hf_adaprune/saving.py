@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from .config import CONFIG_NAME
 from .errors import CheckpointError
 from .remote_code import add_remote_code, load_class, module_name
+from .whole_files import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,10 +101,7 @@ def save_pruned(
             left behind then.
     """
     target = check_output(output_dir, result.after.bytes)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
-    try:
-        partial.chmod(0o755)
+    with whole_folder(target) as partial:
         with _no_warning_about_global_values():
             result.model.save_pretrained(partial, max_shard_size=max_shard_size)
         if result.tokenizer is not None:
@@ -119,13 +116,6 @@ def save_pruned(
         if check:
             with _no_warning_about_global_values():
                 check_round_trip(result.model, partial, result.tokenizer)
-        if target.exists():
-            target.rmdir()
-        partial.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target} could not be written: {error}. Nothing was left behind.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.sites import ModelSites, find_sites
 
 VOCABULARY = 96
@@ -97,3 +101,17 @@ def model(family: str) -> PreTrainedModel:
 def sites(model: PreTrainedModel) -> ModelSites:
     """Its sites."""
     return find_sites(model)
+
+
+@pytest.fixture(scope="module")
+def real_folder() -> Path:
+    """SmolLM2-135M-Instruct, fetched once; skips where it cannot be, unless `CI` is set."""
+    from hf_adaprune.demo import fetch_model
+
+    torch.set_num_threads(2)
+    try:
+        return fetch_model()
+    except AdaPruneError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the model cannot be fetched: {error}")

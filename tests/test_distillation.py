@@ -262,6 +262,24 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cache_is_readable_by_others_and_needs_a_place(tmp_path: Path) -> None:
+    dense, blocks = tiny_model("llama"), random_blocks(2)
+    cache_teacher(dense, blocks, tmp_path / "new" / "cache", 4)
+    assert (tmp_path / "new" / "cache").stat().st_mode & 0o777 == 0o755
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        cache_teacher(dense, blocks, tmp_path / "file" / "cache", 4)
+
+
+@pytest.mark.parametrize("facts", ["[]", "{}", '{"sha256": "a", "windows": "2", "vocabulary": 96, "temperature": 1.0}'])
+def test_facts_that_are_none_are_refused(tmp_path: Path, facts: str) -> None:
+    dense, blocks = tiny_model("llama"), random_blocks(2)
+    cache_teacher(dense, blocks, tmp_path / "cache", 4)
+    (tmp_path / "cache" / "teacher.json").write_text(facts)
+    with pytest.raises(CheckpointError, match="should say"):
+        CachedTeacher(tmp_path / "cache", blocks)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     blocks, dense = random_blocks(4), tiny_model("llama")
     with pytest.raises(ConfigError, match="one vocabulary"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ from llama_cpp import ask, job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_adaprune import PruningConfig, prune
-from hf_adaprune.demo import fetch_model
 from hf_adaprune.documents import read_source
-from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.export import export_gguf
 
 pytestmark = pytest.mark.real
@@ -22,22 +19,11 @@ PROMPTS, CONTINUED, NEW_TOKENS = 32, 8, 32
 TOLD = 1000  # tokens of the vocabulary that are compared, the most probable ones; all would take a minute
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    torch.set_num_threads(2)
-    try:
-        return fetch_model()
-    except AdaPruneError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"the model cannot be fetched: {error}")
-
-
 @pytest.mark.parametrize("uniform", [False, True])
 @torch.no_grad()
-def test_llama_cpp_computes_what_transformers_computes(uniform: bool, folder: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def test_llama_cpp_computes_what_transformers_computes(uniform: bool, real_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real_folder)
+    dense = AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32).eval()
     config = PruningConfig.recipe(
         "flap", pruning_ratio=0.2, uniform=uniform, channel_multiple=32,
         calibration={"samples": 4, "sequence_length": 128}, repair={"method": "none"},

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_adaprune"
 # From the ground up. A file may import, when it is loaded, only from files before it.
 ORDER = [
     "errors",
+    "whole_files",
     "public",
     "workers",
     "parts",
@@ -94,7 +95,17 @@ ORDER = [
     "cli",
     "__main__",
 ]
-WITHOUT_TORCH = ("errors", "public", "parts", "search_config", "config", "architectures", "plan", "recovery_config")
+WITHOUT_TORCH = (
+    "errors",
+    "whole_files",
+    "public",
+    "parts",
+    "search_config",
+    "config",
+    "architectures",
+    "plan",
+    "recovery_config",
+)
 FILES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")

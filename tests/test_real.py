@@ -5,7 +5,6 @@ Without the registry these tests are skipped, unless `CI` is set: there they hav
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hf_adaprune import PruningConfig, apply_plan, find_sites, masked, prune, search_plan
 from hf_adaprune.calibration import report_blocks
-from hf_adaprune.demo import fetch_model
 from hf_adaprune.documents import read_source
-from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.evaluation import perplexity
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.search.journal import mean_value
@@ -25,19 +22,8 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    torch.set_num_threads(2)
-    try:
-        return fetch_model()
-    except AdaPruneError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"the model cannot be fetched: {error}")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder)
+def tokenizer(real_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(real_folder)
 
 
 def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -70,9 +56,9 @@ def odd_plan(model: PreTrainedModel, whole: bool) -> PruningPlan:
 )
 @torch.no_grad()
 def test_masked_equals_cut(
-    whole: bool, dtype: torch.dtype, tolerance: float, folder: Path, tokenizer: PreTrainedTokenizerBase
+    whole: bool, dtype: torch.dtype, tolerance: float, real_folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    model = load(folder, dtype)
+    model = load(real_folder, dtype)
     ids = tokenizer("The standard library of Python offers a wide range of facilities.", return_tensors="pt").input_ids
     plan = odd_plan(model, whole)
     with masked(find_sites(model), plan):
@@ -85,9 +71,9 @@ def test_masked_equals_cut(
 
 
 def test_default_prunes_saves_reloads_and_is_no_gibberish(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    real_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    model = load(folder, torch.bfloat16)
+    model = load(real_folder, torch.bfloat16)
     report = read_source("python:prose", part=(2, 3))
     blocks = report_blocks(report, tokenizer, tokens=4096, sequence_length=512)
     dense = perplexity(model, blocks).value
@@ -107,8 +93,8 @@ def test_default_prunes_saves_reloads_and_is_no_gibberish(
         assert torch.equal(value, again.state_dict()[name])
 
 
-def test_the_repair_takes_seconds_and_helps_every_site(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    model = load(folder, torch.bfloat16)
+def test_the_repair_takes_seconds_and_helps_every_site(real_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = load(real_folder, torch.bfloat16)
     config = PruningConfig.recipe(
         "wanda-sp",
         pruning_ratio=0.3,
@@ -121,9 +107,9 @@ def test_the_repair_takes_seconds_and_helps_every_site(folder: Path, tokenizer: 
 
 
 def test_a_search_is_never_worse_than_its_start(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    real_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    model = load(folder, torch.bfloat16)
+    model = load(real_folder, torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items() if "layers.9." in name}
     config = PruningConfig.recipe(
         "default",
