@@ -336,7 +336,8 @@ def decide_and_repair(
         needs ([`Needs`], *optional*): what to collect.
         costs ([`Costs`], *optional*): of the model.
         clock ([`Clock`], *optional*): counts seconds.
-        workers ([`Alone`], *optional*): processes that share a search.
+        workers ([`Alone`], *optional*): processes that share windows and a search; all have to call this, with the same
+            windows.
         plan_path (`str`, *optional*): where the plan is written as soon as it is decided.
         **options: see [`search_plan`].
 
@@ -357,7 +358,7 @@ def decide_and_repair(
             config, plan = found.config, found.plan
         else:
             plan, statistics = decide(
-                sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs
+                sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs, workers=workers
             )
         if plan_path is not None and workers.rank == 0:
             plan.save(plan_path)

@@ -31,6 +31,7 @@ from .plan import PruningPlan
 from .recording import collect_statistics, quiet_model
 from .sites import ModelSites, Site
 from .statistics import Needs, Statistics, mean_cosine
+from .workers import Alone
 
 __all__ = [
     "Clock",
@@ -91,6 +92,7 @@ def decide(
     folder: str | None = None,
     clock: Clock | None = None,
     costs: Costs | None = None,
+    workers: Alone | None = None,
 ) -> tuple[PruningPlan, Statistics | None]:
     """Collect statistics and decide a plan; the model is not changed.
 
@@ -104,6 +106,7 @@ def decide(
         folder (`str`, *optional*): for Gram matrices on disk.
         clock ([`Clock`], *optional*): counts seconds.
         costs ([`Costs`], *optional*): what the config's budgets are about; made anew where not given.
+        workers ([`Alone`], *optional*): processes that share the windows, which have to be the same on all.
 
     Returns:
         `tuple`: the plan, and the statistics of the dense model.
@@ -112,7 +115,7 @@ def decide(
     needs = what_to_collect(config, plan) if needs is None else needs
     if plan is not None:
         if statistics is None and needs is not None and blocks is not None:
-            statistics = _collect(sites, blocks, needs, config, folder)
+            statistics = _collect(sites, blocks, needs, config, folder, workers)
         clock.stop("statistics")
         return plan, statistics
     costs = costs or Costs.of(sites, config)
@@ -125,7 +128,7 @@ def decide(
         if (step > 1 or statistics is None) and own is not None and blocks is not None:
             statistics = None  # let go of the last round's before the next one's are collected
             with masked(sites, current) if current is not None else nullcontext():
-                statistics = _collect(sites, blocks, own, config, folder)
+                statistics = _collect(sites, blocks, own, config, folder, workers)
         clock.stop("statistics")
         dense_statistics = statistics if step == 1 else dense_statistics
         scores = _scores(sites, config, statistics)
@@ -311,7 +314,12 @@ def text_part(source: Source, role: str) -> tuple[int, int] | None:
 
 
 def _collect(
-    sites: ModelSites, blocks: TokenBlocks, needs: Needs, config: PruningConfig, folder: str | None
+    sites: ModelSites,
+    blocks: TokenBlocks,
+    needs: Needs,
+    config: PruningConfig,
+    folder: str | None,
+    workers: Alone | None,
 ) -> Statistics:
     weighted = bool(config.calibration.domain_weights)
     return collect_statistics(
@@ -321,6 +329,7 @@ def _collect(
         gradient_samples=config.calibration.gradient_samples,
         gram_place=config.gram_place,
         folder=folder,
+        workers=workers,
     )
 
 

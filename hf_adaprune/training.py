@@ -10,15 +10,16 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .adapters import base_of, is_peft, merged, save_base
 from .budgets import check_budgets
 from .calibration import TokenBlocks
 from .card import model_card
@@ -39,12 +40,14 @@ from .public import base_model_name
 from .recording import quiet_model
 from .restoring import Restorer
 from .search_checks import check_search, search_needs
+from .searching import shared_costs
 from .sites import ModelSites, find_sites
 from .stages import check_weights, even_plan, gather_texts, what_to_collect
-from .surgery import assign_units
 from .training_checks import check_config, check_engine, check_masked, has_budget
+from .training_masks import UnitMasks, cut_copy, take_repairs
 from .training_text import dataset_blocks
 from .trials import quiet_bars
+from .whole_files import write_whole
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -134,7 +137,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self.steps: tuple[int, ...] = ()
         self.ratios: tuple[float, ...] = ()
         self._blocks: tuple[TokenBlocks | None, TokenBlocks | None] | None = None
-        self._masks, self._masked = contextlib.ExitStack(), False
+        self._masks = UnitMasks()
         self._restorer: Restorer | None = None
         self._text: dict[str, Any] = {}
         self._base_model = ""
@@ -146,7 +149,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot be pruned, and let checkpoints of other sizes be loaded."""
-        base = _base_of(model)
+        base = base_of(model)
         check_engine(args, model, base)
         sites = self._sites(base)
         check_weights(sites)
@@ -170,7 +173,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Make the schedule or take it from the checkpoint, read texts, and cut what is due."""
-        name, base = type(self).__name__, _base_of(model)
+        name, base = type(self).__name__, base_of(model)
         other = _running.get(base)
         if other is not None and other[0]() is state and other[1] is not self:
             raise ConfigError(f"this Trainer has {name} twice. Leave one of them; its schedule may have many cuts.")
@@ -181,11 +184,12 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self._take_state(state, base, name)
         state.stateful_callbacks[name] = self.state()
         if len(self.done) < len(self.steps):
-            self._blocks = self._workers.each(
+            # Of the first process: data sets and collators need not give the same windows everywhere.
+            self._blocks = self._workers.lead(
                 lambda: self._texts(base, self.tokenizer or processing_class, train_dataloader)
             )
         if self._is_masked() and self.plan is not None:
-            self._mask(base)
+            self._masks.put_on(self._sites(base), self.plan)
         self._cut_what_is_due(args, state, control, model, optimizer, processing_class)
 
     def on_step_end(
@@ -217,9 +221,9 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero or not folder.is_dir() or self.plan is None:
             return
-        self._write(folder, _base_of(model))
-        if _is_peft(model):
-            _save_base(model, folder)
+        self._write(folder, base_of(model))
+        if is_peft(model):
+            save_base(model, folder)
 
     def on_train_end(
         self,
@@ -232,14 +236,13 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Cut what was masked or was to be cut last, and leave plan, config and history in the output folder."""
-        base = _base_of(model)
+        base = base_of(model)
         late = self.schedule.mode == "at_end" and len(self.done) < len(self.steps)
         if late:
             self._cut(args, state, model, None, processing_class, self.ratios[-1])
         elif self._is_masked() and self.plan is not None:
-            self._masks.close()
-            self._masked = False
-            with _merged(model):
+            self._masks.take_off()
+            with merged(model):
                 cut = carry_out(self._sites(base), Decision(self.config, self.plan))
                 note_provenance(cut, self.config, self.plan)
         _running.pop(base, None)
@@ -253,20 +256,20 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             model.save_pretrained(folder)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
-            if _is_peft(model):
-                _save_base(model, folder)
+            if is_peft(model):
+                save_base(model, folder)
         self._write(folder, base)
         base.config.save_pretrained(folder)
-        if not _is_peft(model) and (folder / "model.safetensors").exists():
+        if not is_peft(model) and (folder / "model.safetensors").exists():
             name = args.hub_model_id or folder.absolute().name
-            (folder / "README.md").write_text(str(model_card(folder, name)), encoding="utf-8")
+            write_whole(folder / "README.md", str(model_card(folder, name)))
 
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Plan and history go up with the model."""
         if self.plan is not None and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            self._write(Path(args.output_dir), _base_of(model))
-            _base_of(model).add_model_tags(list(MODEL_TAGS))
+            self._write(Path(args.output_dir), base_of(model))
+            base_of(model).add_model_tags(list(MODEL_TAGS))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback, as JSON types."""
@@ -318,11 +321,11 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         sites = self._sites(base)
         self.done, self.plan, self.first = [], None, _sizes(sites)
         self._base_model = base_model_name(base)
-        whole = even_plan(sites, self.config, Costs.of(sites, self.config))
+        costs = shared_costs(sites, self.config, self._workers)  # all have to cut at the same steps
+        whole = even_plan(sites, self.config, costs)
         ratio = (
-            Costs.of(sites, self.config).removed(whole) / sites.decoder_parameters if has_budget(self.config) else None
+            costs.removed(whole) / sites.decoder_parameters if has_budget(self.config) else self.config.pruning_ratio
         )
-        ratio = self.config.pruning_ratio if ratio is None else ratio
         self.ratios = self.schedule.ratios(ratio)
         self.steps = self.schedule.steps(ratio, state.max_steps)
 
@@ -342,15 +345,15 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
     # -- a cut --------------------------------------------------------------------------------------------------------
 
     def _cut(self, args: Any, state: Any, model: Any, optimizer: Any, tokenizer: Any, ratio: float) -> None:
-        base = _base_of(model)
+        base = base_of(model)
         if self._blocks is None:
             raise CalibrationError("no calibration text was read before this cut. Please report this.")
-        with _merged(model), quiet_bars() if self.config.search is None else contextlib.nullcontext():
-            if self._is_masked() or self._workers.count > 1:
-                numbers, plan = self._cut_together(base, tokenizer, ratio)
+        with merged(model), quiet_bars() if self.config.search is None else contextlib.nullcontext():
+            if self._is_masked():
+                numbers, plan = self._mask_more(base, tokenizer, ratio)
             else:
                 sites = self._sites(base)
-                made, numbers = self._decided(sites, self.tokenizer or tokenizer, ratio)
+                made, numbers = self._decided(sites, tokenizer, ratio)
                 follower = None if optimizer is None else OptimizerFollower(optimizer, model)
                 cut = carry_out(sites, made, None if follower is None else follower.follow)
                 if follower is not None:
@@ -360,7 +363,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
                 plan = made.plan
         self.plan = plan if self.plan is None else self.plan.then(plan)
         if self._is_masked():
-            self._mask(base)
+            self._masks.put_on(self._sites(base), self.plan)
         after, left = self._sites(base), self.plan if self._is_masked() else None
         sizes = _sizes(after, left)
         numbers |= {
@@ -372,15 +375,20 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self._note(state, numbers, plan)
 
     def _decided(self, sites: ModelSites, tokenizer: Any, ratio: float) -> tuple[Decision, dict[str, float]]:
-        """What the next cut removes and how it is repaired; the model is untouched."""
+        """What the next cut removes and how it is repaired; the model is untouched.
+
+        Several processes share the windows, and all go by what the first one decides.
+        """
         blocks, held_out = self._blocks or (None, None)
         config = self._config_of(sites, ratio)
         needs = what_to_collect(config, None)
         if config.search is not None:
             needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
         before = self._loss(sites.model)
-        made = decide_and_repair(sites, tokenizer, config, blocks, held_out, needs=needs)
-        return made, {"pruning/loss_before": before}
+        made = decide_and_repair(
+            sites, self.tokenizer or tokenizer, config, blocks, held_out, needs=needs, workers=self._workers
+        )
+        return self._workers.share(replace(made, search=None)), {"pruning/loss_before": before}
 
     def _config_of(self, sites: ModelSites, ratio: float) -> PruningConfig:
         """The config of one cut: it removes what is left to remove of the share that is due."""
@@ -395,38 +403,15 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         own = max(0.0, 1 - self.first["decoder"] * (1 - ratio) / sites.decoder_parameters)
         return config.with_changes(pruning_ratio=own, target_parameters=None, target_bytes=None, budgets={})
 
-    def _cut_together(self, base: Any, tokenizer: Any, ratio: float) -> tuple[dict[str, float], PruningPlan]:
-        """Every process cuts (or, while training, masks) by what the first one decides."""
-        self._masks.close()
-
-        def decide() -> tuple[PruningPlan, dict[str, Any], dict[str, float]]:
-            own = base
-            if self._is_masked():
-                own = copy.deepcopy(base)
-                own.__dict__.pop("forward", None)  # accelerate's, which runs the model it was made for
-                if self.plan is not None:
-                    carry_out(self._sites(own), Decision(self.config, self.plan))
-            made, numbers = self._decided(self._sites(own), self.tokenizer or tokenizer, ratio)
-            with masked(self._sites(own), made.plan, made.repairs):
-                numbers["pruning/loss_after"] = self._loss(own)
-            return made.plan, dict(made.repairs), numbers
-
-        plan, repairs, numbers = self._workers.lead(decide)
-        sites = self._sites(base)
-        if not self._is_masked():
-            cut = carry_out(sites, Decision(self.config, plan, repairs))
-            note_provenance(cut, self.config, plan)
-            return numbers, plan
-        whole = plan if self.plan is None else self.plan.then(plan)
-        for name, repair in repairs.items():
-            assign_units(sites.by_name[name], whole.sites[name], repair)
-        return numbers, plan
-
-    def _mask(self, base: Any) -> None:
-        assert self.plan is not None
-        self._masks.close()
-        self._masks, self._masked = contextlib.ExitStack(), True
-        self._masks.enter_context(masked(self._sites(base), self.plan))
+    def _mask_more(self, base: Any, tokenizer: Any, ratio: float) -> tuple[dict[str, float], PruningPlan]:
+        """A cut of a model that is wrapped: decided on a copy that is really cut; the model takes the repairs."""
+        self._masks.take_off()
+        copied = self._workers.each(lambda: self._sites(cut_copy(self._sites(base), self.plan)))
+        made, numbers = self._decided(copied, tokenizer, ratio)
+        with masked(copied, made.plan, made.repairs):
+            numbers["pruning/loss_after"] = self._loss(copied.model)
+        take_repairs(self._sites(base), made.plan if self.plan is None else self.plan.then(made.plan), made.repairs)
+        return numbers, made.plan
 
     def _is_masked(self) -> bool:
         return self._workers.count > 1 and self.schedule.mode != "at_end"
@@ -485,8 +470,8 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         from . import __version__
 
         assert self.plan is not None
-        sites = self._sites(_base_of(model))
-        after = _sizes(sites, self.plan if self._is_masked() and self._masked else None)
+        sites = self._sites(base_of(model))
+        after = _sizes(sites, self.plan if self._masks.on else None)
         blocks = (self._blocks or (None, None))[0]
         calibration = self._text if blocks is None else blocks.facts()
         return {
@@ -506,9 +491,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
     def _write(self, folder: Path, base: Any) -> None:
         assert self.plan is not None
         self.plan.save(folder / PLAN_NAME)
-        partial = folder / f"{CONFIG_NAME}.partial"
-        partial.write_text(json.dumps(self.record(base), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(partial, folder / CONFIG_NAME)
+        write_whole(folder / CONFIG_NAME, json.dumps(self.record(base), indent=2, sort_keys=True) + "\n")
 
     def _known_plans(self) -> Iterator[PruningPlan]:
         for path in sorted(Path(self._folder).glob(f"checkpoint-*/{PLAN_NAME}")):
@@ -521,44 +504,6 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         return (
             known_architecture(base.config, self.architecture) if self.architecture else known_architecture(base.config)
         )
-
-
-# -- peft -------------------------------------------------------------------------------------------------------------
-
-
-def _is_peft(model: Any) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if _is_peft(model) else model
-
-
-@contextlib.contextmanager
-def _merged(model: Any) -> Iterator[None]:
-    """LoRA lies inside the weights for the time of a `with`: statistics and repairs see what the model computes."""
-    if not _is_peft(model):
-        yield
-        return
-    model.merge_adapter()
-    try:
-        yield
-    finally:
-        model.unmerge_adapter()
-
-
-def _save_base(model: Any, folder: Path) -> None:
-    """The cut base model of LoRA factors, so that `from_pretrained` of the folder finds what they fit."""
-    base = model.get_base_model()
-    state = {
-        name.replace(".base_layer.", "."): value for name, value in base.state_dict().items() if ".lora_" not in name
-    }
-    base.save_pretrained(folder / "base", state_dict=state)
-    path = folder / "adapter_config.json"
-    if path.exists():
-        data = json.loads(path.read_text(encoding="utf-8"))
-        data["base_model_name_or_path"] = str((folder / "base").absolute())
-        path.write_text(json.dumps(data, indent=2, sort_keys=True), encoding="utf-8")
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

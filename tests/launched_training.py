@@ -11,15 +11,31 @@ from typing import Any
 
 import torch
 from conftest import logits_of, tokens
-from trainings import progressive, pruning_config, training, weights
+from trainings import LENGTH, progressive, pruning_config, regional_config, training, weights
 
+from hf_adaprune import recording
 from hf_adaprune.training import AdaPrunerCallback
+
+FORWARD_TOKENS = 2 * LENGTH  # two windows in a batch, so that there are batches to share
 
 
 class Watched(AdaPrunerCallback):
-    """Keeps the logits of the masked model, which is cut right after."""
+    """Keeps the logits of the masked model, which is cut right after, and the calibration windows that ran here."""
 
     seen: torch.Tensor | None = None
+
+    def watch(self) -> list[list[int]]:
+        """From now on: indices of windows, batch by batch, of every pass for statistics."""
+        ran: list[list[int]] = []
+        run = recording._Recorder.run
+
+        def seen(recorder: Any, indices: torch.Tensor, backward: bool) -> None:
+            if recorder.blocks.digest == self._blocks[0].digest and not backward:
+                ran.append(indices.tolist())
+            run(recorder, indices, backward)
+
+        recording._Recorder.run, recording._FORWARD_TOKENS = seen, FORWARD_TOKENS
+        return ran
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Look, then do."""
@@ -29,14 +45,22 @@ class Watched(AdaPrunerCallback):
 
 def run(folder: Path, mode: str, resume: str | None) -> None:
     """Train, and write what was seen."""
-    callback = Watched(pruning_config(), mode=mode, **({"at": (0.0, 0.5)} if mode == "progressive" else {}))
-    trainer = training(folder / "run", callback, per_device_train_batch_size=2, save_steps=2)
+    if mode == "untrained":  # so that one process and two have the same weights at the end
+        callback, changes = Watched(regional_config(), mode="at_end"), {"learning_rate": 0.0}
+    else:
+        callback = Watched(pruning_config(), mode=mode, **({"at": (0.0, 0.5)} if mode == "progressive" else {}))
+        changes = {}
+    trainer = training(folder / "run", callback, per_device_train_batch_size=2, save_steps=2, **changes)
+    ran = callback.watch()
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index
     assert callback.plan is not None
     found = {
         "weights": weights(trainer.model),
         "plan": callback.plan.digest,
+        "first": callback.done[0]["plan"],
+        "ran": ran,
+        "windows": len(callback._blocks[0]) if callback._blocks else 0,
         "masked": callback.seen,
         "cut": logits_of(trainer.model.eval(), tokens()),
         "processes": trainer.args.world_size,

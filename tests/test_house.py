@@ -77,6 +77,8 @@ ORDER = [
     "card",
     "hub",
     "restoring",
+    "adapters",
+    "training_masks",
     "training_text",
     "training_checks",
     "training",

@@ -10,7 +10,10 @@ import pytest
 import torch
 from conftest import logits_of, tokens
 from test_parallel import TORCHRUN, run
+from trainings import pruning_config, regional_config, training, weights
 from transformers import AutoModelForCausalLM
+
+from hf_adaprune import AdaPrunerCallback, recording
 
 
 def both(folder: Path, suffix: str = "") -> list[dict[str, Any]]:
@@ -37,6 +40,36 @@ def test_both_end_with_one_plan_and_equal_weights(folder: Path) -> None:
     assert one["ratio"] == pytest.approx(0.4, abs=0.02)
     for name, value in one["weights"].items():
         assert torch.equal(value, other["weights"][name]), name
+
+
+def test_they_share_the_calibration_windows(folder: Path) -> None:
+    one, other = both(folder)
+    windows = list(range(one["windows"]))
+    cuts = 2
+    for own in (one, other):
+        assert 0 < sum(map(len, own["ran"])) < cuts * len(windows)
+    assert sorted(window for own in (one, other) for batch in own["ran"] for window in batch) == sorted(windows * cuts)
+
+
+def test_the_plan_is_that_of_one_process(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first cut: after it the two train on rounding of their own."""
+    monkeypatch.setattr(recording, "_FORWARD_TOKENS", launched_training.FORWARD_TOKENS)
+    alone = AdaPrunerCallback(pruning_config(), at=(0.0, 0.5))
+    training(tmp_path, alone, max_steps=4, save_strategy="no").train()
+    assert [own["first"] for own in both(folder)] == [alone.done[0]["plan"]] * 2
+
+
+def test_a_last_cut_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = started(str(tmp_path), "untrained")
+    assert code == 0, said[-6000:]
+    monkeypatch.setattr(recording, "_FORWARD_TOKENS", launched_training.FORWARD_TOKENS)
+    alone = AdaPrunerCallback(regional_config(), mode="at_end")
+    trainer = training(tmp_path / "alone", alone, learning_rate=0.0, save_strategy="no")
+    trainer.train()
+    for own in both(tmp_path):
+        assert own["plan"] == alone.plan.digest
+        for name, value in weights(trainer.model).items():
+            torch.testing.assert_close(own["weights"][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_cut_model_equals_the_masked_one(folder: Path) -> None:

@@ -39,6 +39,11 @@ def pruning_config(**changes: Any) -> PruningConfig:
     )
 
 
+def regional_config() -> PruningConfig:
+    """The same with layers optimised after the cut."""
+    return pruning_config(repair={"min_tokens_per_column": 0, "regional_steps": 4})
+
+
 def training(
     folder: Path,
     callback: AdaPrunerCallback | None,
