@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import logits_of, tiny_model, tokens
 from plans import plan_of_kind
-from trainings import Rows, progressive, pruning_config, training, weights
+from trainings import Rows, Timed, progressive, pruning_config, training, weights
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_adaprune import AdaPrunerCallback
@@ -111,6 +111,19 @@ def test_resuming_with_the_checkpoints_own_model_is_the_same(finished: Trainer, 
     again = training(tmp_path, progressive(), AutoModelForCausalLM.from_pretrained(checkpoint))
     again.train(resume_from_checkpoint=str(checkpoint))
     same(again.model, finished.model)
+
+
+def test_a_step_without_a_cut_costs_next_to_nothing(tmp_path: Path) -> None:
+    """Of the events between the cut before the first step and the one before the last."""
+    callback = Timed(pruning_config(), at=(0.0, 0.97))
+    training(tmp_path, callback, max_steps=100, save_strategy="no", logging_strategy="no").train()
+    assert [cut["step"] for cut in callback.done] == [0, 97]
+    steps = callback.seconds["on_step_end"]
+    once = {"on_init_end", "on_train_begin", "on_train_end"}
+    others = [second for name, own in callback.seconds.items() if name not in {"on_step_end", *once} for second in own]
+    assert len(steps) == 100 and steps[96] == max(steps)  # the cut is in what is measured
+    per_step = (sum(steps[:96]) + sum(others)) / 96
+    assert per_step < 2e-3, f"{1e6 * per_step:.0f} microseconds"
 
 
 def test_optimizer_and_schedule_go_on(finished: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,25 @@ def progressive(**changes: Any) -> AdaPrunerCallback:
     """Three cuts: before the first step, after the third and after the sixth."""
     config = changes.pop("config", None) or pruning_config()
     return AdaPrunerCallback(config, **{"at": (0.0, 0.3, 0.6), **changes})
+
+
+class Timed(AdaPrunerCallback):
+    """Keeps the seconds inside each of its own events, by event."""
+
+    def __getattribute__(self, name: str) -> Any:
+        """An event of the Trainer, with a clock around it."""
+        found = super().__getattribute__(name)
+        if not name.startswith("on_"):
+            return found
+
+        def event(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return found(*args, **kwargs)
+            finally:
+                self.__dict__.setdefault("seconds", {}).setdefault(name, []).append(time.perf_counter() - started)
+
+        return event
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
