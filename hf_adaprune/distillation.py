@@ -327,7 +327,7 @@ class DistillationTrainer(Trainer):
 
         try:
             return self._take_teacher(AutoModelForCausalLM.from_pretrained(self.teacher, dtype="auto"))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UnsupportedModelError(f"the teacher {self.teacher} could not be loaded: {error}") from error
 
     def _parts(self, model: Any, ids: torch.Tensor) -> _Split | None:

@@ -379,7 +379,7 @@ def _as_it_was(model: Any, config: RecoveryConfig) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     use_cache, environment = model.config.use_cache, os.environ.get("ACCELERATE_MIXED_PRECISION")
-    dtypes: dict[str, torch.dtype] = {}
+    known, dtypes = {name for name, _ in model.named_parameters()}, {}
     if config.lora is None:
         # Steps smaller than half of bfloat16's last digit would be lost: what is trained is float32.
         narrow = {n: torch.float32 for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
@@ -389,7 +389,10 @@ def _as_it_was(model: Any, config: RecoveryConfig) -> Iterator[None]:
     finally:
         for leftover in ("forward", "_original_forward"):
             model.__dict__.pop(leftover, None)
-        cast_parameters(model, dtypes)
+        # A bias that a cut added meanwhile has the dtype that its weight was trained in.
+        names = [name for name, _ in model.named_parameters() if name.endswith(".bias") and name not in known]
+        added = {name: dtypes[w] for name in names if (w := name.removesuffix("bias") + "weight") in dtypes}
+        cast_parameters(model, {**dtypes, **added})
         for module, training in modes:
             module.training = training
         for parameter, flag in wanted:

@@ -63,6 +63,7 @@ def run(folder: Path, mode: str, resume: str | None) -> None:
         "windows": len(callback._blocks[0]) if callback._blocks else 0,
         "masked": callback.seen,
         "cut": logits_of(trainer.model.eval(), tokens()),
+        "parameters": sum(value.numel() for value in trainer.model.parameters()),
         "processes": trainer.args.world_size,
         "ratio": callback.done[-1]["pruning/ratio"],
     }

@@ -189,9 +189,12 @@ def test_a_teacher_on_disk_is_loaded_when_it_is_needed(tmp_path: Path) -> None:
     expected = trained(tmp_path / "out", dense, blocks)
     found = trained(tmp_path / "out", str(tmp_path / "dense"), blocks)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    trainer = trainer_of(tmp_path / "out", "no/such/folder/anywhere", blocks)
-    with pytest.raises(UnsupportedModelError, match="could not be loaded"):
-        trainer.compute_loss(trainer.model, batch_of(blocks))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "of nobody"}')
+    for nothing in ("no/such/folder/anywhere", str(tmp_path / "other")):
+        trainer = trainer_of(tmp_path / "out", nothing, blocks)
+        with pytest.raises(UnsupportedModelError, match="could not be loaded"):
+            trainer.compute_loss(trainer.model, batch_of(blocks))
 
 
 def test_the_teacher_is_left_alone(tmp_path: Path) -> None:

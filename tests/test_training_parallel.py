@@ -13,7 +13,7 @@ from test_parallel import TORCHRUN, run
 from trainings import pruning_config, regional_config, training, weights
 from transformers import AutoModelForCausalLM
 
-from hf_adaprune import AdaPrunerCallback, recording
+from hf_adaprune import AdaPrunerCallback, PruningPlan, apply_plan, find_sites, recording
 
 
 def both(folder: Path, suffix: str = "") -> list[dict[str, Any]]:
@@ -77,6 +77,17 @@ def test_the_cut_model_equals_the_masked_one(folder: Path) -> None:
     assert torch.allclose(one["masked"], one["cut"], atol=1e-5)
     model = AutoModelForCausalLM.from_pretrained(folder / "run")
     assert torch.equal(logits_of(model, tokens()), one["cut"])
+
+
+def test_a_checkpoint_in_between_is_cut_by_its_plan(folder: Path) -> None:
+    """It holds the whole model, for training to go on with."""
+    checkpoint = folder / "run" / "checkpoint-10"  # after the last step
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    plan = PruningPlan.load(checkpoint / "pruning_plan.json")
+    assert find_sites(model).total_parameters > both(folder)[0]["parameters"]
+    cut = apply_plan(find_sites(model), plan)
+    assert cut.total_parameters == both(folder)[0]["parameters"]
+    assert torch.equal(logits_of(model, tokens()), both(folder)[0]["cut"])
 
 
 def test_resumed_equals_uninterrupted(folder: Path) -> None:
