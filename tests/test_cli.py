@@ -429,3 +429,12 @@ def test_help_loads_nothing_heavy() -> None:
     version = [sys.executable, "-m", "hf_adaprune", "--version"]
     shown = subprocess.run(version, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("hf_adaprune ")
+
+
+def test_the_commands_of_the_readme_are_understood() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    found = [shlex.split(part, comments=True) for line in lines for part in line.split("&&") if "hf-adaprune " in part]
+    for words in found:
+        assert command_line(cli.COMMANDS).parse_args(words[1:]).run in cli.COMMANDS.values()
+    assert {words[1] for words in found} == set(cli.COMMANDS)
