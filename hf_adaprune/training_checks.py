@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
 from .config import PruningConfig
 from .errors import ConfigError, UnsupportedModelError
 
@@ -37,7 +40,7 @@ def check_engine(args: Any, model: Any, base: Any) -> None:
     """Refuse engines, weights and adapters that cannot be cut.
 
     Args:
-        args (`TrainingArguments`): the trainer's.
+        args (`TrainingArguments`): the trainer's; accelerate's state is looked at, too.
         model (`nn.Module`): the trainer's model.
         base (`PreTrainedModel`): the same without adapters.
 
@@ -45,12 +48,14 @@ def check_engine(args: Any, model: Any, base: Any) -> None:
         ConfigError: DeepSpeed or FSDP.
         UnsupportedModelError: quantised weights, or adapters other than LoRA.
     """
-    if getattr(args, "deepspeed", None):
+    # A launcher's own config (`accelerate launch --use_fsdp`) is not in the trainer's arguments.
+    launched = PartialState().distributed_type
+    if getattr(args, "deepspeed", None) or launched == DistributedType.DEEPSPEED:
         raise ConfigError(
             "DeepSpeed partitions the weights, which can be neither cut nor masked under it. Prune before the Trainer "
             "is made, with hf_adaprune.prune()."
         )
-    if getattr(args, "fsdp", None):
+    if getattr(args, "fsdp", None) or launched == DistributedType.FSDP:
         raise ConfigError(
             "FSDP shards the weights, which cannot be cut under it. Prune before the Trainer is made, with "
             "hf_adaprune.prune()."

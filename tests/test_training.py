@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from conftest import logits_of, tiny_model, tokens
 from plans import plan_of_kind
 from trainings import Rows, Timed, progressive, pruning_config, training, weights
@@ -407,6 +409,17 @@ def test_bad_models_and_engines_are_refused_when_the_trainer_is_made(tmp_path: P
     quantised.is_quantized = True
     with pytest.raises((UnsupportedModelError, ValueError), match="quanti"):
         training(tmp_path, progressive(), quantised)
+
+
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_engines_of_a_launcher_are_refused(
+    engine: DistributedType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As `accelerate launch --use_fsdp` sets them, beside the trainer's arguments."""
+    trainer, callback = training(tmp_path, None), progressive()
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", engine)
+    with pytest.raises(ConfigError, match=r"hf_adaprune\.prune\(\)"):
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 def test_bad_runs_are_refused_when_training_begins(tmp_path: Path) -> None:
