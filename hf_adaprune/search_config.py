@@ -48,8 +48,8 @@ class SearchConfig:
             0, on `final_tokens` that no trial has seen; the best of them wins. Of a Pareto search as many of its front
             (two at least), spread over it with both ends.
         final_tokens (`int`, *optional*, defaults to 32768): see there.
-        initial (`int`, *optional*, defaults to 10): quasi-random candidates before `gp` fits its first model, trial 0
-            included.
+        initial (`int`, *optional*, defaults to 10): quasi-random candidates around trial 0 before `gp` fits its first
+            model, trial 0 included.
         surrogate (`str`, *optional*, defaults to `"gp"`): `gp`, or `saas` (fully Bayesian with sparse axis-aligned
             priors, for wide spaces; about ten times slower).
         batch (`int`, *optional*, defaults to 1): candidates proposed at a time, each knowing of those pending; at

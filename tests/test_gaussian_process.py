@@ -11,7 +11,7 @@ import torch
 
 from hf_adaprune import PruningConfig
 from hf_adaprune.search import gaussian_process
-from hf_adaprune.search.baselines import propose_random
+from hf_adaprune.search.baselines import propose_random, propose_sobol
 from hf_adaprune.search.dimensions import Choice, Number, Simplex, Vector
 from hf_adaprune.search.gaussian_process import (
     ROUGHNESS,
@@ -89,6 +89,25 @@ def test_it_finds_a_known_optimum_where_random_draws_do_not() -> None:
     found = {name: min(j.estimate(t).value for t in j.trials) for name in STRATEGIES if (j := searched(name, 26))}
     assert found["gp"] < best + 0.05
     assert found["gp"] < found["random"] - 0.05
+
+
+def test_the_first_candidates_lie_around_trial_0() -> None:
+    """Each is nearer to the default than the quasi-random point it comes from, in every dimension without choices."""
+    journal = searched("random", 1)
+    view = view_of(journal, 1)
+    start = SPACE.encode(SPACE.default)
+    for near, far in zip(propose_gp(view, 5), propose_sobol(view, 5), strict=True):
+        steps, whole = SPACE.encode(near.point) - start, SPACE.encode(far.point) - start
+        free = [c for d, span in SPACE.spans() if not isinstance(d, Choice) for c in range(span.start, span.stop)]
+        assert bool((steps[free].abs() <= 0.4 * whole[free].abs() + 1e-6).all())
+        assert float(steps[free].norm()) > 0.05 * float(whole[free].norm())
+
+
+def test_the_first_candidates_of_a_pareto_search_spread_over_its_ratios() -> None:
+    space = Space((*SPACE.dimensions, Number("pruning_ratio", 0.1, 0.6, 0.2)), {})
+    view = View(space, (), SearchConfig(pareto="ratio"), (), 0, 1, 1, 60, True, cost="ratio")
+    ratios = [float(proposal.point["pruning_ratio"]) for proposal in propose_gp(view, 8)]
+    assert max(ratios) - min(ratios) > 0.3
 
 
 def test_the_optimum_keeps_the_rules_of_the_space() -> None:
@@ -204,7 +223,7 @@ def test_a_pareto_search_spreads_over_sizes_and_beats_random_draws() -> None:
             return tuple((10.0, 10 * value * math.exp(0.2 * math.sin(5 * w))) for w in range(start, stop))
 
     def volume(strategy: str) -> float:
-        config = SearchConfig(trials=13, strategy=(strategy,), initial=6, pareto="ratio")
+        config = SearchConfig(trials=20, strategy=(strategy,), initial=6, pareto="ratio")
         journal = run_search(
             Sized(SPACE), space, config, Journal.start(None, {"logarithmic": True}), STRATEGIES, seed=1
         )
