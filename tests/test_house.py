@@ -43,6 +43,7 @@ ORDER = [
     "remote_code",
     "layerwise",
     "evaluation",
+    "harness",
     "costs",
     "budgets",
     "search.space",
