@@ -161,9 +161,7 @@ def _allocations() -> tuple[Case, ...]:
         "FLAP, UL-UM": {"method": "flap", "structure": "UL-UM"},
         "FLAP, AL-AM": {"method": "flap", "structure": "AL-AM"},
     }
-    lines = [
-        Case(label, ratio, changes={"allocation": own}) for label, own in methods.items() for ratio in (0.2, 0.5)
-    ]
+    lines = [Case(label, ratio, changes={"allocation": own}) for label, own in methods.items() for ratio in (0.2, 0.5)]
     return (DENSE, *lines)
 
 

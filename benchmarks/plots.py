@@ -70,6 +70,4 @@ def _curves(data: dict[str, Any], text: str, report: Any) -> dict[str, dict[floa
         own = values.setdefault(row["label"], {})
         own.setdefault(row["ratio"], []).append(row["results"][text]["perplexity"]["value"])
     dense = values.pop("dense", {})
-    return {
-        label: {ratio: mean(own) for ratio, own in {**dense, **points}.items()} for label, points in values.items()
-    }
+    return {label: {ratio: mean(own) for ratio, own in {**dense, **points}.items()} for label, points in values.items()}

@@ -1,8 +1,8 @@
 """Results on disk: one JSON file per experiment, written anew, whole, after every row.
 
-`{"experiment", "protocols": {digest: ...}, "machines": {digest: ...}, "rows": [...]}`. A row names by digest the protocol
-(model, texts, tokens, dtype) and the machine (commit, versions, processor, threads) that it was measured under, and its
-`key` is a digest of config, model and texts: what has a row is not measured again.
+`{"experiment", "protocols": {digest: ...}, "machines": {digest: ...}, "rows": [...]}`. A row names by digest the
+protocol (model, texts, tokens, dtype) and the machine (commit, versions, processor, threads) that it was measured
+under, and its `key` is a digest of config, model and texts: what has a row is not measured again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Book:
             other = json.loads(path.read_text())
             for row in other["rows"]:
                 if row["key"] == key and row["status"] == "done":
-                    self._file({**row, "label": label}, other["protocols"][row["protocol"]], other["machines"][row["machine"]])
+                    self._file(
+                        {**row, "label": label}, other["protocols"][row["protocol"]], other["machines"][row["machine"]]
+                    )
                     return True
         return False
 

@@ -45,9 +45,7 @@ def run_named(model: Any, tokenizer: Any, names: Sequence[str], limit: int) -> d
     return {task: {key: own[key] for key in ("acc", "acc_norm") if key in own} for task, own in found.items()}
 
 
-def run_rows(
-    model: Any, tokenizer: Any, rows: Sequence[ChoiceRow], name: str = "local_rows"
-) -> dict[str, Measurement]:
+def run_rows(model: Any, tokenizer: Any, rows: Sequence[ChoiceRow], name: str = "local_rows") -> dict[str, Measurement]:
     """`acc` and `acc_norm` of local rows, by the harness.
 
     Args:

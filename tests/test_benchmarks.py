@@ -34,7 +34,6 @@ from benchmarks.results import FIELDS, Book, read_results  # noqa: E402
 from benchmarks.runner import rows_of, run  # noqa: E402
 from benchmarks.smoke import smoke_setting  # noqa: E402
 from benchmarks.texts import held_out, in_folder, read  # noqa: E402
-
 from hf_adaprune import RECIPES, TextSource  # noqa: E402
 from hf_adaprune.errors import CalibrationError  # noqa: E402
 from hf_adaprune.evaluation import ChoiceRow, multiple_choice  # noqa: E402
@@ -89,7 +88,8 @@ def test_every_experiment_runs_in_small(smoke: Path, name: str) -> None:
             assert values and all(value == value and value >= 0 for value in values)
         assert ("speed" in row) == ("speed" in kinds) and ("cost" in row) == ("cost" in kinds)
         assert row.get("results") or not {"perplexity", "tasks"} & set(kinds)
-        if row["ratio"] and name != "speed":  # coarse multiples of a tiny model round
+        # Whole layers and coarse multiples of a tiny model are large steps.
+        if row["ratio"] and name != "speed" and row["label"] != "shortgpt":
             assert abs(row["pruning_ratio"] - row["ratio"]) < 0.02
     # Every line of the experiment is there.
     labels = {row["label"] for row in data["rows"]}
@@ -283,7 +283,9 @@ def test_a_folder_of_texts(tmp_path: Path, setting: Any) -> None:
         read(sources, setting.tokenizer)
 
 
-@pytest.mark.parametrize("texts", [[f"page {number}" for number in range(23)], ["one line\n" * 500]])
+@pytest.mark.parametrize(
+    "texts", [[f"page {number}" for number in range(23)], ["".join(f"line {number}\n" for number in range(500))]]
+)
 def test_domains_are_cut_in_two(texts: list[str]) -> None:
     kept, left = held_out(TextSource("web", texts))
     assert kept.texts and left.texts and not (set(kept.texts) & set(left.texts) and len(texts) > 1)
@@ -298,7 +300,6 @@ def test_domains_are_cut_in_two(texts: list[str]) -> None:
 @pytest.mark.parametrize("heads", [True, False])
 def test_torch_pruning_meets_our_count(setting: Any, heads: bool) -> None:
     from benchmarks.peers import prune_with_torch_pruning
-
     from hf_adaprune.calibration import report_blocks
 
     blocks = report_blocks(setting.texts.calibration[0], setting.tokenizer, tokens=128, sequence_length=32)
@@ -319,7 +320,7 @@ def test_the_harness_scores_local_rows_as_we_do(setting: Any, monkeypatch: pytes
     from benchmarks.tasks import run_rows
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    draw, words = random.Random(0), "def class import self return value of the and is module".split()
+    draw, words = random.Random(0), ["def", "class", "import", "self", "return", "value", "of", "the", "and", "is"]
     rows = [
         ChoiceRow(
             str(number), "t", " ".join(draw.choices(words, k=6)),
@@ -328,7 +329,10 @@ def test_the_harness_scores_local_rows_as_we_do(setting: Any, monkeypatch: pytes
         )
         for number in range(12)
     ]  # fmt: skip
-    ours, theirs = multiple_choice(setting.model, setting.tokenizer, rows), run_rows(setting.model, setting.tokenizer, rows)
+    ours, theirs = (
+        multiple_choice(setting.model, setting.tokenizer, rows),
+        run_rows(setting.model, setting.tokenizer, rows),
+    )
     for name in ("acc", "acc_norm"):
         assert theirs[name].value == ours[name].value and theirs[name].samples == 12
         assert theirs[name].standard_error == pytest.approx(ours[name].standard_error)

@@ -100,7 +100,11 @@ def test_search_a_plan(model_folder: Path, text: Path, tmp_path: Path, monkeypat
 
 
 def test_search_under_latency(
-    model_folder: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path,
+    short_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text(calibration_prose(9, 2500))
