@@ -3,8 +3,8 @@
 Its documented way for language models: separate query, key and value projections with their numbers of heads, query
 heads and MLP channels removed by group-wise first-order Taylor importance, the same share in every layer. The hidden
 width is kept (embedding, head and the matrices that write it are ignored), so that sizes count as ours do. Of the query
-heads go as many per group as the asked ratio rounds to (it knows whole heads only); the share of channels that removes
-the rest of the asked decoder parameters is found by bisection on copies.
+heads go as many per group as the asked ratio rounds to (it knows whole heads only); its ratio of channels is the one
+that removes the rest of the asked decoder parameters, by our own counting.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,27 +21,14 @@ from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.errors import MissingDependencyError, UnsupportedModelError
 from hf_adaprune.sites import find_sites
 
-__all__ = ["prune_with_torch_pruning"]
-
-CLOSE = 0.002  # of the decoder's parameters
-ROUNDS = 10
+__all__ = ["load_torch_pruning", "loss_gradients", "prune_with_torch_pruning"]
 
 
-def prune_with_torch_pruning(
-    model: Any, blocks: TokenBlocks, ratio: float, gradient_samples: int, heads: bool = True
-) -> tuple[Any, dict[str, Any]]:
-    """A pruned copy of a model, and what a row says of it.
-
-    Args:
-        model (`PreTrainedModel`): the dense model; untouched.
-        blocks ([`TokenBlocks`]): calibration windows.
-        ratio (`float`): share of the decoder layers' parameters to remove.
-        gradient_samples (`int`): windows for the gradients.
-        heads (`bool`, *optional*, defaults to `True`): query heads go, too; else MLP channels alone.
+def load_torch_pruning() -> Any:
+    """The library.
 
     Raises:
-        MissingDependencyError: torch-pruning is not installed.
-        UnsupportedModelError: its release cannot prune this model.
+        MissingDependencyError: it is not installed.
     """
     try:
         import torch_pruning
@@ -50,33 +37,42 @@ def prune_with_torch_pruning(
             "the peer's rows need torch-pruning, which the extra `benchmarks` brings: pip install "
             "'hf_adaprune[benchmarks]'."
         ) from error
-    started = time.perf_counter()
-    gradients = _gradients(model, blocks.select(slice(0, gradient_samples)))
-    seconds = {"gradients": round(time.perf_counter() - started, 3)}
-    started = time.perf_counter()
-    per_group = model.config.num_attention_heads // model.config.num_key_value_heads
-    # A little less than the share of whole heads, which it rounds up. Where one query head per group would be left, its
-    # release 1.6 takes the layer for one without groups and skips it, so two stay.
-    whole = min(round(ratio * per_group), per_group - 2) if heads else 0
-    share = max(0.0, (whole - 0.01) / per_group)
+    return torch_pruning
 
-    def cut(channels: float) -> Any:
-        own = copy.deepcopy(model).train(False)
-        for name, parameter in own.named_parameters():
-            parameter.grad = gradients[name].clone()
-        return _cut(torch_pruning, own, blocks.input_ids[:1, :8], channels, share)
 
+def prune_with_torch_pruning(
+    model: Any, ids: torch.Tensor, ratio: float, gradients: Mapping[str, torch.Tensor], heads: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """A pruned copy of a model, and what a row says of it.
+
+    Args:
+        model (`PreTrainedModel`): the dense model; untouched.
+        ids (`torch.Tensor` of shape `[1, tokens]`): a few tokens, to trace the model with.
+        ratio (`float`): share of the decoder layers' parameters to remove.
+        gradients (`dict[str, torch.Tensor]`): by parameter, see [`loss_gradients`].
+        heads (`bool`, *optional*, defaults to `True`): query heads go, too; else MLP channels alone.
+
+    Raises:
+        MissingDependencyError: torch-pruning is not installed.
+        UnsupportedModelError: its release cannot prune this model.
+    """
+    torch_pruning = load_torch_pruning()
+    started = time.perf_counter()
     try:
+        channels, head_share = _shares(model, ratio, heads)
+        found = copy.deepcopy(model).train(False)
+        for name, parameter in found.named_parameters():
+            parameter.grad = gradients[name].clone()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own deprecations
-            found, channels = _at_ratio(cut, model, ratio)
-            with torch.no_grad():
-                found(input_ids=blocks.input_ids[:1, :8], use_cache=False)
+            _cut(torch_pruning, found, ids, channels, head_share)
+        with torch.no_grad():
+            found(input_ids=ids.to(found.device), use_cache=False)
     except Exception as error:  # whatever another project's code runs into is the row's result
         raise UnsupportedModelError(
             f"torch-pruning could not prune {type(model).__name__}: {type(error).__name__}: {error}"
         ) from error
-    seconds["plan"] = round(time.perf_counter() - started, 3)
+    seconds = {"plan": round(time.perf_counter() - started, 3)}
     removed = _decoder(model) - _decoder(found)
     return found, {
         "pruning_ratio": removed / _decoder(model),
@@ -88,23 +84,20 @@ def prune_with_torch_pruning(
     }
 
 
-def _at_ratio(cut: Callable[[float], Any], model: Any, ratio: float) -> tuple[Any, float]:
-    """The cut whose decoder is nearest to the asked size, and its share of channels."""
-    low, high, best = 0.0, 1.0, None
-    share = ratio
-    for _ in range(ROUNDS):
-        own = cut(share)
-        found = 1 - _decoder(own) / _decoder(model)
-        if best is None or abs(found - ratio) < abs(best[2] - ratio):
-            best = own, share, found
-        if abs(found - ratio) <= CLOSE:
-            break
-        low, high = (share, high) if found < ratio else (low, share)
-        # Removal is nearly linear in the share, so aim by proportion while that stays inside the bracket.
-        aimed = share * ratio / found if found > 0 else high
-        share = aimed if low < aimed < high else (low + high) / 2
-    assert best is not None
-    return best[0], best[1]
+def _shares(model: Any, ratio: float, heads: bool) -> tuple[float, float]:
+    """Shares of channels and of query heads, the same in every layer, that remove the asked decoder parameters."""
+    sites = find_sites(model)
+    attention, mlp = ([site for site in sites if site.kind == kind] for kind in ("attention", "mlp"))
+    per_group, width = attention[0].group_size, mlp[0].group_size * mlp[0].groups
+    # Where one query head per group would be left, its release 1.6 takes the layer for one without groups and skips it.
+    whole = min(round(ratio * per_group), per_group - 2) if heads else 0
+    left = ratio * sites.decoder_parameters
+    left -= max(0, whole) * sum(site.groups * site.unit_parameters("query_head") for site in attention)
+    channels = max(0, round(left / sum(site.unit_parameters("channel") for site in mlp)))
+    if channels >= width:
+        raise UnsupportedModelError(f"all {width} channels of every MLP would go at a ratio of {ratio:g}.")
+    # It rounds both up, so each is a little less than the share of whole ones.
+    return max(0.0, (channels - 0.5) / width), max(0.0, (whole - 0.01) / per_group)
 
 
 def _decoder(model: Any) -> int:
@@ -116,8 +109,13 @@ def _layers(model: Any) -> Any:
     return model.model.layers
 
 
-def _gradients(model: Any, blocks: TokenBlocks) -> dict[str, torch.Tensor]:
-    """Gradients of the mean loss over windows, by parameter name."""
+def loss_gradients(model: Any, blocks: TokenBlocks) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss over windows, by parameter name; they serve every ratio.
+
+    Args:
+        model (`PreTrainedModel`): the dense model; untouched.
+        blocks ([`TokenBlocks`]): calibration windows.
+    """
     own = copy.deepcopy(model).train(False)
     own.requires_grad_(True)
     device = own.get_input_embeddings().weight.device

@@ -22,7 +22,7 @@ from hf_adaprune.stages import cached_repairs, choose_repairs, decide, layer_by_
 from .cost import measure_cost
 from .experiments import COMPUTED, Case, Experiment, Shape, config_of, expand, search_of
 from .machine import facts, forget_peak, peak_bytes
-from .peers import prune_with_torch_pruning
+from .peers import load_torch_pruning, prune_with_torch_pruning
 from .results import Book, digest_of
 from .setting import Pool, Setting, pool_key
 
@@ -101,6 +101,7 @@ def run(
     for row in waiting:
         apart = row.config is None or row.case.peer is not None or "computed" in row.measures
         groups.setdefault("" if apart else pool_key(row.config), []).append(row)  # type: ignore[arg-type]
+    groups.get("", []).sort(key=lambda row: row.seed)  # rows of a peer share gradients by seed
     for key, rows in groups.items():
         # A pass is let go before the next one begins.
         pool = Pool(setting, [row.config for row in rows if row.config is not None]) if key else None
@@ -301,16 +302,13 @@ def _speed(setting: Setting, model: Any) -> dict[str, Any]:
 
 def _peer(row: Row, setting: Setting, matrix: bool) -> dict[str, Any]:
     assert row.config is not None
-    # The windows of the recipes without a repair: none is held out.
-    pool = Pool(setting, [row.config.with_changes(repair={"method": "none", "holdout": 0.0})])
-    assert pool.blocks is not None
-    pruned, said = prune_with_torch_pruning(
-        setting.model,
-        pool.blocks,
-        row.case.ratio,
-        row.config.calibration.gradient_samples,
-        heads=row.case.peer == "torch-pruning",
-    )
+    load_torch_pruning()  # before minutes go into its gradients
+    heads, ratio, started = row.case.peer == "torch-pruning", row.case.ratio, time.perf_counter()
+    # One config per seed, so that ratios share its gradients.
+    blocks, gradients = setting.peer_gradients(pool_key(row.config), row.config)
+    taken = round(time.perf_counter() - started, 3)
+    pruned, said = prune_with_torch_pruning(setting.model, blocks.input_ids[:1, :8], ratio, gradients, heads)
+    said["seconds"]["gradients"] = taken
     started = time.perf_counter()
     results = _results(pruned, row, setting, matrix)
     said["seconds"]["evaluation"] = round(time.perf_counter() - started, 3)

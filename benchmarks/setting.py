@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from hf_adaprune import PruningConfig, find_sites
 from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.recording import collect_statistics
@@ -20,6 +22,7 @@ from hf_adaprune.trials import CachedScores, Measure
 
 from .experiments import FULL, Scale
 from .machine import weights_digest
+from .peers import loss_gradients
 from .results import digest_of
 from .texts import Texts, rows_digest
 
@@ -43,7 +46,7 @@ class Setting:
     texts: Texts
     scale: Scale = FULL
     sites: ModelSites = field(init=False)
-    dense_speed: Any = None
+    last_gradients: tuple[str, TokenBlocks, dict[str, torch.Tensor]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Find the sites."""
@@ -59,6 +62,20 @@ class Setting:
             "decoder_parameters": self.sites.decoder_parameters,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
+
+    def peer_gradients(self, key: str, config: PruningConfig) -> tuple[TokenBlocks, dict[str, torch.Tensor]]:
+        """Calibration windows and gradients for a peer; those of the last key are kept for the next row.
+
+        The windows are those of the recipes without a repair: none is held out.
+        """
+        if self.last_gradients is not None and self.last_gradients[0] == key:
+            return self.last_gradients[1:]
+        bare = config.with_changes(repair={"method": "none", "holdout": 0.0})
+        blocks = gather_texts(self.sites, self.tokenizer, bare, True)[0]
+        assert blocks is not None
+        used = blocks.select(slice(0, config.calibration.gradient_samples))
+        self.last_gradients = key, used, loss_gradients(self.model, used)
+        return self.last_gradients[1:]
 
     @functools.cached_property
     def matrix(self) -> Texts:

@@ -299,13 +299,14 @@ def test_domains_are_cut_in_two(texts: list[str]) -> None:
 @needs_peers
 @pytest.mark.parametrize("heads", [True, False])
 def test_torch_pruning_meets_our_count(setting: Any, heads: bool) -> None:
-    from benchmarks.peers import prune_with_torch_pruning
+    from benchmarks.peers import loss_gradients, prune_with_torch_pruning
     from hf_adaprune.calibration import report_blocks
 
     blocks = report_blocks(setting.texts.calibration[0], setting.tokenizer, tokens=128, sequence_length=32)
     before = machine.weights_digest(setting.model)
+    gradients = loss_gradients(setting.model, blocks.select(slice(0, 2)))
     for ratio in (0.2, 0.5):
-        pruned, said = prune_with_torch_pruning(setting.model, blocks, ratio, 2, heads)
+        pruned, said = prune_with_torch_pruning(setting.model, blocks.input_ids[:1, :8], ratio, gradients, heads)
         assert said["pruning_ratio"] == pytest.approx(ratio, abs=0.01)
         assert said["parameters"] == sum(parameter.numel() for parameter in pruned.parameters())
         # Six query heads in two groups: one of three goes, or none.
