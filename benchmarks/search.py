@@ -16,17 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from machine import HERE, load, machine_line, short_names, versions  # beside this file
 
-import hf_adaprune
 from hf_adaprune import PruningConfig, PruningPlan, find_sites, masked
 from hf_adaprune.calibration import report_blocks
 from hf_adaprune.compensation import repair_plan
@@ -39,8 +36,6 @@ from hf_adaprune.searching import SearchResult, find_best
 from hf_adaprune.selection import measure_of
 from hf_adaprune.stages import gather_texts
 from hf_adaprune.trials import CachedScores, Measure, Trials
-
-HERE = Path(__file__).parent
 
 
 def arguments() -> argparse.Namespace:
@@ -76,22 +71,15 @@ def config_of(args: argparse.Namespace, ratio: float, strategy: str, seed: int) 
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    def short(sources: list[str]) -> list[str]:
-        return ["/".join(Path(source).parts[-2:]) for source in sources]
-
+    roles = ("calibration", "selection", "report", "rows")
     return {
         "model": Path(args.model).name,
-        "calibration": short(args.calibration),
-        "selection": short(args.selection),
-        "report": short(args.report),
-        "rows": short(args.rows),
+        **{role: short_names(getattr(args, role)) for role in roles},
         "samples": args.samples,
         "report_tokens": args.tokens,
         "dtype": "bfloat16",
-        "hf_adaprune": hf_adaprune.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **versions(),
+        "machine": machine_line(),
     }
 
 
@@ -100,8 +88,7 @@ class Setting:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.model, self.tokenizer = load(args.model)
         self.sites = find_sites(self.model)
         config = config_of(args, 0.2, "gp", 0)
         blocks, _, _ = gather_texts(self.sites, self.tokenizer, config, True)

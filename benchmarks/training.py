@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from machine import HERE, load, machine_line, short_names, versions  # beside this file
+from transformers import AutoTokenizer, TrainerCallback
 
-import hf_adaprune
 from hf_adaprune import AdaPrunerCallback, PruningConfig, PruningPlan, RecoveryConfig, prune, recover
 from hf_adaprune.calibration import report_blocks
 from hf_adaprune.evaluation import multiple_choice, per_window_loss, perplexity, read_rows
 from hf_adaprune.recording import quiet_model
 from hf_adaprune.sites import find_sites
-
-HERE = Path(__file__).parent
 
 
 def arguments() -> argparse.Namespace:
@@ -94,7 +89,7 @@ def main() -> None:
             continue
         how, ratio_text, loss, token_text = asked.split(":")
         ratio, tokens = float(ratio_text), int(token_text)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+        model, _ = load(args.model)
         row: dict[str, Any] = {"run": asked, "learning_rate": args.learning_rate}
         started = time.perf_counter()
         callbacks: list[TrainerCallback] = []
@@ -152,20 +147,12 @@ def pruning(args: argparse.Namespace, ratio: float) -> PruningConfig:
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    def short(sources: list[str]) -> list[str]:
-        return ["/".join(Path(source).parts[-2:]) for source in sources]
-
+    roles = ("sources", "calibration", "selection", "report", "rows")
     return {
         "model": Path(args.model).name,
-        "sources": short(args.sources),
-        "calibration": short(args.calibration),
-        "selection": short(args.selection),
-        "report": short(args.report),
-        "rows": short(args.rows),
-        "hf_adaprune": hf_adaprune.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **{role: short_names(getattr(args, role)) for role in roles},
+        **versions(),
+        "machine": machine_line(),
     }
 
 

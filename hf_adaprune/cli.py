@@ -24,7 +24,7 @@ from .cli_publish import run_export
 from .cli_recover import run_recover
 from .cli_search import carry_out, check_request, plans_table, search_table, winner_config, write_plans
 from .config import PruningConfig
-from .errors import AdaPruneError, ConfigError, MissingDependencyError
+from .errors import AdaPruneError, ConfigError
 from .plan import PruningPlan
 
 __all__ = ["main"]
@@ -313,6 +313,7 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     from .calibration import report_blocks
     from .documents import read_source
     from .evaluation import multiple_choice, perplexity, read_rows, throughput
+    from .harness import load_harness, run_tasks
     from .reporting import text_table
 
     own = PruningConfig().calibration
@@ -322,7 +323,7 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     if missing:
         raise ConfigError(f"there is no file of multiple-choice rows at {missing[0]}. Check the path.")
     if named:
-        _lm_eval()
+        load_harness()
     rows = {Path(task).stem: read_rows(task) for task in arguments.tasks if task not in named}
     loader = Loader.of(arguments)
     model, tokenizer = loader.model(), loader.tokenizer()
@@ -340,7 +341,8 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
         found[documents.name] = {"perplexity": vars(perplexity(model, blocks))}
     for name, questions in rows.items():
         found[name] = {key: vars(value) for key, value in multiple_choice(model, tokenizer, questions).items()}
-    found.update(_named_tasks(model, tokenizer, named) if named else {})
+    measured_by_name = run_tasks(model, tokenizer, named) if named else {}
+    found.update({task: {key: vars(value) for key, value in own.items()} for task, own in measured_by_name.items()})
     speed = throughput(model) if arguments.latency else {}
     lines = [
         (name, key, f"{value['value']:.4f}", f"{value['standard_error']:.4f}", str(value["samples"] or "-"))
@@ -351,39 +353,6 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     parts = [text_table(header, lines)] if lines else []
     parts += [f"{key.removesuffix('_tokens_per_second')}: {value:,.1f} tokens/s" for key, value in speed.items()]
     _answer(arguments, {"model": loader.name, "results": found, "speed": speed}, "\n".join(parts))
-
-
-def _lm_eval() -> Any:
-    try:
-        import lm_eval
-        import lm_eval.models.huggingface
-    except ImportError as error:
-        raise MissingDependencyError(
-            "tasks by name are lm-evaluation-harness's, which the extra `eval` brings: pip install hf_adaprune[eval]. "
-            "Without it, give a file of multiple-choice rows."
-        ) from error
-    return lm_eval
-
-
-def _named_tasks(model: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    harness = _lm_eval()
-    wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
-    try:
-        answer = harness.simple_evaluate(model=wrapped, tasks=list(names))
-    except (KeyError, ValueError, OSError) as error:
-        raise ConfigError(f"lm-eval could not run {', '.join(names)}: {error}") from error
-    found: dict[str, dict[str, Any]] = {}
-    for task, values in answer["results"].items():
-        for key, value in values.items():
-            metric, _, kind = key.partition(",")
-            if isinstance(value, (int, float)) and kind and not metric.endswith("_stderr"):
-                spread = values.get(f"{metric}_stderr,{kind}")
-                spread = float(spread) if isinstance(spread, (int, float)) else math.nan
-                found.setdefault(task, {})[metric] = {
-                    "name": metric, "value": float(value), "standard_error": spread, "tokens": 0,
-                    "samples": int(answer.get("n-samples", {}).get(task, {}).get("effective", 0)),
-                }  # fmt: skip
-    return found
 
 
 def _show(arguments: argparse.Namespace, words: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ ORDER = [
     "remote_code",
     "layerwise",
     "evaluation",
+    "harness",
     "speeds",
     "costs",
     "budgets",

@@ -1,0 +1,136 @@
+"""Tables of results that were measured before the experiments were data; the files have forms of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+__all__ = ["EARLIER"]
+
+
+def _rows(path: Path) -> dict[tuple[str, float], dict[str, float]]:
+    """Perplexity by text, of every recipe and ratio."""
+    return {(row["recipe"], row["asked"]): row["perplexity"] for row in json.loads(path.read_text())["rows"]}
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rule = "|---" * len(header) + "|"
+    first, *rest = ["| " + " | ".join(line) + " |" for line in [header, *lines]]
+    return "\n".join([first, rule, *rest])
+
+
+def recipes(folder: Path) -> str:
+    """Recipes by ratio on one text, the best of a column in bold."""
+    rows = _rows(folder / "recipes.json")
+    (text,) = rows["dense", 0.0]
+    ratios = sorted({ratio for _, ratio in rows if ratio})
+    names = sorted({recipe for recipe, _ in rows} - {"dense"}, key=lambda name: rows[name, 0.2][text])
+    best = {ratio: min(rows[name, ratio][text] for name in names) for ratio in ratios}
+    lines = []
+    for name in names:
+        values = ((rows[name, ratio][text], ratio) for ratio in ratios)
+        cells = [f"**{_number(value)}**" if value == best[ratio] else _number(value) for value, ratio in values]
+        lines.append([f"`{name}`", *cells])
+    return _table(["recipe, ratio", *(f"{ratio:.0%}" for ratio in ratios)], lines)
+
+
+def calibration_windows(folder: Path) -> str:
+    """The recipe `default` by number of calibration windows."""
+    files = {64: "recipes.json", 256: "in_domain_256.json", 448: "more_calibration.json"}
+    rows = {count: _rows(folder / name) for count, name in files.items()}
+    lines = [
+        [f"{100 * ratio:.0f} %", *(_number(own["default", ratio]["wikitext2_test"]) for own in rows.values())]
+        for ratio in (0.2, 0.5)
+    ]
+    return _table(["WikiText-2 test, removed", *(f"{count} windows" for count in files)], lines)
+
+
+def other_text(folder: Path) -> str:
+    """The recipe `default` on text it was not calibrated on."""
+    rows = _rows(folder / "out_of_domain.json")
+    lines = []
+    for text, name in (("wikitext2_test_raw", "WikiText-2 test, raw"), ("c4", "C4, other pages")):
+        dense = rows["dense", 0.0][text]
+        cells = [f"{dense:.2f}"]
+        for ratio in (0.2, 0.5):
+            value = rows["default", ratio][text]
+            times = value / dense
+            shown = f"{value:.2f}" if value < 100 else f"{value:.1f}"
+            cells.append(f"{shown} ({times:.2f}x)" if times < 2 else f"{shown} ({times:.1f}x)")
+        lines.append([name, *cells])
+    return _table(["`default`", "dense", "20 % removed", "50 % removed"], lines)
+
+
+def search_report(folder: Path) -> str:
+    """A search's winner beside trial 0 on report text, and on selection text that no trial saw."""
+    found = json.loads((folder / "search_20.json").read_text())
+    lines = []
+    for text, name in (("wikitext2_test_raw", "WikiText-2 test, raw"), ("c4_report", "C4, other pages")):
+        plain, searched = (found[key]["evaluation"][text] for key in ("default", "search"))
+        before, after = plain["pruned"]["value"], searched["pruned"]["value"]
+        change = f"{100 * (after / before - 1):+.1f} %"
+        lines.append([name, f"{plain['dense']['value']:.2f}", f"{before:.2f}", f"**{after:.2f}** ({change})"])
+    fresh, winner = found["search"]["on_fresh_text"], str(found["search"]["winner"]["trial"])
+    lines.append(["KL on selection text that no trial saw", "0", f"{fresh['0']:.3f}", f"**{fresh[winner]:.3f}**"])
+    header = ["20 % removed, 65,536 report tokens each", "dense", "`default`, equal domain weights", "search"]
+    return _table(header, lines)
+
+
+def search_strategies(folder: Path) -> str:
+    """The best candidate so far against trial 0, by strategy and number of trials."""
+    curves: dict[str, dict[str, list[float]]] = json.loads((folder / "search_curves.json").read_text())["curves"]
+    order = ("gp", "tpe", "random", "sobol")
+    named = sorted((name.split() for name in curves), key=lambda pair: (float(pair[0]), order.index(pair[1])))
+    lines = []
+    for ratio, strategy in named:
+        runs = curves[f"{ratio} {strategy}"]
+        cells = [_change([curve[trials - 1] for curve in runs.values()]) for trials in (15, 30, 60)]
+        if strategy == "gp":
+            cells[-1] = f"**{cells[-1]}**"
+        lines.append([f"{100 * float(ratio):.0f} %, `{strategy}`", str(len(runs)), *cells])
+    return _table(["removed, strategy", "seeds", "15 trials", "30 trials", "60 trials"], lines)
+
+
+def _change(logarithms: list[float]) -> str:
+    values = [100 * math.expm1(value) for value in logarithms]
+    if not any(values):
+        return "0"
+    deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):+.1f}{deviation} %"
+
+
+def recovery(folder: Path) -> str:
+    """A searched model before and after distillation."""
+    found: dict[str, Any] = json.loads((folder / "recovery_20.json").read_text())
+    lines = []
+    texts = (("report/wikitext2_test_raw.txt", "WikiText-2 test, raw"),
+             ("calibration/c4.jsonl rows 701-1000", "C4, other pages"))  # fmt: skip
+    for text, name in texts:
+        own = found["report"][text]
+        times = {key: f"{own[key] / own['dense']:.2f}x" for key in own}
+        cells = [f"{own['dense']:.2f}", f"{own['searched']:.2f} ({times['searched']})",
+                 f"**{own['recovered']:.2f}** ({times['recovered']})"]  # fmt: skip
+        lines.append([name, *cells])
+    for task, name in (("piqa_val", "PIQA"), ("arc_easy_test", "ARC-easy")):
+        own = found["acc_norm, first 600 rows"][task]
+        cells = [f"{own[key][0]:.3f} ± {own[key][1]:.3f}" for key in ("dense", "recovered")]
+        lines.append([f"{name}, first 600 rows, acc_norm", cells[0], "-", cells[1]])
+    return _table(["20 % removed", "dense", "searched", "recovered"], lines)
+
+
+EARLIER: dict[str, Callable[[Path], str]] = {
+    "recipes": recipes,
+    "calibration-windows": calibration_windows,
+    "other-text": other_text,
+    "search-report": search_report,
+    "search-strategies": search_strategies,
+    "recovery": recovery,
+}

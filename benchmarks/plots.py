@@ -1,0 +1,73 @@
+"""Pictures of results: perplexity against pruning ratio per method, speed against ratio. Needs matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from hf_adaprune.errors import MissingDependencyError
+
+from .results import read_results
+
+__all__ = ["plot_all"]
+
+
+def plot_all(results: Path, output: Path) -> list[Path]:
+    """Draw what there are results for, one picture per text and one of speed.
+
+    Args:
+        results (`Path`): folder of the experiments' results.
+        output (`Path`): folder of the pictures, which is made where it is missing.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib, which the extra `report` brings: pip install 'hf_adaprune[report]'."
+        ) from error
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    data = read_results(results / "quality.json")
+    for protocol in data["protocols"].values():
+        for text in protocol["report"]:
+            curves = _curves(data, text, protocol["report"])
+            figure = Figure(figsize=(7, 4.5), layout="constrained")
+            axes = figure.subplots()
+            for label, points in curves.items():
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=label)
+            axes.set(xlabel="decoder parameters removed", ylabel=f"perplexity, {text}", yscale="log")
+            axes.legend(fontsize="small")
+            path = output / f"quality_{protocol['model']['name']}_{text}.png".replace(" ", "_")
+            figure.savefig(path, dpi=150)
+            if path not in written:
+                written.append(path)
+    rows = [row for row in read_results(results / "speed.json")["rows"] if row["status"] == "done"]
+    if rows:
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        for axes, kind in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+            for label in dict.fromkeys(row["label"] for row in rows):
+                own = sorted((row["ratio"], row["speed"][kind]["gain"]) for row in rows if row["label"] == label)
+                axes.plot(*zip((0.0, 1.0), *own, strict=True), marker="o", label=label)
+            ideal = sorted((row["pruning_ratio"], row["speed"][kind]["ideal"]) for row in rows)
+            axes.plot(*zip((0.0, 1.0), *ideal, strict=True), "k:", label="ideal")
+            axes.set(xlabel="decoder parameters removed", ylabel=f"{kind}, times the dense model")
+        axes.legend(fontsize="small")
+        written.append(output / "speed.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def _curves(data: dict[str, Any], text: str, report: Any) -> dict[str, dict[float, float]]:
+    """Mean perplexity over seeds, by label and measured ratio; the dense model begins every curve."""
+    good = [row for row in data["rows"]
+            if row["status"] == "done" and data["protocols"][row["protocol"]]["report"] == report]  # fmt: skip
+    values: dict[str, dict[float, list[float]]] = {}
+    for row in good:
+        own = values.setdefault(row["label"], {})
+        own.setdefault(row["ratio"], []).append(row["results"][text]["perplexity"]["value"])
+    dense = values.pop("dense", {})
+    return {label: {ratio: mean(own) for ratio, own in {**dense, **points}.items()} for label, points in values.items()}

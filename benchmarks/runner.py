@@ -1,0 +1,341 @@
+"""Runs an experiment: row after row, each on disk when it is measured, none measured twice."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from hf_adaprune import PruningConfig, masked
+from hf_adaprune.costs import Costs
+from hf_adaprune.errors import AdaPruneError
+from hf_adaprune.evaluation import Measurement, multiple_choice, perplexity, throughput
+from hf_adaprune.pipeline import Decision, carry_out
+from hf_adaprune.searching import SearchResult, find_best
+from hf_adaprune.sites import ModelSites, find_sites
+from hf_adaprune.stages import cached_repairs, choose_repairs, decide, layer_by_layer_config
+
+from .cost import measure_cost
+from .experiments import COMPUTED, Case, Experiment, Shape, config_of, expand, search_of
+from .machine import facts, forget_peak, peak_bytes
+from .peers import load_torch_pruning, prune_with_torch_pruning
+from .results import Book, digest_of
+from .setting import Pool, Setting, pool_key
+
+__all__ = ["Row", "rows_of", "run"]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One measurement to be made.
+
+    Args:
+        case ([`Case`] or [`Shape`]): the line.
+        seed (`int`): of everything drawn.
+        config ([`PruningConfig`], *optional*): with the first of its searches.
+        measures (`tuple[str, ...]`): what is measured.
+        key (`str`): digest of config, model, texts and measures.
+    """
+
+    case: Any
+    seed: int
+    config: PruningConfig | None
+    measures: tuple[str, ...]
+    key: str
+
+
+def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | None = None) -> list[Row]:
+    """Every row of an experiment.
+
+    Args:
+        experiment ([`Experiment`]): the lines.
+        setting ([`Setting`]): the model and its texts.
+        seeds (`tuple[int, ...]`, *optional*): instead of the experiment's; cases that know no chance keep one.
+    """
+    rows = []
+    if experiment.measures == ("cost",):
+        for shape in experiment.cases:
+            said = [vars(shape), setting.scale.cost_divisor, setting.model_facts["dtype"]]
+            rows.append(Row(shape, 0, None, experiment.measures, digest_of(["cost", said])))
+        return rows
+    texts = setting.matrix if experiment.matrix else setting.texts
+    for case in expand(experiment, len(texts.calibration)):
+        for number, seed in enumerate(case.seeds or seeds or experiment.seeds):
+            config = config_of(case, seed, setting.scale, texts)
+            # Tasks take minutes and their rows' standard error hides what a seed does.
+            own = tuple(name for name in experiment.measures if name != "tasks" or number == 0)
+            protocol = setting.protocol(own, experiment.matrix)
+            if case.searches:
+                config = search_of(case, config, case.searches[0], setting.scale, texts)
+            dense = case.ratio == 0 and case.peer is None
+            said = None if dense else {**config.to_dict(), "version": None, "recipe_name": None}
+            shape = case.label if "computed" in own else None
+            key = digest_of([said, case.searches, case.peer, shape, protocol])
+            rows.append(Row(case, seed, config, own, key))
+    return rows
+
+
+def run(
+    experiment: Experiment,
+    setting: Setting,
+    book: Book,
+    *,
+    seeds: tuple[int, ...] | None = None,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Measure the rows that are missing, and return how many those were.
+
+    Args:
+        experiment ([`Experiment`]): what to measure.
+        setting ([`Setting`]): on what.
+        book ([`Book`]): where rows are kept.
+        seeds (`tuple[int, ...]`, *optional*): instead of the experiment's.
+        say (`Callable`, *optional*): hears of every row.
+    """
+    waiting = [row for row in rows_of(experiment, setting, seeds) if not book.has(row.key, _label(row, setting))]
+    groups: dict[str, list[Row]] = {}
+    for row in waiting:
+        apart = row.config is None or row.case.peer is not None or "computed" in row.measures
+        groups.setdefault("" if apart else pool_key(row.config), []).append(row)  # type: ignore[arg-type]
+    groups.get("", []).sort(key=lambda row: row.seed)  # rows of a peer share gradients by seed
+    for key, rows in groups.items():
+        # A pass is let go before the next one begins.
+        pool = Pool(setting, [row.config for row in rows if row.config is not None]) if key else None
+        for number, row in enumerate(rows):
+            machine, protocol = facts(), setting.protocol(row.measures, experiment.matrix)
+            found = _measured(row, setting, pool, experiment.matrix)
+            book.add(found, protocol, machine)
+            mark = _said(found)
+            say(f"{experiment.name}: {found['label']}, {found['ratio']:g}, seed {row.seed}: {mark} ({number + 1})")
+        del pool
+    return len(waiting)
+
+
+def _label(row: Row, setting: Setting) -> str:
+    """A case's label, or the name of the calibration domain that it takes alone."""
+    domain = row.case.domain if isinstance(row.case, Case) else None
+    return row.case.label if domain is None else setting.matrix.calibration[domain].name
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if row["status"] == "failed":
+        return f"failed: {row['reason']}"
+    named = [f"{name} {own['perplexity']['value']:.2f}" for name, own in row.get("results", {}).items()
+             if "perplexity" in own]  # fmt: skip
+    return ", ".join(named) or "done"
+
+
+def _measured(row: Row, setting: Setting, pool: Pool | None, matrix: bool) -> dict[str, Any]:
+    case = row.case
+    said = {} if isinstance(case, Shape) else {"recipe": case.recipe, "changes": dict(case.changes)}
+    if isinstance(case, Case) and case.searches:
+        said["searches"] = [list(own) for own in case.searches]
+    found: dict[str, Any] = {
+        "key": row.key, "label": _label(row, setting), "ratio": 0.0 if isinstance(case, Shape) else case.ratio,
+        "seed": row.seed, "status": "done", "config": vars(case) if isinstance(case, Shape) else said,
+    }  # fmt: skip
+    started = time.perf_counter()
+    whole = forget_peak()
+    try:
+        if isinstance(case, Shape):
+            found |= measure_cost(case, setting.scale.cost_divisor, setting.model_facts["dtype"])
+        elif "computed" in row.measures:
+            found |= _computed(row)
+        elif case.peer is not None:
+            found |= _peer(row, setting, matrix)
+        elif not case.ratio:
+            found |= {
+                "parameters": setting.sites.total_parameters,
+                "pruning_ratio": 0.0,
+                "results": _results(setting.model, row, setting, matrix),
+            }
+        else:
+            assert pool is not None
+            found |= _config(row, setting, pool, matrix)
+    except (AdaPruneError, ImportError) as error:
+        found |= {"status": "failed", "reason": str(error)}
+    found.setdefault("seconds", {})["all"] = round(time.perf_counter() - started, 3)
+    found.setdefault("peak_bytes", peak_bytes())
+    # Without this, the peak is that of everything the process did before.
+    found["peak_is_of_the_row"] = whole
+    return found
+
+
+# -- configs ----------------------------------------------------------------------------------------------------------
+
+
+def _config(row: Row, setting: Setting, pool: Pool, matrix: bool) -> dict[str, Any]:
+    sites, seconds = setting.sites, {}
+    statistics = pool.statistics
+    seconds["statistics"] = round(pool.seconds, 3)
+    started = time.perf_counter()
+    searches: list[SearchResult] = []
+    config = row.config
+    assert config is not None
+    if row.case.searches:
+        searches = _searched(row, setting, pool)
+        config, plan = searches[-1].config, searches[-1].plan
+        seconds["search"] = round(time.perf_counter() - started, 3)
+    else:
+        plan, kept = decide(sites, pool.blocks, config, statistics=statistics, costs=Costs.of(sites, config))
+        statistics = statistics or kept
+        seconds["plan"] = round(time.perf_counter() - started, 3)
+    started = time.perf_counter()
+    cached = cached_repairs(sites, plan, statistics, config)
+    repairs, schedule, reports, blockwise = choose_repairs(sites, plan, cached, pool.blocks, pool.held_out, config)
+    made = Decision(config, plan, repairs, schedule, reports, blockwise)
+    seconds["repair"] = round(time.perf_counter() - started, 3)
+    removed = sites.removed_parameters(plan, _biases(sites, made))
+    found: dict[str, Any] = {
+        "pruning_ratio": removed / sites.decoder_parameters,
+        "parameters": sites.total_parameters - removed,
+        "repair": schedule,
+        "repairs_dropped": sum(not report.kept for report in reports),
+        "plan_digest": plan.digest,
+        "seconds": seconds,
+    }
+    if searches:
+        found["search"] = [
+            {"winner": result.winner.number, "trials": len(result.journal.trials), "point": dict(result.winner.point)}
+            for result in searches
+        ]
+    started = time.perf_counter()
+    with _as_pruned(setting, made, cut="speed" in row.measures or bool(blockwise)) as model:
+        if "speed" in row.measures:
+            found["speed"] = _speed(setting, model)
+        found["results"] = _results(model, row, setting, matrix)
+    seconds["evaluation"] = round(time.perf_counter() - started, 3)
+    return found
+
+
+def _searched(row: Row, setting: Setting, pool: Pool) -> list[SearchResult]:
+    """The searches of a case, each from the winner of the one before."""
+    assert row.config is not None and pool.statistics is not None
+    found: list[SearchResult] = []
+    config = row.config
+    for number, free in enumerate(row.case.searches):
+        if number:
+            config = search_of(row.case, found[-1].config, free, setting.scale, setting.texts)
+        # Cached scores are exact at the weights that a search begins with.
+        shared = None if config.calibration.domain_weights else pool.scores
+        found.append(
+            find_best(
+                setting.sites, setting.tokenizer, config, pool.statistics, measure=pool.measure(config), scores=shared
+            )
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _as_pruned(setting: Setting, made: Decision, cut: bool) -> Iterator[Any]:
+    """The model as it is after a decision: masked, which equals the cut one, or a cut copy."""
+    if cut:
+        own = copy.deepcopy(setting.model)
+        carry_out(find_sites(own), made)
+        yield own
+        return
+    with masked(setting.sites, made.plan, made.repairs, narrow=True):
+        yield setting.model
+
+
+def _biases(sites: ModelSites, made: Decision) -> list[str]:
+    """Sites whose reader gets a bias that it does not have."""
+    given = (name for name, repair in made.repairs.items() if repair.bias is not None)
+    return [name for name in given if sites.by_name[name].reader.bias is None]
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+def _results(model: Any, row: Row, setting: Setting, matrix: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "perplexity" in row.measures:
+        for name, blocks in setting.report(matrix).items():
+            found[name] = {"perplexity": _plain(perplexity(model, blocks))}
+    if "tasks" in row.measures:
+        for name, questions in setting.texts.rows.items():
+            measured = multiple_choice(model, setting.tokenizer, questions)
+            found[name] = {key: _plain(value) for key, value in measured.items()}
+        if setting.texts.tasks:
+            from .tasks import run_named
+
+            named = run_named(model, setting.tokenizer, setting.texts.tasks, setting.scale.task_rows)
+            found |= {task: {key: _plain(value) for key, value in own.items()} for task, own in named.items()}
+    return found
+
+
+def _plain(measured: Measurement) -> dict[str, float]:
+    return {"value": measured.value, "standard_error": measured.standard_error, "samples": measured.samples}
+
+
+def _speed(setting: Setting, model: Any) -> dict[str, Any]:
+    """Tokens per second beside the dense model's, in turns, so that a machine that slows down slows both.
+
+    The ideal is what parameters promise: those of the decoder layers in prefill (one position goes through the head),
+    with those of the head in decoding.
+    """
+    scale = setting.scale
+    runs: dict[str, list[dict[str, float]]] = {"dense": [], "pruned": []}
+    for _ in range(scale.runs):
+        for name, own in (("dense", setting.model), ("pruned", model)):
+            runs[name].append(throughput(own, prefill=scale.prompt, new_tokens=scale.new_tokens, repeats=1))
+    head = setting.model.get_output_embeddings().weight.numel()
+    sizes = setting.sites.decoder_parameters, find_sites(model).decoder_parameters
+    found: dict[str, Any] = {"decoder_parameters": sizes[1]}
+    for kind, beside in (("prefill", 0), ("decode", head)):
+        key = f"{kind}_tokens_per_second"
+        dense, own = (median(run[key] for run in runs[name]) for name in ("dense", "pruned"))
+        ideal = (sizes[0] + beside) / (sizes[1] + beside)
+        found[kind] = {
+            "dense": dense, "pruned": own, "gain": own / dense, "ideal": ideal,
+            "share": (own / dense - 1) / (ideal - 1) if ideal > 1 else None,
+        }  # fmt: skip
+    return found
+
+
+# -- rows that are no config ------------------------------------------------------------------------------------------
+
+
+def _peer(row: Row, setting: Setting, matrix: bool) -> dict[str, Any]:
+    assert row.config is not None
+    load_torch_pruning()  # before minutes go into its gradients
+    heads, ratio, started = row.case.peer == "torch-pruning", row.case.ratio, time.perf_counter()
+    # One config per seed, so that ratios share its gradients.
+    blocks, gradients = setting.peer_gradients(pool_key(row.config), row.config)
+    taken = round(time.perf_counter() - started, 3)
+    pruned, said = prune_with_torch_pruning(setting.model, blocks.input_ids[:1, :8], ratio, gradients, heads)
+    said["seconds"]["gradients"] = taken
+    started = time.perf_counter()
+    results = _results(pruned, row, setting, matrix)
+    said["seconds"]["evaluation"] = round(time.perf_counter() - started, 3)
+    return {**said, "results": results}
+
+
+def _computed(row: Row) -> dict[str, Any]:
+    """What an estimate says of a large model; nothing is run, so memory and arithmetic, no time."""
+    from transformers import AutoConfig
+
+    from hf_adaprune.estimate import Speed, bound_skeleton, estimate
+
+    from .machine import DTYPE
+
+    assert row.config is not None
+    family, sizes = COMPUTED[row.case.label.removesuffix(", layer by layer")]
+    sites = bound_skeleton(AutoConfig.for_model(family, **sizes), dtype=DTYPE)
+    # A search-free run of the defaults; texts do not matter to arithmetic.
+    config = PruningConfig.recipe(row.case.recipe, pruning_ratio=row.case.ratio, **row.case.changes)
+    config = layer_by_layer_config(config)
+    found = estimate(sites, config, Speed(1.0, 1.0))
+    return {
+        "pruning_ratio": found.pruning_ratio,
+        "parameters": found.after.total,
+        "computed": {
+            "weights_bytes": found.before.bytes, "gram_bytes": found.gram_bytes, "peak_bytes": found.peak_bytes,
+            "flops": found.calibration_flops + found.repair_flops,
+        },
+        "peak_bytes": found.peak_bytes,
+    }  # fmt: skip

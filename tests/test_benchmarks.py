@@ -1,0 +1,367 @@
+"""The benchmarks run in small, go on where they were, and README.md's tables are what the results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import machine, tables  # noqa: E402
+from benchmarks.__main__ import chosen, main  # noqa: E402
+from benchmarks.earlier import EARLIER  # noqa: E402
+from benchmarks.experiments import (  # noqa: E402
+    EVERYTHING,
+    EXPERIMENTS,
+    FULL,
+    SMOKE,
+    Case,
+    Experiment,
+    config_of,
+    expand,
+    search_of,
+)
+from benchmarks.results import FIELDS, Book, read_results  # noqa: E402
+from benchmarks.runner import rows_of, run  # noqa: E402
+from benchmarks.smoke import smoke_setting  # noqa: E402
+from benchmarks.texts import held_out, in_folder, read  # noqa: E402
+from hf_adaprune import RECIPES, TextSource  # noqa: E402
+from hf_adaprune.errors import CalibrationError  # noqa: E402
+from hf_adaprune.evaluation import ChoiceRow, multiple_choice  # noqa: E402
+
+PEERS = importlib.util.find_spec("torch_pruning") is not None
+CI = bool(os.environ.get("CI"))
+needs_peers = pytest.mark.skipif(not PEERS and not CI, reason="torch-pruning is not installed")
+needs_harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None and not CI, reason="lm-eval is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def setting() -> Any:
+    torch.set_num_threads(1)
+    return smoke_setting()
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of `run all --smoke`."""
+    folder = tmp_path_factory.mktemp("results")
+    code = main(["run", "all", "--smoke", "--results", str(folder), "--threads", "1"])
+    # Where a peer is not installed, its rows say so.
+    assert code == int(not PEERS)
+    return folder
+
+
+def rows_in(folder: Path, name: str) -> list[dict[str, Any]]:
+    return read_results(folder / f"{name}.json")["rows"]
+
+
+# -- the smoke run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_in_small(smoke: Path, name: str) -> None:
+    data = read_results(smoke / f"{name}.json")
+    assert data["rows"]
+    for row in data["rows"]:
+        assert set(FIELDS) <= set(row)
+        if "Torch-Pruning" in row["label"] and not PEERS:
+            assert row["status"] == "failed" and "hf_adaprune[benchmarks]" in row["reason"]
+            continue
+        assert row["status"] == "done", row.get("reason")
+        assert row["seconds"]["all"] > 0 and row["peak_bytes"] > 0
+        kinds = data["protocols"][row["protocol"]]["measures"]
+        assert data["machines"][row["machine"]]["versions"]["torch"] == torch.__version__
+        assert data["machines"][row["machine"]]["cpu"] and data["machines"][row["machine"]]["threads"] == 1
+        for own in row.get("results", {}).values():
+            values = [own[key]["value"] for key in own]
+            assert values and all(value == value and value >= 0 for value in values)
+        assert ("speed" in row) == ("speed" in kinds) and ("cost" in row) == ("cost" in kinds)
+        assert row.get("results") or not {"perplexity", "tasks"} & set(kinds)
+        # Whole layers and coarse multiples of a tiny model are large steps.
+        if row["ratio"] and name != "speed" and row["label"] != "shortgpt":
+            assert abs(row["pruning_ratio"] - row["ratio"]) < 0.02
+    # Every line of the experiment is there.
+    labels = {row["label"] for row in data["rows"]}
+    if name not in ("cost", "computed_cost"):
+        assert {case.label for case in EXPERIMENTS[name].cases} <= labels
+
+
+def test_the_matrix_has_every_domain_both_ways(smoke: Path) -> None:
+    rows = [row for row in rows_in(smoke, "domains") if row["ratio"]]
+    assert {row["label"] for row in rows} == {"all", "prose", "code"}
+    assert all(set(row["results"]) == {"prose", "code"} for row in rows)
+
+
+def test_costs_are_told_by_stop_and_beside_the_estimate(smoke: Path) -> None:
+    (row,) = rows_in(smoke, "cost")
+    assert {"statistics", "search", "repair", "save", "load"} <= set(row["seconds"])
+    assert set(row["cost"]["peaks"]) <= set(row["seconds"])
+    assert row["cost"]["trial_seconds"] > 0 and row["cost"]["estimate"]["peak_bytes"] > 0
+
+
+def test_every_table_and_picture_is_made_from_results_alone(smoke: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in EXPERIMENTS:
+        table = tables.made(name, smoke)
+        assert table is not None and table.count("|") > 8
+        body = [line for line in table.splitlines() if line.startswith("|")]
+        for row in rows_in(smoke, name):
+            assert not row["ratio"] or any(line.startswith(f"| {row['label']} |") for line in body)
+    assert main(["plot", "--results", str(smoke), "--output", str(tmp_path)]) == 0
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".png"]
+
+
+# -- rows: keys, continuing -------------------------------------------------------------------------------------------
+
+
+SMALL = Experiment("small", "", (Case("dense", 0.0, "magnitude", seeds=(0,)), Case("random", 0.2, "random")))
+
+
+def measured(setting: Any, folder: Path, experiment: Experiment = SMALL, **options: Any) -> int:
+    return run(experiment, setting, Book(folder, experiment.name, options.pop("fresh", False)), say=str, **options)
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_is_missing(
+    setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def killed(line: str) -> None:
+        told.append(line)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(SMALL, setting, Book(tmp_path, "small"), say=killed)
+    before = rows_in(tmp_path, "small")
+    assert len(before) == 2 and measured(setting, tmp_path) == 2
+    rows = rows_in(tmp_path, "small")
+    assert rows[:2] == before and len({row["key"] for row in rows}) == len(rows) == 4
+    assert measured(setting, tmp_path) == 0
+    assert measured(setting, tmp_path, fresh=True) == 4 and len(rows_in(tmp_path, "small")) == 4
+    # The same rows under another experiment's name are taken over, under its labels.
+    other = Experiment("other", "", (Case("drawn", 0.2, "random"),), seeds=(1,))
+    assert measured(setting, tmp_path, other) == 0
+    (taken,) = rows_in(tmp_path, "other")
+    assert taken["label"] == "drawn" and taken["results"] in [row["results"] for row in rows]
+
+
+def test_a_failed_row_is_tried_again(setting: Any, tmp_path: Path) -> None:
+    impossible = Experiment("impossible", "", (Case("too much", 0.9, changes={"protected_layers": tuple(range(8))}),))
+    for _ in range(2):
+        assert measured(setting, tmp_path, impossible, seeds=(0,)) == 1
+        (row,) = rows_in(tmp_path, "impossible")
+        assert row["status"] == "failed" and row["reason"]
+    assert "failed" in (tables._quality(rows_in(tmp_path, "impossible")) + row["status"])
+
+
+def test_keys_tell_configs_seeds_models_and_texts_apart(setting: Any) -> None:
+    from dataclasses import replace
+
+    keys = {row.key for row in rows_of(SMALL, setting)}
+    assert len(keys) == 4 and keys == {row.key for row in rows_of(SMALL, setting)}
+    (row,) = rows_of(replace(SMALL, cases=SMALL.cases[1:]), setting, (0,))
+
+    def other(**changes: Any) -> str:
+        own = smoke_setting()
+        for name, value in changes.items():
+            setattr(own, name, value)
+        return rows_of(replace(SMALL, cases=SMALL.cases[1:]), own, (0,))[0].key
+
+    assert other() == row.key
+    text = setting.texts
+    shorter = TextSource("python-report", text.report[0].texts[1:])
+    model = smoke_setting().model
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    found = {
+        other(texts=replace(text, report=(shorter,))),
+        other(texts=replace(text, calibration=(text.calibration[0],))),
+        other(scale=replace(SMOKE, report_tokens=128)),
+        other(model=model),
+        row.key,
+    }
+    assert len(found) == 5
+
+
+def test_a_masked_row_is_what_pruning_gives(setting: Any, tmp_path: Path) -> None:
+    """Shared statistics, masks and all: a row equals `prune` with its config."""
+    import copy
+
+    from hf_adaprune import prune
+    from hf_adaprune.evaluation import perplexity
+
+    experiment = Experiment("same", "", tuple(Case(name, 0.2, name) for name in ("flap", "default")), seeds=(1,))
+    measured(setting, tmp_path, experiment)
+    for case, row in zip(experiment.cases, rows_in(tmp_path, "same"), strict=True):
+        config = config_of(case, 1, setting.scale, setting.texts)
+        result = prune(copy.deepcopy(setting.model), setting.tokenizer, config)
+        (blocks,) = setting.report(False).values()
+        value = perplexity(result.model, blocks).value
+        assert row["plan_digest"] == result.plan.digest and row["parameters"] == result.after.total
+        assert row["results"]["python-report"]["perplexity"]["value"] == pytest.approx(value, rel=1e-5)
+
+
+def test_the_writing_of_a_row_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dict.fromkeys(FIELDS, 0) | {"key": "a", "status": "done"}
+    book = Book(tmp_path, "one")
+    book.add(row, {"p": 1}, {"m": 1})
+    before = book.path.read_bytes()
+    monkeypatch.setattr("benchmarks.results.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        book.add({**row, "key": "b"}, {"p": 1}, {"m": 1})
+    assert book.path.read_bytes() == before
+    with pytest.raises(ValueError, match="lacks key"):
+        Book(tmp_path, "two").add({}, {}, {})
+
+
+# -- experiments as data ----------------------------------------------------------------------------------------------
+
+
+def test_cases_are_configs(setting: Any) -> None:
+    """Every case of full size is a config, and its searches vary what they say and nothing else."""
+    from hf_adaprune.search.space import default_space
+
+    for experiment in EXPERIMENTS.values():
+        for case in expand(experiment, 2):
+            config = config_of(case, 0, FULL, setting.texts)
+            assert config.pruning_ratio == case.ratio and config.seed == 0
+            start = config
+            for free in case.searches:
+                asked = search_of(case, start, free, FULL, setting.texts)
+                varied = {dimension.path for dimension in default_space(asked, ("a", "b"), (0.5, 0.5)).dimensions}
+                assert varied == set(free) and set(free) <= set(EVERYTHING)
+    ratios = {case.ratio for case in EXPERIMENTS["quality"].cases}
+    assert ratios == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5}
+    assert {case.recipe for case in EXPERIMENTS["quality"].cases} == set(RECIPES)
+
+
+def test_chance_gets_three_seeds() -> None:
+    for experiment in EXPERIMENTS.values():
+        measured = {"perplexity"} == set(experiment.measures) - {"tasks"}
+        chance = [case for case in experiment.cases if isinstance(case, Case) and case.recipe != "magnitude"]
+        for case in chance if measured else []:
+            assert len(case.seeds or experiment.seeds) >= 3, f"{experiment.name}: {case.label}"
+
+
+def test_names_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
+    assert chosen(["cost", "all"]) == list(EXPERIMENTS.values())
+    with pytest.raises(SystemExit, match="there is no experiment 'costs'"):
+        chosen(["costs"])
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_texts(tmp_path: Path, setting: Any) -> None:
+    with pytest.raises(CalibrationError, match="no text in"):
+        in_folder(tmp_path)
+    for role in ("calibration", "selection", "report"):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "a.txt").write_text(f"{role} " * 200)
+    question = {"id": "1", "task": "t", "context": "a", "choices": ["b", "c"], "label": 0}
+    (tmp_path / "report" / "asked.jsonl").write_text(json.dumps(question) + "\n" + json.dumps(question) + "\n")
+    sources = in_folder(tmp_path)
+    assert [len(getattr(sources, role)) for role in ("calibration", "selection", "report", "rows")] == [1, 1, 1, 1]
+    texts = read(sources, setting.tokenizer, task_rows=1)
+    assert texts.report[0].name == "a" and list(texts.rows) == ["asked"] and len(texts.rows["asked"]) == 1
+    (tmp_path / "report" / "a.txt").write_text("calibration " * 200)
+    with pytest.raises(CalibrationError, match="overlap"):
+        read(sources, setting.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "texts", [[f"page {number}" for number in range(23)], ["".join(f"line {number}\n" for number in range(500))]]
+)
+def test_domains_are_cut_in_two(texts: list[str]) -> None:
+    kept, left = held_out(TextSource("web", texts))
+    assert kept.texts and left.texts and not (set(kept.texts) & set(left.texts) and len(texts) > 1)
+    if len(texts) > 1:
+        assert sorted((*kept.texts, *left.texts)) == sorted(texts)
+
+
+# -- peers and tasks --------------------------------------------------------------------------------------------------
+
+
+@needs_peers
+@pytest.mark.parametrize("heads", [True, False])
+def test_torch_pruning_meets_our_count(setting: Any, heads: bool) -> None:
+    from benchmarks.peers import loss_gradients, prune_with_torch_pruning
+    from hf_adaprune.calibration import report_blocks
+
+    blocks = report_blocks(setting.texts.calibration[0], setting.tokenizer, tokens=128, sequence_length=32)
+    before = machine.weights_digest(setting.model)
+    gradients = loss_gradients(setting.model, blocks.select(slice(0, 2)))
+    for ratio in (0.2, 0.5):
+        pruned, said = prune_with_torch_pruning(setting.model, blocks.input_ids[:1, :8], ratio, gradients, heads)
+        assert said["pruning_ratio"] == pytest.approx(ratio, abs=0.01)
+        assert said["parameters"] == sum(parameter.numel() for parameter in pruned.parameters())
+        # Six query heads in two groups: one of three goes, or none.
+        assert said["query_heads"] == (4 if heads else 6)
+        assert not any(parameter.requires_grad for parameter in pruned.parameters())
+    assert machine.weights_digest(setting.model) == before and setting.model.config._attn_implementation == "sdpa"
+
+
+@needs_harness
+@pytest.mark.filterwarnings("ignore")  # the harness' own dependencies warn when they are imported
+def test_the_harness_scores_local_rows_as_we_do(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.tasks import run_rows
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    draw, words = random.Random(0), ["def", "class", "import", "self", "return", "value", "of", "the", "and", "is"]
+    rows = [
+        ChoiceRow(
+            str(number), "t", " ".join(draw.choices(words, k=6)),
+            tuple(" ".join(draw.choices(words, k=draw.randrange(1, 5))) for _ in range(3 + number % 2)),
+            draw.randrange(3),
+        )
+        for number in range(12)
+    ]  # fmt: skip
+    ours, theirs = (
+        multiple_choice(setting.model, setting.tokenizer, rows),
+        run_rows(setting.model, setting.tokenizer, rows),
+    )
+    for name in ("acc", "acc_norm"):
+        assert theirs[name].value == ours[name].value and theirs[name].samples == 12
+        assert theirs[name].standard_error == pytest.approx(ours[name].standard_error)
+    assert 0 < ours["acc_norm"].value < 1
+
+
+# -- README.md --------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_readme_are_what_the_results_say() -> None:
+    text = tables.README.read_text(encoding="utf-8")
+    assert {match[2] for match in tables.MARKED.finditer(text)} >= set(EARLIER)
+    assert text.count("<!-- table:") == len(tables.MARKED.findall(text)) == text.count("<!-- /table -->")
+    assert tables.stale(text, machine.HERE / "results" / "experiments") == []
+
+
+def test_a_stale_table_is_found_and_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tables.README.read_text(encoding="utf-8")
+    other = tmp_path / "README.md"
+    monkeypatch.setattr(tables, "README", other)
+    other.write_text(text.replace("| 24.92 | 30.61 |", "| 24.92 | 29.61 |"))
+    assert other.read_text() != text and main(["table", "--check"]) == 1
+    assert "recipes is stale" in capsys.readouterr().out
+    assert main(["table", "--write"]) == 0 and other.read_text() == text and main(["table", "--check"]) == 0
+    other.write_text("<!-- table:quality -->\n\n<!-- /table -->")
+    with pytest.raises(SystemExit, match="no results for the table 'quality'"):
+        main(["table", "--write", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no table 'qualities'"):
+        tables.made("qualities", tmp_path)
