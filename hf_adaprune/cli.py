@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .cli_model import Loader
+from .cli_model import Loader, layers_of
 from .cli_publish import add_export_arguments, add_push_arguments, run_export
 from .cli_recover import add_recover_arguments, run_recover
 from .cli_search import (
@@ -240,7 +240,7 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
     add("--units", nargs="+", action="extend", metavar="UNIT", help=f"what may go, of {', '.join(UNITS)}")
     add("--uniform", action="store_true", default=None, help="every layer equally wide: loads without this package")
     add("--channel-multiple", type=int, metavar="N", help="keep MLP widths multiples of N")
-    add("--layer-by-layer", action="store_true", default=None, help="hold the moments of one layer at a time")
+    add("--layer-by-layer", action="store_true", default=None, help="hold one layer of the model in memory at a time")
     add("--seed", type=int, metavar="N", help="of everything drawn at random")
     add("--dry-run", action="store_true", help="check everything and estimate size, memory and time; write nothing")
 
@@ -330,6 +330,7 @@ def _prepare_and_run(
 ) -> None:
     """Check everything and estimate; then prune, or find plans, and save."""
     from .estimate import estimate
+    from .layer_scores import forward_only_config
     from .reporting import size_table
     from .saving import check_output
 
@@ -340,6 +341,8 @@ def _prepare_and_run(
     sites = loader.skeleton()
     if plan is not None:
         sites.check(plan)
+    if config.layer_by_layer:
+        config = forward_only_config(config)
     expected = estimate(sites, config)
     if output is not None:
         check_output(output, expected.after.bytes)
@@ -415,7 +418,6 @@ def _prune_and_save(
 ) -> None:
     from .pipeline import prune
     from .reporting import evaluation_table, plan_table, size_table
-    from .sites import find_sites
     from .stages import needs_text
 
     kept_plan = output.with_name(output.name + ".plan.json")
@@ -427,10 +429,13 @@ def _prune_and_save(
             kept_plan.unlink(missing_ok=True)
         tokenizer = _tokenizer(loader, needed=needs_text(config) or journal is not None)
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        options = _journal_options(arguments, journal)
-        result = prune(loader.model(), tokenizer, config, plan=plan, plan_path=kept_plan if writes else None, **options)
-        if _is_first():
-            result.save_pretrained(output)
+        options = {"plan": plan, "plan_path": kept_plan if writes else None, **_journal_options(arguments, journal)}
+        if config.layer_by_layer:
+            result = loader.prune_to_disk(dense, tokenizer, config, output, **options)
+        else:
+            result = prune(loader.model(), tokenizer, config, **options)
+            if _is_first():
+                result.save_pretrained(output)
     except (AdaPruneError, KeyboardInterrupt) as error:
         if writes and kept_plan.is_file():
             again = f"hf-adaprune {shlex.join([*words, '--plan', str(kept_plan)])}"
@@ -449,7 +454,7 @@ def _prune_and_save(
         kept_plan.unlink(missing_ok=True)
         if arguments.config and Path(arguments.config).resolve() == kept_config.resolve():
             kept_config.unlink(missing_ok=True)
-    after = find_sites(result.model).layer_parameters
+    after = layers_of(result.model, output)
     parts = [
         f"{loader.name} -> {output}, recipe {config.recipe_name}, pruning ratio {result.pruning_ratio:.4f}",
         size_table(result.before, result.after),

@@ -139,7 +139,7 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
     cross = moments.cross
     goal = mean if moments.target_mean is None else moments.target_mean
     if not config.intercept:
-        matrix = matrix + torch.outer(mean, mean)
+        matrix = torch.outer(mean, mean).add_(matrix)
         cross = None if cross is None else cross + torch.outer(goal, mean)
     new = _regress(weight, matrix, columns, config, cross)
     if not config.intercept:
