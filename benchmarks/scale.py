@@ -35,7 +35,6 @@ how, source, output, settings = sys.argv[1:]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 config = PruningConfig.recipe("flap", **json.loads(settings))
 tokenizer = AutoTokenizer.from_pretrained(source)
-imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 started, began = time.perf_counter(), time.process_time()
 if how == "disk":
     result = prune_to_disk(source, tokenizer, config, output)
@@ -47,7 +46,7 @@ else:
 print(json.dumps({
     "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - began,
     "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    "peak_bytes_of_imports": imported, "stated_peak_bytes": stated, "plan": result.plan.digest,
+    "stated_peak_bytes": stated, "plan": result.plan.digest,
     "pruning_ratio": result.pruning_ratio, "repair": result.repair_schedule, "calibration": dict(result.calibration),
     "before": vars(result.before), "after": vars(result.after), "seconds_by_stop": dict(result.seconds),
 }))

@@ -86,7 +86,7 @@ class Clock:
 
 
 # One round's measurement: what to keep, and the plan so far, give scores, mean cosines `[layers]`, and statistics.
-Measure = Callable[["Needs | None", "PruningPlan | None"], "tuple[Scores, torch.Tensor | None, Statistics | None]"]
+Measure = Callable[[Needs | None, PruningPlan | None], tuple[Scores, torch.Tensor | None, Statistics | None]]
 
 
 def decide(

@@ -35,7 +35,6 @@ from .evaluation import Measurement, mean_over_windows, per_window_loss, perplex
 from .layer_scores import forward_only_config, layer_part, no_bars, score_layers
 from .layerwise import part_of_plan, repairs_by_layer
 from .masking import masked
-from .model_config import MODEL_TAGS
 from .offloading import check_finite, check_layer, layer_weights, load_offloaded, other_weights
 from .pipeline import PruningResult, Sizes, as_sources, note_provenance, own_architecture
 from .plan import PruningPlan
@@ -288,7 +287,6 @@ class _Run:
             after = Sizes.of(cut)
             writer.add(revert_weight_conversion(cut.model, outside))
             note_provenance(cut, config, plan)
-            cut.model.add_model_tags(list(MODEL_TAGS))
             with quiet_global_values():
                 # Everything but weights, which an empty state dict leaves out; shards that had their names would go.
                 cut.model.save_pretrained(folder, state_dict={})
