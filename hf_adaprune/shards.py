@@ -86,7 +86,7 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     found = {}
     for name, tensor in tensors.items():
         flat = tensor.detach().cpu().contiguous().flatten()
-        found[name] = zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
+        found[name] = zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
     return found
 
 
