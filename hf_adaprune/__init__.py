@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .saving import save_pruned
     from .searching import SearchResult
     from .sites import find_sites
+    from .streamed import StreamedResult, prune_to_disk
     from .surgery import apply_plan
     from .training import AdaPrunerCallback
 
@@ -67,12 +68,14 @@ _WHERE = {
     "SearchConfig": "config",
     "SearchResult": "searching",
     "SitePlan": "plan",
+    "StreamedResult": "streamed",
     "TextSource": "config",
     "apply_plan": "surgery",
     "find_sites": "sites",
     "model_card": "card",
     "masked": "masking",
     "prune": "pipeline",
+    "prune_to_disk": "streamed",
     "push_to_hub": "hub",
     "recover": "recovery",
     "result_of": "loading",
@@ -105,12 +108,14 @@ __all__ = [
     "SearchConfig",
     "SearchResult",
     "SitePlan",
+    "StreamedResult",
     "TextSource",
     "apply_plan",
     "find_sites",
     "masked",
     "model_card",
     "prune",
+    "prune_to_disk",
     "push_to_hub",
     "recover",
     "result_of",

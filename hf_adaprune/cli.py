@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli_arguments import build_config, command_line
-from .cli_model import Loader
+from .cli_model import Loader, layers_of
 from .cli_publish import run_export
 from .cli_recover import run_recover
 from .cli_search import carry_out, check_request, plans_table, search_table, winner_config, write_plans
@@ -155,6 +155,7 @@ def _prepare_and_run(
 ) -> None:
     """Check everything and estimate; then prune, or find plans, and save."""
     from .estimate import estimate
+    from .layer_scores import forward_only_config
     from .reporting import size_table
     from .saving import check_output
 
@@ -165,6 +166,8 @@ def _prepare_and_run(
     sites = loader.skeleton()
     if plan is not None:
         sites.check(plan)
+    if config.layer_by_layer:
+        config = forward_only_config(config)
     expected = estimate(sites, config)
     if output is not None:
         check_output(output, expected.after.bytes)
@@ -240,7 +243,6 @@ def _prune_and_save(
 ) -> None:
     from .pipeline import prune
     from .reporting import evaluation_table, plan_table, size_table
-    from .sites import find_sites
     from .stages import needs_text
 
     kept_plan = output.with_name(output.name + ".plan.json")
@@ -252,10 +254,13 @@ def _prune_and_save(
             kept_plan.unlink(missing_ok=True)
         tokenizer = _tokenizer(loader, needed=needs_text(config) or journal is not None)
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        options = _journal_options(arguments, journal)
-        result = prune(loader.model(), tokenizer, config, plan=plan, plan_path=kept_plan if writes else None, **options)
-        if _is_first():
-            result.save_pretrained(output)
+        options = {"plan": plan, "plan_path": kept_plan if writes else None, **_journal_options(arguments, journal)}
+        if config.layer_by_layer:
+            result = loader.prune_to_disk(dense, tokenizer, config, output, **options)
+        else:
+            result = prune(loader.model(), tokenizer, config, **options)
+            if _is_first():
+                result.save_pretrained(output)
     except (AdaPruneError, KeyboardInterrupt) as error:
         if writes and kept_plan.is_file():
             again = f"hf-adaprune {shlex.join([*words, '--plan', str(kept_plan)])}"
@@ -274,7 +279,7 @@ def _prune_and_save(
         kept_plan.unlink(missing_ok=True)
         if arguments.config and Path(arguments.config).resolve() == kept_config.resolve():
             kept_config.unlink(missing_ok=True)
-    after = find_sites(result.model).layer_parameters
+    after = layers_of(result.model, output)
     parts = [
         f"{loader.name} -> {output}, recipe {config.recipe_name}, pruning ratio {result.pruning_ratio:.4f}",
         size_table(result.before, result.after),

@@ -141,7 +141,7 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
     add("--units", nargs="+", action="extend", metavar="UNIT", help=f"what may go, of {', '.join(UNITS)}")
     add("--uniform", action="store_true", default=None, help="every layer equally wide: loads without this package")
     add("--channel-multiple", type=int, metavar="N", help="keep MLP widths multiples of N")
-    add("--layer-by-layer", action="store_true", default=None, help="hold the moments of one layer at a time")
+    add("--layer-by-layer", action="store_true", default=None, help="hold one layer of the model in memory at a time")
     add("--seed", type=int, metavar="N", help="of everything drawn at random")
     add("--dry-run", action="store_true", help="check everything and estimate size, memory and time; write nothing")
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import AdaPruneError, ConfigError, MissingDependencyError, UnsupportedModelError
 
-__all__ = ["Loader"]
+if TYPE_CHECKING:
+    from .config import PruningConfig
+    from .sites import ModelSites
+
+__all__ = ["Loader", "layers_of"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,33 @@ class Loader:
             model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **options)
             return model if self.device is None else model.to(self.device)
 
+    def prune_to_disk(
+        self, sites: ModelSites, tokenizer: Any, config: PruningConfig, output: Path, **options: Any
+    ) -> Any:
+        """Prune the model with its layers left on disk; see [`hf_adaprune.prune_to_disk`].
+
+        Args:
+            sites ([`ModelSites`]): the skeleton.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's.
+            config ([`PruningConfig`]): what to do.
+            output (`Path`): folder of the pruned model.
+            **options: of [`hf_adaprune.prune_to_disk`].
+        """
+        from .offloading import load_offloaded
+        from .streamed import prune_to_disk
+
+        if "gguf_file" in self.options:
+            raise ConfigError(
+                "`--layer-by-layer` reads layers out of safetensors files, and a GGUF file has to be dequantised "
+                "whole. Leave out --layer-by-layer, or save the dequantised model first."
+            )
+        # Beside the output, where there is room for a model: transformers writes the experts of most mixtures there.
+        name = f".{output.name}.converted-"
+        with tempfile.TemporaryDirectory(prefix=name, dir=output.absolute().parent) as folder:
+            with self._told("the model"):
+                model = load_offloaded(self.name, sites, folder, self.device, dtype=self.dtype, **self.options)
+            return prune_to_disk(model, tokenizer, config, output, **options)
+
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         from transformers import AutoTokenizer
@@ -104,3 +137,14 @@ class Loader:
             if len(tokenizer) <= len(tokenizer.all_special_ids):
                 raise UnsupportedModelError(f"the tokenizer of {self.name} could not be loaded: its files are missing.")
             return tokenizer
+
+
+def layers_of(model: Any, folder: Path) -> tuple[int, ...]:
+    """Parameters of every layer of a pruned model: in memory, or in the folder that it was saved to."""
+    from transformers import AutoConfig
+
+    from .estimate import bound_skeleton
+    from .sites import find_sites
+
+    sites = bound_skeleton(AutoConfig.from_pretrained(folder)) if model is None else find_sites(model)
+    return sites.layer_parameters

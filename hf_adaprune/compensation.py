@@ -139,11 +139,8 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
     cross = moments.cross
     goal = mean if moments.target_mean is None else moments.target_mean
     if not config.intercept:
-        matrix = matrix + torch.outer(mean, mean)
-        cross = None if cross is None else cross + torch.outer(goal, mean)
+        return Repair(_regress(weight, matrix, columns, config, cross, (mean, goal)).float().cpu())
     new = _regress(weight, matrix, columns, config, cross)
-    if not config.intercept:
-        return Repair(new.float().cpu())
     shift = weight @ goal - new @ mean[columns]
     if site.reader.bias is not None:
         shift = shift + site.reader.bias.detach().to(shift.device).to(shift.dtype)
@@ -156,26 +153,46 @@ def _regress(
     columns: torch.Tensor,
     config: RepairConfig,
     cross: torch.Tensor | None = None,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    inner = matrix.index_select(0, columns).index_select(1, columns)
+    """New weights on the kept columns. `means` of inputs and targets turn covariances into second moments.
+
+    Block by block: a second matrix as large as the first would set the peak of memory.
+    """
+    inner = _block(matrix, columns, columns, means and (means[0], means[0]))
     ridge = ridge_diagonal(inner, config.damping, config.damping_scale)
     kept = weight.index_select(1, columns)
     inner.diagonal().add_(ridge)
     # Columns are scaled to one diagonal: a massive activation would cost float32 all its digits.
     scale = inner.diagonal().clamp(min=1e-30).rsqrt()
     factor = cholesky(inner.mul_(scale).mul_(scale[:, None]))
+    del inner
     if cross is not None:
-        target = weight @ cross.index_select(1, columns) + kept * ridge
+        target = weight @ _block(cross, None, columns, means and (means[1], means[0])) + kept * ridge
         return (torch.cholesky_solve(target.T * scale[:, None], factor) * scale[:, None]).T
     # The dense weights on the kept columns solve for themselves, so only what the removed ones add is left to solve.
     stays = torch.zeros(matrix.shape[0], dtype=torch.bool, device=matrix.device)
     stays[columns] = True
     removed = (~stays).nonzero().flatten()
-    between = matrix.index_select(0, removed).index_select(1, columns).T * scale[:, None]
+    between = _block(matrix, removed, columns, means and (means[0], means[0])).T * scale[:, None]
     own = weight.index_select(1, removed)
     if len(removed) < len(weight):
         return kept + own @ (torch.cholesky_solve(between, factor) * scale[:, None]).T
     return kept + (torch.cholesky_solve(between @ own.T, factor) * scale[:, None]).T
+
+
+def _block(
+    matrix: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor,
+    means: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Some rows (or all) and columns of a matrix, plus those of the product of two means."""
+    block = (matrix if rows is None else matrix.index_select(0, rows)).index_select(1, columns)
+    if means is None:
+        return block
+    left = means[0] if rows is None else means[0].index_select(0, rows)
+    return block.add_(torch.outer(left, means[1].index_select(0, columns)))
 
 
 def _repair_experts(site: Site, kept: SitePlan, moments: Moments, config: RepairConfig) -> Repair:

@@ -80,7 +80,10 @@ class PruningConfig:
         calibration, importance, allocation, repair: the parts.
         search ([`SearchConfig`], *optional*): look for a better config and plan first; none where not given.
         layer_by_layer (`bool`, *optional*, defaults to `False`): the repair runs one decoder layer at a time on the
-            pruned model's own activations, with the moments of one layer in memory.
+            pruned model's own activations, with the moments of one layer in memory. [`prune_to_disk`] always works so,
+            and holds the weights of one layer, too.
+        activation_bytes (`int`, *optional*, defaults to 512 MiB): memory that [`prune_to_disk`] takes for activations
+            between layers; what does not fit goes to files beside the output.
         gram_place (`str`, *optional*, defaults to `"cpu"`): where Gram matrices live: on the `model`'s device, the
             `cpu` or the `disk` (safetensors files in a temporary folder).
         seed (`int`, *optional*, defaults to 0): of everything drawn at random.
@@ -116,6 +119,7 @@ class PruningConfig:
     repair: RepairConfig = field(default_factory=RepairConfig)
     search: SearchConfig | None = None
     layer_by_layer: bool = False
+    activation_bytes: int = 2**29
     gram_place: str = "cpu"
     seed: int = 0
     recipe_name: str = "custom"
@@ -174,6 +178,7 @@ class PruningConfig:
         check_whole("channel_multiple", self.channel_multiple, 1, what="kept widths are multiples of it")
         check_whole("min_channels", self.min_channels, 1, what="channels that every MLP keeps")
         check_whole("min_groups", self.min_groups, 1, what="KV groups that every attention keeps")
+        check_whole("activation_bytes", self.activation_bytes, 0, what="bytes of memory for activations")
         check_choice("gram_place", self.gram_place, GRAM_PLACES)
         check_whole("seed", self.seed, 0, what="the seed of everything drawn at random")
         if self.uniform and self.repair.method == "bias":

@@ -19,11 +19,19 @@ from .plan import PruningPlan
 from .reporting import text_table
 from .search_checks import search_needs
 from .search_config import SPEEDS
-from .sites import ModelSites, find_sites
+from .sites import ModelSites, Site, find_sites
 from .stages import even_plan, what_to_collect
 from .statistics import SEGMENT, Needs
 
-__all__ = ["Estimate", "Speed", "bound_skeleton", "estimate", "measure_speed"]
+__all__ = [
+    "Estimate",
+    "Speed",
+    "activation_bytes",
+    "bound_skeleton",
+    "estimate",
+    "measure_speed",
+    "peak_by_layer",
+]
 
 BASELINE_BYTES = 512 * 2**20  # resident size of Python with torch and transformers imported, and room that malloc keeps
 # What a whole model reaches of the speed of a bare matrix product: measured on SmolLM2-135M in bfloat16, on two cores.
@@ -31,6 +39,7 @@ MODEL_SHARE = 0.3
 # What `gp` takes to propose a trial once it fits a model: 0.5 to 1 s was measured, the more the longer the journal is.
 PROPOSAL_SECONDS = 0.75
 _WIDE = 4  # bytes of a float32, which statistics are
+_FORWARD_TOKENS = 2048  # of a batch of the instrumented pass
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
         speed ([`Speed`], *optional*): of the machine; measured for 0.2 s where not given.
 
     Returns:
-        [`Estimate`]: of a run on the CPU; sizes hold everywhere.
+        [`Estimate`]: of a run on the CPU; sizes hold everywhere. With `layer_by_layer` it is of [`prune_to_disk`].
 
     Raises:
         BudgetError, ConfigError: the run would be refused.
@@ -184,7 +193,10 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
     seconds = (calibration + walked + report + reading) / (MODEL_SHARE * speed.model)
     proposing = _proposal_seconds(config)
     seconds += (solving + trying) / (MODEL_SHARE * speed.double) + proposing
-    peak = _peak_bytes(sites, config, needs, before, after, gram if config.gram_place != "disk" else 0)
+    if config.layer_by_layer:
+        peak = peak_by_layer(sites, config)
+    else:
+        peak = _peak_bytes(sites, config, needs, before, after, gram if config.gram_place != "disk" else 0)
     flops = (float(calibration + walked), float(solving), float(report), float(reading + trying))
     return Estimate(before, after, config.gram_place, gram, peak, *flops, proposing, seconds)
 
@@ -243,7 +255,7 @@ def _gram_bytes(sites: ModelSites, config: PruningConfig, needs: Needs) -> int:
     domains = sources if needs.per_domain or config.calibration.domain_weights else 1
     if config.repair.method == "least_squares" and config.layer_by_layer:
         widest = max((site.columns**2 for site in sites if site.kind != "experts"), default=0)
-        return 2 * widest * 2 * _WIDE  # inputs and cross moments of one site, in float64
+        return widest * _WIDE * (1 + (config.repair.target_mix > 0))  # of one site, and its cross moments
     return domains * _gram_elements(sites) * _WIDE if needs.gram else 0
 
 
@@ -299,3 +311,72 @@ def _peak_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, before: 
     pruning = before.bytes + kept * _WIDE + max(window, gram + solving + readers)
     # The round-trip check holds the pruned model twice, when the statistics are gone.
     return BASELINE_BYTES + max(pruning, before.bytes + after.bytes)
+
+
+def activation_bytes(sites: ModelSites, config: PruningConfig) -> int:
+    """Bytes of all hidden states that [`prune_to_disk`] keeps between two layers, in memory or in files, at most.
+
+    Args:
+        sites ([`ModelSites`]): the model, on the meta device too.
+        config ([`PruningConfig`]): its windows.
+    """
+    own, repair = config.calibration, config.repair
+    measures = what_to_collect(config, None) is not None
+    walks = repair.method == "least_squares"
+    held = repair.holdout if repair.method != "none" else 0.0
+    tokens = own.samples * own.sequence_length
+    scoring = tokens * measures
+    # The walk's one or two streams, and held-out windows with and without the repair.
+    writing = tokens * ((1 + (repair.target_mix > 0)) * walks + 2 * held)
+    writing += 3 * len(own.report) * own.evaluation_tokens
+    hidden = sites.model.get_input_embeddings().weight.shape[1]
+    return int(max(scoring, writing) * hidden * _item_size(sites))
+
+
+def peak_by_layer(sites: ModelSites, config: PruningConfig, shard_bytes: int = 500_000_000) -> int:
+    """Main memory at the peak of [`prune_to_disk`] on the CPU, Python included: stated before the run, and held.
+
+    Args:
+        sites ([`ModelSites`]): the model, on the meta device too.
+        config ([`PruningConfig`]): windows, metrics, repair and memory for activations.
+        shard_bytes (`int`, *optional*, defaults to 500 MB): of a file of weights; so much waits to be written.
+    """
+    own, size, needs = config.calibration, _item_size(sites), what_to_collect(config, None) or Needs()
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in sites.layers]
+    everything = sum(p.numel() * p.element_size() for p in sites.model.parameters())
+    outside = everything - sum(layers)
+    vocabulary, hidden = sites.model.get_output_embeddings().weight.shape  # type: ignore[operator]
+    walks = config.repair.method == "least_squares"
+    checks = config.repair.method == "bias" and config.repair.holdout > 0
+    widest = max((site.columns for site in sites if site.kind != "experts"), default=0)
+    stacked = max((site.groups * site.group_size**2 for site in sites if site.kind == "experts"), default=0)
+    grams = max(sum(site.columns**2 for site in own_sites) for own_sites in _by_layer(sites))
+    domains = len(own.sources) if needs.per_domain or own.domain_weights else 1
+    # Float64 matrices that exist at once, as bytes per element of the widest Gram matrix: covariance, its second
+    # moments, the part that stays and its factor; scores by optimal brain surgery also hold an inverse.
+    solving = max(40 * widest**2, (_WIDE + 8) * stacked) if walks or checks else 0
+    solving = max(solving, 56 * widest**2 + (_WIDE + 8) * stacked) if needs.gram else solving
+    solving += domains * (grams + stacked) * _WIDE if needs.gram or checks else 0
+    solving += 2 * 8 * max((s.reader.outputs * s.columns for s in sites if s.kind != "experts"), default=0) * walks
+    rows = max(_FORWARD_TOKENS, own.sequence_length)
+    # What a layer computes of a batch, and float32 copies of what a reader reads.
+    working = rows * (8 * hidden * size + max(site.columns for site in sites) * (4 * size + 3 * _WIDE))
+    scored = own.evaluation_length if own.report else own.sequence_length
+    head = scored * vocabulary * 2 * size if own.report or walks else 0
+    kept = sum((1 + needs.squares) * own.samples * site.columns * _WIDE for site in sites if site.layer == 0)
+    activations = min(config.activation_bytes, activation_bytes(sites, config))
+    written = min(everything, shard_bytes)
+    # A layer and its cut copy while layers are written; the check holds embeddings and head a second time.
+    walking = 2 * max(layers) + written + activations + kept + max(working + solving, head)
+    return BASELINE_BYTES + outside + max(walking, outside + max(layers))
+
+
+def _by_layer(sites: ModelSites) -> list[list[Site]]:
+    return [
+        [site for site in sites if site.layer == number and site.kind != "experts"]
+        for number in range(len(sites.layers))
+    ]
+
+
+def _item_size(sites: ModelSites) -> int:
+    return int(next(sites.model.parameters()).element_size())

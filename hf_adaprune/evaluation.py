@@ -37,6 +37,7 @@ __all__ = [
     "per_window_top_kl",
     "perplexity",
     "read_rows",
+    "run_layers",
     "throughput",
     "top_tokens",
 ]
@@ -80,14 +81,31 @@ class ChoiceRow:
     label: int
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits `[windows, longest, vocabulary]` on the model's device, without columns that are padding everywhere."""
+def _inputs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     device, longest = input_device(model), int(mask.sum(dim=1).max())
     ids, mask = ids[:, :longest].to(device), mask[:, :longest]
     # Without padding no mask is passed: kernels are faster without, and their rounding would depend on the batch.
     attention = None if bool(mask.all()) else mask.long().to(device)
-    logits: torch.Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    return {"input_ids": ids, "attention_mask": attention, "use_cache": False}
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits `[windows, longest, vocabulary]` on the model's device, without columns that are padding everywhere."""
+    logits: torch.Tensor = model(**_inputs(model, ids, mask)).logits
     return logits
+
+
+def run_layers(model: PreTrainedModel, blocks: TokenBlocks, batch_size: int = 1) -> None:
+    """Run the windows as [`per_window_loss`] does, without the head: for what looks on, or stands in for layers.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        blocks (`TokenBlocks`): the text.
+        batch_size (`int`, *optional*, defaults to 1): windows per forward.
+    """
+    with eval_mode(model), torch.no_grad():
+        for batch in blocks.batches(batch_size):
+            model.base_model(**_inputs(model, batch.input_ids, batch.attention_mask))
 
 
 def _chunks(length: int) -> Iterator[slice]:

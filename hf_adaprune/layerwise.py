@@ -6,32 +6,35 @@ itself stays dense: pruned layers are masked, or optimised as copies.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from .activations import Activations, ActivationStore
 from .calibration import TokenBlocks
 from .compensation import Moments, Repair, check_enough_tokens, repair_from_moments
 from .config import RepairConfig
 from .errors import CalibrationError
 from .masking import masked
+from .offloading import check_layer, layer_weights
 from .plan import PruningPlan, SitePlan, split_site_name
 from .recording import exact_products
 from .sites import ModelSites, Site
 from .statistics import spread_weights
+from .streaming import layer_calls
 from .surgery import cut_layer
-from .tracing import layer_calls, watched_inputs
+from .tracing import Enough, watched_inputs
 
-__all__ = ["regional_weights", "sequential_repairs"]
+__all__ = ["part_of_plan", "regional_weights", "repairs_by_layer", "sequential_repairs"]
 
 _WINDOWS_PER_STEP = 4  # of an optimiser step of the regional repair
 
 
-@torch.no_grad()
 def sequential_repairs(
     sites: ModelSites,
     plan: PruningPlan,
@@ -39,38 +42,61 @@ def sequential_repairs(
     config: RepairConfig,
     domain_weights: tuple[float, ...] = (),
 ) -> dict[str, Repair]:
+    """All repairs of [`repairs_by_layer`], by site name."""
+    repairs: dict[str, Repair] = {}
+    layers = repairs_by_layer(sites, plan, blocks, config, domain_weights)
+    for _, own in transformers_logging.tqdm(layers, total=len(sites.layers), desc="sequential repair", unit="layer"):
+        repairs.update(own)
+    return repairs
+
+
+@torch.no_grad()
+def repairs_by_layer(
+    sites: ModelSites,
+    plan: PruningPlan,
+    blocks: TokenBlocks,
+    config: RepairConfig,
+    domain_weights: tuple[float, ...] = (),
+    store: ActivationStore | None = None,
+) -> Generator[tuple[int, dict[str, Repair]], None, None]:
     """Least squares on the activations that the pruned and repaired layers before really produce.
 
     Args:
-        sites ([`ModelSites`]): the dense model; untouched.
+        sites ([`ModelSites`]): the dense model; untouched. Offloaded layers are in memory one at a time.
         plan ([`PruningPlan`]): which units stay.
         blocks ([`TokenBlocks`]): calibration windows without padding.
         config ([`RepairConfig`]): `target_mix` 0 regresses on what the dense matrix makes of the pruned model's inputs,
             1 on the dense model's own outputs (OSSCAR's full sequential target, 2403.12983).
         domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows.
+        store ([`ActivationStore`], *optional*): whose memory the activations take.
+
+    Yields:
+        `tuple`: a layer's number and its repairs by site name. The layer is still dense and in memory, until the next
+        one is asked for.
     """
-    repairs: dict[str, Repair] = {}
-    walk = _Walk(sites, blocks, domain_weights)
-    check_enough_tokens(sites, walk.dense.shape[0] * walk.dense.shape[1], config, dict(plan.changed()))
-    with_dense = config.target_mix > 0
-    for number in transformers_logging.tqdm(range(len(sites.layers)), desc="sequential repair", unit="layer"):
-        if number in plan.dropped_layers:
-            walk.dense = walk.run(number, walk.dense)
-            continue
-        own = {name: kept for name, kept in plan.sites.items() if split_site_name(name)[0] == number}
-        done: dict[str, SitePlan] = {}
-        for name, kept in own.items():
-            site = sites.by_name[name]
-            if not kept.is_whole and not kept.is_empty:
-                before = _part(plan, done)
-                moments = walk.moments(site, before, repairs, config.target_mix if with_dense else 0.0)
-                repairs[name] = repair_from_moments(site, kept, moments, config)
-            done[name] = kept
-        with masked(sites, _part(plan, own), repairs):
-            walk.pruned = walk.run(number, walk.pruned)
-        if with_dense:
-            walk.dense = walk.run(number, walk.dense)
-    return repairs
+    walk = _Walk(sites, blocks, domain_weights, store, with_dense=config.target_mix > 0)
+    check_enough_tokens(sites, walk.tokens, config, dict(plan.changed()))
+    with contextlib.closing(walk):
+        for number in range(len(sites.layers)):
+            with layer_weights(sites, number):
+                check_layer(sites, number)
+                own = part_of_plan(plan, number)
+                repairs: dict[str, Repair] = {}
+                done: dict[str, SitePlan] = {}
+                for name, kept in own.sites.items():
+                    site = sites.by_name[name]
+                    if not kept.is_whole and not kept.is_empty:
+                        before = PruningPlan(plan.model_type, plan.num_layers, dict(done))
+                        moments = walk.moments(site, before, repairs, config.target_mix)
+                        repairs[name] = repair_from_moments(site, kept, moments, config)
+                        del moments
+                    done[name] = kept
+                yield number, repairs
+                if number not in plan.dropped_layers:
+                    with masked(sites, own, repairs):
+                        walk.advance(number, walk.pruned)
+                if config.target_mix > 0:
+                    walk.advance(number, walk.dense)
 
 
 def regional_weights(
@@ -99,40 +125,49 @@ def regional_weights(
         and for every cut layer its name, the error before and after.
     """
     walk = _Walk(sites, blocks)
-    check = torch.arange(0, len(walk.dense), 8)
-    learn = torch.tensor([window for window in range(len(walk.dense)) if window % 8]) if len(walk.dense) > 1 else check
+    dense, pruned = (torch.stack(list(stream)) for stream in (walk.dense, walk.pruned))
+    walk.close()
+    check = torch.arange(0, len(dense), 8)
+    learn = torch.tensor([window for window in range(len(dense)) if window % 8]) if len(dense) > 1 else check
     weights: dict[int, dict[str, torch.Tensor]] = {}
     report: list[tuple[str, float, float]] = []
     generator = torch.Generator().manual_seed(seed)
     for number in transformers_logging.tqdm(range(len(sites.layers)), desc="regional repair", unit="layer"):
-        target = walk.run(number, walk.dense)
+        target = walk.run(number, dense)
         if number in plan.dropped_layers:
-            walk.dense = target
+            dense = target
             continue
         student = copy.deepcopy(sites.layers[number]).float()
         # Cutting may put a repair's own tensors into the layer, and the optimiser writes into what is there.
         cut_layer(student, number, sites.architecture, plan, copy.deepcopy(_of_layer(repairs, number)))
         changed = any(split_site_name(name)[0] == number for name, _ in plan.changed())
         if changed:
-            before = _block_error(walk, number, student, target, check)
+            before = _block_error(walk, number, student, pruned, target, check)
             start = {name: value.detach().clone() for name, value in student.named_parameters()}
-            _optimise(walk, number, student, target, learn, config, generator)
-            after = _block_error(walk, number, student, target, check)
+            _optimise(walk, number, student, pruned, target, learn, config, generator)
+            after = _block_error(walk, number, student, pruned, target, check)
             report.append((f"layers.{number}", before, after))
             if after < before:
                 weights[number] = {n: p.detach().to(walk.dtype).clone() for n, p in student.named_parameters()}
             else:
                 student.load_state_dict(start, strict=False)
         student.to(walk.dtype)
-        walk.pruned = walk.run(number, walk.pruned, student)
-        walk.dense = target
+        pruned = walk.run(number, pruned, student)
+        dense = target
     return weights, report
 
 
 class _Walk:
-    """The two streams and how to push them through a layer."""
+    """The two streams and how to push them through a layer. Without `with_dense` there is only the pruned model's."""
 
-    def __init__(self, sites: ModelSites, blocks: TokenBlocks, domain_weights: tuple[float, ...] = ()) -> None:
+    def __init__(
+        self,
+        sites: ModelSites,
+        blocks: TokenBlocks,
+        domain_weights: tuple[float, ...] = (),
+        store: ActivationStore | None = None,
+        with_dense: bool = True,
+    ) -> None:
         whole = torch.where(blocks.attention_mask.all(1))[0]
         self.weights = spread_weights(blocks.domain, len(blocks.domains), domain_weights)[whole].tolist()
         if not len(whole):
@@ -140,12 +175,22 @@ class _Walk:
                 "a repair that walks layer after layer needs calibration windows without padding, and there is none. "
                 "Give more text, lower calibration.sequence_length, or set repair.schedule='cached'."
             )
-        calls = layer_calls(sites, blocks.select(whole))
         self.sites = sites
-        self.arguments = calls.arguments
-        self.dense = calls.hidden
-        self.pruned = calls.hidden
-        self.dtype = calls.hidden.dtype
+        self.pruned, self.dense = Activations(store), Activations(store)
+
+        def sink(hidden: torch.Tensor) -> None:
+            self.dtype = hidden.dtype
+            for stream in (self.pruned, self.dense) if with_dense else (self.pruned,):
+                stream.append(hidden[0])
+
+        self.arguments = layer_calls(sites, blocks.select(whole), sink)
+        self.length = blocks.input_ids.shape[1]
+        self.tokens = len(whole) * self.length
+
+    def close(self) -> None:
+        """Let go of the activations."""
+        self.pruned.close()
+        self.dense.close()
 
     def call(self, number: int, hidden: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
         """Output of a layer for one window `[1, tokens, hidden]`."""
@@ -154,10 +199,17 @@ class _Walk:
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
-    def run(self, number: int, hidden: torch.Tensor, layer: nn.Module | None = None) -> torch.Tensor:
-        """Outputs of a layer for all windows, on the CPU."""
+    def run(self, number: int, hidden: Iterable[torch.Tensor], layer: nn.Module | None = None) -> torch.Tensor:
+        """Outputs of a layer for all windows, `[windows, tokens, hidden]` on the CPU."""
         device = next(self.sites.layers[number].parameters()).device
         return torch.cat([self.call(number, window[None].to(device), layer).cpu() for window in hidden])
+
+    @torch.no_grad()
+    def advance(self, number: int, hidden: Activations) -> None:
+        """Put the outputs of a layer in the place of its inputs."""
+        device = next(self.sites.layers[number].parameters()).device
+        for index, window in enumerate(hidden):
+            hidden[index] = self.call(number, window[None].to(device))[0]
 
     @torch.no_grad()
     def moments(self, site: Site, before: PruningPlan, repairs: Mapping[str, Repair], mix: float) -> Moments:
@@ -166,17 +218,17 @@ class _Walk:
         experts = site.kind == "experts"
         width = site.group_size if experts else site.columns
         gram = torch.zeros(site.groups if experts else 1, width, width, device=device)
-        cross = torch.zeros_like(gram)
+        cross = torch.zeros_like(gram) if mix > 0 else gram
         total, goal_total, tokens = torch.zeros(width, device=device), torch.zeros(width, device=device), 0.0
-        for pruned, dense, weight in zip(self.pruned, self.dense, self.weights, strict=True):
+        for window, weight in enumerate(self.weights):
             seen: dict[int, torch.Tensor] = {}
-            with masked(self.sites, before, repairs), _collects(self.sites, site, seen):
-                self.call(site.layer, pruned[None].to(device))
+            with _until_seen(site), masked(self.sites, before, repairs), _collects(self.sites, site, seen):
+                self.call(site.layer, self.pruned[window][None].to(device))
             goals = seen
             if mix > 0 and not experts:
                 goals = {}
-                with _collects(self.sites, site, goals):
-                    self.call(site.layer, dense[None].to(device))
+                with _until_seen(site), _collects(self.sites, site, goals):
+                    self.call(site.layer, self.dense[window][None].to(device))
             for expert, rows in seen.items():
                 slot = expert if experts else 0
                 goal = rows + mix * (goals[expert] - rows) if mix > 0 and not experts else rows
@@ -188,10 +240,11 @@ class _Walk:
                     total, goal_total = total + weight * rows.sum(0), goal_total + weight * goal.sum(0)
                     tokens += weight * len(rows)
         if experts:
-            count = max(1.0, sum(self.weights) * self.pruned.shape[1])
+            count = max(1.0, sum(self.weights) * self.length)
             return Moments(gram.cpu().double() / count, torch.zeros(site.columns, dtype=torch.float64))
         mean, goal_mean = total.cpu().double() / tokens, goal_total.cpu().double() / tokens
-        centred = gram[0].cpu().double() / tokens - torch.outer(mean, mean)
+        # In place: these are the largest matrices of the walk.
+        centred = gram[0].cpu().double().div_(tokens).sub_(torch.outer(mean, mean))
         if mix <= 0:
             return Moments(centred, mean)
         return Moments(centred, mean, cross[0].cpu().double() / tokens - torch.outer(goal_mean, mean), goal_mean)
@@ -200,27 +253,34 @@ class _Walk:
 def _collects(sites: ModelSites, site: Site, seen: dict[int, torch.Tensor]) -> Any:
     def sink(expert: int, rows: torch.Tensor) -> None:
         seen[expert] = rows.float()
+        if site.kind != "experts":
+            raise Enough  # what follows the reader is of no use here
 
     return watched_inputs(sites, site, sink)
+
+
+def _until_seen(site: Site) -> contextlib.AbstractContextManager[None]:
+    return contextlib.suppress(*([] if site.kind == "experts" else [Enough]))
 
 
 def _of_layer(repairs: Mapping[str, Repair], number: int) -> dict[str, Repair]:
     return {name: repair for name, repair in repairs.items() if split_site_name(name)[0] == number}
 
 
-def _part(plan: PruningPlan, own: Mapping[str, SitePlan]) -> PruningPlan:
-    return PruningPlan(plan.model_type, plan.num_layers, dict(own))
+def part_of_plan(plan: PruningPlan, number: int) -> PruningPlan:
+    """What a plan says of one layer's sites: nothing where the whole layer goes, which stays here."""
+    stays = number not in plan.dropped_layers
+    own = {name: kept for name, kept in plan.sites.items() if stays and split_site_name(name)[0] == number}
+    return PruningPlan(plan.model_type, plan.num_layers, own)
 
 
-def _block_error(walk: _Walk, number: int, student: nn.Module, target: torch.Tensor, windows: torch.Tensor) -> float:
-    output = _batchwise(walk, number, student, windows)
-    return float(sum((out - target[w].float()).square().mean() for out, w in output) / len(windows))
-
-
-@torch.no_grad()
-def _batchwise(walk: _Walk, number: int, student: nn.Module, windows: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+def _block_error(
+    walk: _Walk, number: int, student: nn.Module, hidden: torch.Tensor, target: torch.Tensor, windows: torch.Tensor
+) -> float:
     call = _float_call(walk, number, student)
-    return [(call(walk.pruned[int(w)][None])[0].cpu(), int(w)) for w in windows]
+    with torch.no_grad():
+        errors = [(call(hidden[w][None])[0].cpu() - target[w].float()).square().mean() for w in windows.tolist()]
+    return float(sum(errors) / len(windows))
 
 
 def _float_call(walk: _Walk, number: int, student: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -237,6 +297,7 @@ def _optimise(
     walk: _Walk,
     number: int,
     student: nn.Module,
+    hidden: torch.Tensor,
     target: torch.Tensor,
     windows: torch.Tensor,
     config: RepairConfig,
@@ -253,7 +314,7 @@ def _optimise(
             optimizer.zero_grad(set_to_none=True)
             for window in chosen.tolist():
                 wanted = target[window].float().to(next(student.parameters()).device)
-                loss = (call(walk.pruned[window][None])[0] - wanted).square().mean() / scale / len(chosen)
+                loss = (call(hidden[window][None])[0] - wanted).square().mean() / scale / len(chosen)
                 loss.backward()
             optimizer.step()
             schedule.step()

@@ -20,7 +20,7 @@ from .sites import ModelSites, Site
 if TYPE_CHECKING:
     from .compensation import Repair
 
-__all__ = ["masked"]
+__all__ = ["masked", "other_forward"]
 
 
 @contextlib.contextmanager
@@ -109,12 +109,13 @@ def _repaired_reader(site: Site, kept: SitePlan, repair: Repair) -> Iterator[Non
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden.index_select(-1, columns), new_weight, new_bias)
 
-    with _other_forward(module, forward):
+    with other_forward(module, forward):
         yield
 
 
 @contextlib.contextmanager
-def _other_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def other_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Let a module run another forward while the context is open; its hooks stay."""
     before = module.__dict__.get("forward")  # accelerate puts its own there
     module.forward = forward  # type: ignore[method-assign]
     try:
@@ -152,7 +153,7 @@ def _with_weights(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden, weight, bias)
 
-    return _other_forward(module, forward)
+    return other_forward(module, forward)
 
 
 def _expert_mask(site: Site, kept: SitePlan, repair: Repair | None) -> ExpertTap:

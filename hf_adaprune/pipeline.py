@@ -55,9 +55,11 @@ __all__ = [
     "Decision",
     "PruningResult",
     "Sizes",
+    "as_sources",
     "carry_out",
     "decide_and_repair",
     "note_provenance",
+    "own_architecture",
     "prune",
     "search_plan",
 ]
@@ -183,7 +185,8 @@ def prune(
     prunes its own copy of the model by the same plan. Save on one of them, `if PartialState().is_main_process`.
 
     Args:
-        model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory, on any device.
+        model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory, on any device. For
+            one that does not fit there is [`prune_to_disk`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
         config ([`PruningConfig`], *optional*): what to do; the recipe `default` where not given.
         calibration (`str`, [`TextSource`] or a list of them, *optional*): sources instead of the config's; a list of
@@ -220,9 +223,9 @@ def prune(
     clock = Clock()
     config = PruningConfig.recipe("default") if config is None else config
     if calibration is not None:
-        config = config.with_changes(calibration={"sources": _as_sources(calibration)})
+        config = config.with_changes(calibration={"sources": as_sources(calibration)})
     config = layer_by_layer_config(config)
-    sites = find_sites(model, known_architecture(model.config, architecture) if architecture else _carried(model))
+    sites = find_sites(model, own_architecture(model, architecture))
     check_weights(sites)
     before = Sizes.of(sites)
     needs = what_to_collect(config, plan)
@@ -427,7 +430,7 @@ def search_plan(
     clock = Clock()
     config = PruningConfig.recipe("default", search=SearchConfig()) if config is None else config
     config = config.with_changes(search={}) if config.search is None else config
-    sites = find_sites(model, known_architecture(model.config, architecture) if architecture else _carried(model))
+    sites = find_sites(model, own_architecture(model, architecture))
     check_weights(sites)
     workers = processes()
     costs = shared_costs(sites, config, workers)
@@ -474,12 +477,14 @@ def _searched(
     return found, statistics
 
 
-def _carried(model: Any) -> Architecture | None:
+def own_architecture(model: Any, given: Architecture | None) -> Architecture | None:
+    """The architecture of a model that is not built in: the caller's, or the one its checkpoint carries."""
     provenance = getattr(getattr(model, "config", None), "__dict__", {}).get(PROVENANCE_KEY) or {}
-    return known_architecture(model.config) if provenance.get("architecture") else None
+    return known_architecture(model.config, given) if given or provenance.get("architecture") else None
 
 
-def _as_sources(given: Any) -> tuple[Source, ...]:
+def as_sources(given: Any) -> tuple[Source, ...]:
+    """The sources that a caller gave: one, or several."""
     if isinstance(given, (str, TextSource)):
         return (given,)
     return tuple(given)

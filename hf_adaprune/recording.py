@@ -54,7 +54,7 @@ def collect_statistics(
         gradient_samples (`int`, *optional*, defaults to 0): how many windows get gradients, spread over the domains.
         gram_place (`str`, *optional*, defaults to `"cpu"`): `model`, `cpu` or `disk`.
         folder (`str`, *optional*): where Gram matrices on disk go; a temporary folder of the system where not given.
-        description (`str`, *optional*, defaults to `"calibration"`): of the progress bar.
+        description (`str`, *optional*, defaults to `"calibration"`): of the progress bar; none where empty.
         workers ([`Alone`], *optional*): processes that share the windows; see
             [`hf_adaprune.parallel.collect_together`].
 
@@ -67,7 +67,8 @@ def collect_statistics(
     with quiet_model(sites.model), recorder.hooks():
         windows = sum(len(indices) for sweep in sweeps for indices in sweep.own)
         # Shares are alike, so the bar of the first process tells of all.
-        bar = transformers_logging.tqdm(total=windows, desc=description, unit="window", disable=workers.rank > 0)
+        silent = workers.rank > 0 or not description
+        bar = transformers_logging.tqdm(total=windows, desc=description, unit="window", disable=silent)
         with contextlib.closing(bar):
             for sweep in sweeps:
                 workers.each(partial(recorder.walk, sweep, bar.update))

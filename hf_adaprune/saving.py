@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .pipeline import PruningResult
     from .recovery import RecoveryResult
 
-__all__ = ["check_output", "check_round_trip", "save_pruned"]
+__all__ = ["check_output", "check_round_trip", "quiet_global_values", "save_pruned", "write_records"]
 
 PLAN_NAME = "pruning_plan.json"
 _PROBE = "A tokenizer that reloads gives 1,234 equal ids: naïve, 日本語.\n\tdone"
@@ -102,21 +102,31 @@ def save_pruned(
     """
     target = check_output(output_dir, result.after.bytes)
     with whole_folder(target) as partial:
-        with _no_warning_about_global_values():
+        with quiet_global_values():
             result.model.save_pretrained(partial, max_shard_size=max_shard_size)
-        if result.tokenizer is not None:
-            result.tokenizer.save_pretrained(partial)
-        _drop_remote_code(partial)
+        write_records(result, partial)
         if remote_code:
             add_remote_code(partial, type(result.model), result.model.config)
-        text = json.dumps(result.to_dict(), indent=2, sort_keys=True) + "\n"
-        (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
-        if result.plan is not None:
-            result.plan.save(partial / PLAN_NAME)
         if check:
-            with _no_warning_about_global_values():
+            with quiet_global_values():
                 check_round_trip(result.model, partial, result.tokenizer)
     return target
+
+
+def write_records(result: PruningResult | RecoveryResult, folder: Path) -> None:
+    """Write what stands beside the weights: tokenizer, plan, and the record of the run; remote code goes.
+
+    Args:
+        result ([`PruningResult`] or [`RecoveryResult`]): the run.
+        folder (`Path`): with a `config.json`.
+    """
+    if result.tokenizer is not None:
+        result.tokenizer.save_pretrained(folder)
+    _drop_remote_code(folder)
+    text = json.dumps(result.to_dict(), indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    if result.plan is not None:
+        result.plan.save(folder / PLAN_NAME)
 
 
 @torch.no_grad()
@@ -204,7 +214,7 @@ def _drop_remote_code(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _no_warning_about_global_values() -> Iterator[None]:
+def quiet_global_values() -> Iterator[None]:
     """Silence a warning of every global read of a size that differs by layer; its own validation does such reads."""
     logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     before = logger.level

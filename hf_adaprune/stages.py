@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from .compensation import Moments, Repair, check_enough_tokens, output_error, re
 from .config import PruningConfig, RepairConfig, Source
 from .costs import Costs
 from .documents import Documents, read_source, refuse_overlap
-from .errors import CalibrationError, ConfigError, UnsupportedModelError
+from .errors import CalibrationError, ConfigError
 from .evaluation import per_window_loss
 from .importance import Scores, needs_of, score_units, unit_of
 from .layerwise import regional_weights, sequential_repairs
@@ -27,6 +27,7 @@ from .masking import masked
 from .metrics import METRICS
 from .moments import covariance
 from .offers import target_removal
+from .offloading import check_finite
 from .plan import PruningPlan
 from .recording import collect_statistics, quiet_model
 from .sites import ModelSites, Site
@@ -35,15 +36,19 @@ from .workers import Alone
 
 __all__ = [
     "Clock",
+    "Measure",
     "RepairReport",
     "cached_repairs",
+    "check_repairs",
     "check_weights",
     "choose_repairs",
     "decide",
+    "decide_by",
     "even_plan",
     "gather_texts",
     "layer_by_layer_config",
     "needs_text",
+    "own_repair",
     "text_part",
     "what_to_collect",
 ]
@@ -79,6 +84,10 @@ class Clock:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
+
+
+# One round's measurement: what to keep, and the plan so far, give scores, mean cosines `[layers]`, and statistics.
+Measure = Callable[[Needs | None, PruningPlan | None], tuple[Scores, torch.Tensor | None, Statistics | None]]
 
 
 def decide(
@@ -118,24 +127,53 @@ def decide(
             statistics = _collect(sites, blocks, needs, config, folder, workers)
         clock.stop("statistics")
         return plan, statistics
-    costs = costs or Costs.of(sites, config)
-    steps = config.allocation.steps
-    current: PruningPlan | None = None
-    cosines: list[torch.Tensor] = []
-    dense_statistics = statistics
-    for step in range(1, steps + 1):
-        own = needs if step == 1 else _scoring_needs(config)
-        if (step > 1 or statistics is None) and own is not None and blocks is not None:
+
+    def measure(
+        own: Needs | None, current: PruningPlan | None
+    ) -> tuple[Scores, torch.Tensor | None, Statistics | None]:
+        nonlocal statistics
+        if (current is not None or statistics is None) and own is not None and blocks is not None:
             statistics = None  # let go of the last round's before the next one's are collected
             with masked(sites, current) if current is not None else nullcontext():
                 statistics = _collect(sites, blocks, own, config, folder, workers)
         clock.stop("statistics")
-        dense_statistics = statistics if step == 1 else dense_statistics
         scores = _scores(sites, config, statistics)
+        if statistics is None or statistics.cosine is None:
+            return scores, None, statistics
+        weights = statistics.sample_weights(config.calibration.domain_weights)
+        return scores, mean_cosine(statistics, weights), statistics
+
+    return decide_by(sites, config, needs, measure, costs or Costs.of(sites, config), clock)
+
+
+def decide_by(
+    sites: ModelSites, config: PruningConfig, needs: Needs | None, measure: Measure, costs: Costs, clock: Clock
+) -> tuple[PruningPlan, Statistics | None]:
+    """Measure and allocate, in as many rounds as the config's allocation has steps.
+
+    Args:
+        sites ([`ModelSites`]): the model; its weights are looked at by `measure` alone.
+        config ([`PruningConfig`]): how.
+        needs ([`Needs`], *optional*): what the first round keeps.
+        measure (`Callable`): one round's measurement.
+        costs ([`Costs`]): what the config's budgets are about.
+        clock ([`Clock`]): counts seconds.
+
+    Returns:
+        `tuple`: the plan, and the statistics of the first round.
+    """
+    steps = config.allocation.steps
+    current: PruningPlan | None = None
+    cosines: list[torch.Tensor] = []
+    dense_statistics: Statistics | None = None
+    for step in range(1, steps + 1):
+        scores, cosine, statistics = measure(needs if step == 1 else _scoring_needs(config), current)
+        dense_statistics = statistics if step == 1 else dense_statistics
+        del statistics
         if current is not None:
             scores = gone_first(sites, scores, current)
-        if statistics is not None and statistics.cosine is not None:
-            cosines.append(mean_cosine(statistics, statistics.sample_weights(config.calibration.domain_weights)))
+        if cosine is not None:
+            cosines.append(cosine)
         part = _part_of(config, sites, step / steps, costs)
         mean_cosines = torch.stack(cosines) if cosines else None
         if part.budgets:
@@ -160,16 +198,7 @@ def check_weights(sites: ModelSites) -> None:
     Raises:
         UnsupportedModelError: with the name of the parameter.
     """
-    for name, parameter in sites.model.named_parameters():
-        if parameter.device.type == "meta":
-            raise UnsupportedModelError(
-                f"{name} holds no weights (meta device, or offloaded to disk). Load the model into memory: without "
-                "device_map, or with one that offloads nothing."
-            )
-        if not torch.isfinite(parameter.detach()).all():
-            raise UnsupportedModelError(
-                f"{name} contains NaN or infinite weights. Load the checkpoint again, in bfloat16 or float32."
-            )
+    check_finite(sites.model.named_parameters())
 
 
 # -- before anything is measured --------------------------------------------------------------------------------------
@@ -371,15 +400,15 @@ def cached_repairs(
         statistics ([`Statistics`], *optional*): of the dense model.
         config ([`PruningConfig`]): how.
     """
-    own = _own_repair(config)
+    own = own_repair(config)
     if own.method == "none" or own.schedule == "sequential" or statistics is None:
         return {}
     weights = statistics.sample_weights(config.calibration.domain_weights)
     return repair_plan(sites, plan, statistics, weights, own)
 
 
-def _own_repair(config: PruningConfig) -> RepairConfig:
-    """The repair that the rest of the config leaves possible."""
+def own_repair(config: PruningConfig) -> RepairConfig:
+    """The repair that the rest of a config leaves possible."""
     walks = config.layer_by_layer and config.repair.method == "least_squares"
     schedule = "sequential" if walks else "cached" if config.repair.method == "bias" else config.repair.schedule
     return replace(config.repair, intercept=config.repair.intercept and not config.uniform, schedule=schedule)
@@ -409,7 +438,7 @@ def choose_repairs(
         `tuple`: repairs by site, the schedule they came from, reports, and weights of regionally optimised layers.
     """
     clock = clock or Clock()
-    own = _own_repair(config)
+    own = own_repair(config)
     if blocks is None:
         return {}, "none", (), {}
     schedule = own.schedule if own.method != "none" else "none"
@@ -423,7 +452,7 @@ def choose_repairs(
         clock.stop("repair")
     reports: tuple[RepairReport, ...] = ()
     if held_out is not None and repairs and schedule == "cached":
-        reports = _check_repairs(sites, plan, repairs, held_out, config)
+        reports = check_repairs(sites, plan, repairs, held_out, config)
         repairs = {report.name: repairs[report.name] for report in reports if report.kept}
         clock.stop("check repair")
     blockwise: dict[int, dict[str, torch.Tensor]] = {}
@@ -466,10 +495,18 @@ def _parts(sites: list[Site]) -> Iterator[list[Site]]:
         yield part
 
 
-def _check_repairs(
+def check_repairs(
     sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], held_out: TokenBlocks, config: PruningConfig
 ) -> tuple[RepairReport, ...]:
-    """Output errors with and without each repair, on moments of windows that no repair has seen."""
+    """Output errors with and without each repair, on moments of windows that no repair has seen.
+
+    Args:
+        sites ([`ModelSites`]): the dense model, or a layer of it.
+        plan ([`PruningPlan`]): which units stay.
+        repairs (`dict[str, Repair]`): by site.
+        held_out ([`TokenBlocks`]): the windows.
+        config ([`PruningConfig`]): where moments are held.
+    """
     weights = torch.ones(len(held_out))
     reports = []
     for part in _parts([sites.by_name[name] for name in repairs]):

@@ -1,10 +1,9 @@
-"""The model one decoder layer at a time: what the layers are called with, and what a reader reads."""
+"""What a model shows on the way: hidden states in its middle, and what a reader reads."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,59 +14,13 @@ from .experts import tapped_experts
 from .recording import quiet_model
 from .sites import ModelSites, Site
 
-__all__ = ["LayerCalls", "layer_calls", "mean_hidden_states", "watched_inputs"]
+__all__ = ["Enough", "mean_hidden_states", "watched_inputs"]
 
 _BATCH_TOKENS = 4096
 
 
-@dataclass(frozen=True, eq=False)
-class LayerCalls:
-    """What the decoder layers are called with, so that they can be run one by one.
-
-    Args:
-        hidden (`torch.Tensor`): input of the first layer, `[windows, tokens, hidden]`, on the CPU.
-        arguments (`tuple`): for every layer the positional and keyword arguments beside the hidden states, for a batch
-            of one window.
-    """
-
-    hidden: torch.Tensor
-    arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
-
-
-class _Enough(Exception):
-    """Stops a forward pass once the first layer was reached."""
-
-
-@torch.no_grad()
-def layer_calls(sites: ModelSites, blocks: TokenBlocks) -> LayerCalls:
-    """Record the input of the first layer and the arguments of all layers. Windows must be unpadded.
-
-    Args:
-        sites ([`ModelSites`]): the model.
-        blocks ([`TokenBlocks`]): windows.
-    """
-    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    first: list[torch.Tensor] = []
-
-    def reads(number: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = dict(kwargs)
-            hidden = args[0] if args else given.pop("hidden_states")
-            arguments.setdefault(number, (tuple(args[1:]), given))
-            if number == 0:
-                first.append(hidden.detach().cpu())
-                if len(first) > 1:
-                    raise _Enough
-
-        return hook
-
-    with quiet_model(sites.model), contextlib.ExitStack() as stack:
-        for number, layer in enumerate(sites.layers):
-            stack.callback(layer.register_forward_pre_hook(reads(number), with_kwargs=True).remove)
-        for window in blocks.input_ids:
-            with contextlib.suppress(_Enough):
-                sites.model.base_model(input_ids=window[None].to(sites.device), use_cache=False)
-    return LayerCalls(torch.cat(first), tuple(arguments[number] for number in range(len(sites.layers))))
+class Enough(Exception):
+    """Stops a forward pass once it has shown what it was run for."""
 
 
 @torch.no_grad()
@@ -88,7 +41,7 @@ def mean_hidden_states(sites: ModelSites, blocks: TokenBlocks) -> torch.Tensor:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
-        raise _Enough
+        raise Enough
 
     means = []
     middle = sites.layers[len(sites.layers) // 2]
@@ -99,7 +52,7 @@ def mean_hidden_states(sites: ModelSites, blocks: TokenBlocks) -> torch.Tensor:
             inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(sites.device), "use_cache": False}
             if not mask.all():
                 inputs["attention_mask"] = mask.long().to(sites.device)
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(Enough):
                 sites.model.base_model(**inputs)
             hidden = states.pop().double().cpu()
             means.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))

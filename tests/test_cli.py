@@ -98,6 +98,22 @@ def test_prune_then_reload_show_and_evaluate(dense: Path, work: Path, capsys: py
     assert "± standard error" in capsys.readouterr().out
 
 
+def test_layer_by_layer(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in prune_words(dense, work, "--layer-by-layer") if word != "--quiet"]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert left_in(work) == []
+    assert main([*words, "--json"]) == 0
+    told = capsys.readouterr()
+    assert "scored as the recipe flap does" in told.err
+    assert f"{expected['peak_bytes'] / 2**20:,.0f} MiB of memory" in told.err
+    found = json.loads(told.out)
+    assert found["config"]["layer_by_layer"] and found["config"]["importance"]["metrics"] == {"wifv": 1.0}
+    model = AutoModelForCausalLM.from_pretrained(work / "out")
+    assert sum(p.numel() for p in model.parameters()) == found["after"]["total"] < found["before"]["total"]
+    assert left_in(work) == ["out"]
+
+
 def test_summary_says_what_went(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(prune_words(dense, work, "--recipe", "magnitude", "--target-parameters", "34k")) == 0
     out, err = capsys.readouterr()
