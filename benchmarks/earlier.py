@@ -87,7 +87,7 @@ def search_report(folder: Path) -> str:
 def search_strategies(folder: Path) -> str:
     """The best candidate so far against trial 0, by strategy and number of trials."""
     curves: dict[str, dict[str, list[float]]] = json.loads((folder / "search_curves.json").read_text())["curves"]
-    order = ("gp", "tpe", "random", "sobol")
+    order = ("gp", "gp-anywhere", "tpe", "random", "sobol")
     named = sorted((name.split() for name in curves), key=lambda pair: (float(pair[0]), order.index(pair[1])))
     lines = []
     for ratio, strategy in named:
@@ -105,6 +105,76 @@ def _change(logarithms: list[float]) -> str:
         return "0"
     deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
     return f"{mean(values):+.1f}{deviation} %"
+
+
+def search_seeds(folder: Path) -> str:
+    """Winners of searches with several seeds on report text."""
+    rows = {row["journal"]: row for row in json.loads((folder / "search_report.json").read_text())["rows"]}
+    texts = {"wikitext2_test_raw": "WikiText-2 test, raw", "c4_report": "C4, other pages"}
+    lines = []
+    for ratio in sorted({name.split("_")[0] for name in rows}, key=float):
+        plain = rows[f"{ratio}_default"]
+        own = {name: row for name, row in sorted(rows.items()) if name.startswith(f"{ratio}_gp")}
+        for text, title in texts.items():
+            changes = [100 * (row[text] / plain[text] - 1) for row in own.values()]
+            cells = [f"{row[text]:.2f} ({change:+.1f} %)" for row, change in zip(own.values(), changes, strict=True)]
+            first = f"{100 * float(ratio):.0f} % removed, {title}"
+            lines.append([first, f"{plain[text]:.2f}", ", ".join(cells), f"**{mean(changes):+.1f} %**"])
+    return _table(["perplexity", "`default`", "`gp`, seeds 0, 1, ...", "mean"], lines)
+
+
+def predictor(folder: Path) -> str:
+    """Ratios per layer that the accuracy predictor found, against uniform ones."""
+    lines = []
+    for row in json.loads((folder / "predictor.json").read_text())["rows"]:
+        cells = []
+        for text in ("wikitext2_test_raw", "c4_report"):
+            before, after = row["uniform"][text], row["predictor"][text]
+            cells.append(f"{before:.2f} to **{after:.2f}** ({100 * (after / before - 1):+.1f} %)")
+        lines.append([f"{100 * row['ratio']:.0f} %", *cells, f"{row['held_out_pairs']['r2']:.2f}"])
+    return _table(["removed", "WikiText-2 test, raw", "C4, other pages", "R² on held-out pairs"], lines)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def forms(folder: Path) -> str:
+    """What equal widths in all layers cost, and what they bring."""
+    rows = {row["form"]: row for row in json.loads((folder / "forms_quality.json").read_text())["rows"]}
+    speeds = {row["form"]: row for row in json.loads((folder / "forms_speed.json").read_text())["rows"]}
+    names = {"adaptive": "adaptive", "adaptive_multiple_32": "adaptive, multiples of 32", "uniform": "uniform",
+             "uniform_multiple_32": "uniform, multiples of 32"}  # fmt: skip
+    dense = rows["dense"]
+    lines = [["dense", f"{dense['wikitext2_test_raw']:.2f}", f"{dense['c4_report']:.2f}",
+              *(_rate(speeds["dense"][f"{kind}_tokens_per_second"]) for kind in ("prefill", "decode"))]]  # fmt: skip
+    for ratio in (20, 40):
+        for form, title in names.items():
+            own, speed = rows[f"{form}_{ratio}"], speeds[f"{form}_{ratio}"]
+            cells = [f"{own['wikitext2_test_raw']:.2f}", f"{own['c4_report']:.2f}"]
+            for kind in ("prefill", "decode"):
+                share = f"{100 * speed[f'{kind}_share']:.0f} %"
+                cells.append(f"{_rate(speed[f'{kind}_tokens_per_second'])} ({speed[f'{kind}_gain']:.2f}x, {share})")
+            lines.append([f"{ratio} %, {title}", *cells])
+    header = ["removed, form", "WikiText-2 test, raw", "C4, other pages", "prefill, tokens/s", "decode, tokens/s"]
+    return _table(header, lines)
+
+
+def llama_cpp_speed(folder: Path) -> str:
+    """Tokens per second of exported files in llama.cpp."""
+    rows = json.loads((folder / "forms_llama_cpp.json").read_text())["models"]
+    dense = rows[0]
+    lines = []
+    for row in rows:
+        cells = [
+            row["model"].replace("_multiple_32", ", multiples of 32").replace("_", ", ") + " %" * (row is not dense)
+        ]
+        cells.append(f"{row['bytes'] / 1e6:.0f} MB")
+        for kind in ("prefill", "decode"):
+            own, before = (which[f"{kind}_tokens_per_second"] for which in (row, dense))
+            cells.append(f"{own:.0f}" if row is dense else f"{own:.0f} ({own / before:.2f}x)")
+        lines.append(cells)
+    return _table(["model, removed", "file", "prefill, tokens/s", "decode, tokens/s"], lines)
 
 
 def recovery(folder: Path) -> str:
@@ -132,5 +202,9 @@ EARLIER: dict[str, Callable[[Path], str]] = {
     "other-text": other_text,
     "search-report": search_report,
     "search-strategies": search_strategies,
+    "search-seeds": search_seeds,
+    "predictor": predictor,
+    "forms": forms,
+    "llama-cpp-speed": llama_cpp_speed,
     "recovery": recovery,
 }
