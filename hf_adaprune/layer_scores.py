@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch
@@ -21,13 +21,13 @@ from .masking import masked
 from .metrics import METRICS, Context, block_influence
 from .offloading import check_layer, layer_weights
 from .plan import PruningPlan
-from .recording import collect_statistics, quiet_model
+from .recording import collect_statistics, quiet_bars, quiet_model
 from .search_config import SPEEDS
 from .sites import ModelSites
 from .statistics import Needs, SiteStatistics, Statistics, mean_cosine
 from .streaming import HiddenStream
 
-__all__ = ["forward_only_config", "layer_part", "no_bars", "score_layers", "statistics_by_layer"]
+__all__ = ["forward_only_config", "layer_part", "score_layers", "statistics_by_layer"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +80,6 @@ def forward_only_config(config: PruningConfig) -> PruningConfig:
 
 def _goes_back(needs: Needs) -> bool:
     return needs.gradients or needs.elements
-
-
-@contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """No new progress bars of parts while the bar of the whole goes on."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def layer_part(sites: ModelSites, number: int) -> ModelSites:
@@ -181,7 +169,7 @@ def score_layers(
     whole = _nothing()
     layers = statistics_by_layer(sites, blocks, needs, config, current, store)
     bar = transformers_logging.tqdm(layers, total=len(sites.layers), desc="statistics", unit="layer")
-    with contextlib.closing(layers), no_bars():
+    with contextlib.closing(layers), quiet_bars():
         for part, found in bar:
             own = _nothing() if found is None else found
             context = _context(own, config)

@@ -26,7 +26,7 @@ from .sites import ModelSites, Site
 from .statistics import SEGMENT, Needs, SiteStatistics, Statistics
 from .workers import Alone
 
-__all__ = ["collect_statistics", "exact_products", "quiet_model"]
+__all__ = ["collect_statistics", "exact_products", "quiet_bars", "quiet_model"]
 
 _FORWARD_TOKENS = 2048  # per batch: large enough for efficient products, small beside the Gram matrices
 _LOGIT_ROWS = 64  # positions whose float32 logits exist at the same time
@@ -77,6 +77,18 @@ def collect_statistics(
     workers.each(recorder.make_whole)
     recorder.add_up(workers)
     return recorder.statistics()
+
+
+@contextlib.contextmanager
+def quiet_bars() -> Iterator[None]:
+    """No progress bars of single stops for the time of a `with`, because something larger has a line of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -32,14 +32,14 @@ from .costs import Costs
 from .errors import CheckpointError, ConfigError
 from .estimate import activation_bytes, bound_skeleton, peak_by_layer
 from .evaluation import Measurement, mean_over_windows, per_window_loss, perplexity, run_layers
-from .layer_scores import forward_only_config, layer_part, no_bars, score_layers
+from .layer_scores import forward_only_config, layer_part, score_layers
 from .layerwise import part_of_plan, repairs_by_layer
 from .masking import masked
 from .offloading import check_finite, check_layer, layer_weights, load_offloaded, other_weights
 from .pipeline import PruningResult, Sizes, as_sources, note_provenance, own_architecture
 from .plan import PruningPlan
 from .public import base_model_name
-from .recording import collect_statistics, quiet_model
+from .recording import collect_statistics, quiet_bars, quiet_model
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of
 from .sites import ModelSites, find_sites
@@ -214,12 +214,12 @@ class _Windows:
 
     def perplexity(self) -> Measurement:
         sites = self.stream.sites
-        with self.stream.at(len(sites.layers), "nothing"), no_bars():
+        with self.stream.at(len(sites.layers), "nothing"), quiet_bars():
             return perplexity(sites.model, self.blocks)
 
     def loss(self) -> float:
         sites = self.stream.sites
-        with self.stream.at(len(sites.layers), "nothing"), no_bars():
+        with self.stream.at(len(sites.layers), "nothing"), quiet_bars():
             return mean_over_windows("loss", per_window_loss(sites.model, self.blocks)).value
 
 
@@ -370,7 +370,7 @@ class _Run:
 
     def _cut(self, writer: ShardWriter, plan: PruningPlan, layers: Layers, watched: Mapping[Any, _Windows]) -> None:
         bar = transformers_logging.tqdm(layers, total=len(self.sites.layers), desc="repair and write", unit="layer")
-        with contextlib.closing(layers), no_bars():
+        with contextlib.closing(layers), quiet_bars():
             for number, repairs in bar:
                 own = part_of_plan(plan, number)
                 is_dropped = number in plan.dropped_layers

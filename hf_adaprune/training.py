@@ -37,7 +37,7 @@ from .parallel import processes
 from .pipeline import Decision, carry_out, decide_and_repair, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
-from .recording import quiet_model
+from .recording import quiet_bars, quiet_model
 from .restoring import Restorer
 from .search_checks import check_search, search_needs
 from .searching import shared_costs
@@ -46,7 +46,6 @@ from .stages import check_weights, even_plan, gather_texts, what_to_collect
 from .training_checks import check_config, check_engine, check_masked, has_budget
 from .training_masks import UnitMasks, cut_copy, take_repairs
 from .training_text import dataset_blocks
-from .trials import quiet_bars
 from .whole_files import write_whole
 from .workers import Alone
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from .budgets import allocate_within, even_scores, nested_plans
 from .calibration import TokenBlocks
@@ -33,13 +31,14 @@ from .masking import masked
 from .metrics import METRICS, Context, block_influence
 from .offers import offers_of
 from .plan import PruningPlan
+from .recording import quiet_bars
 from .search.journal import Rows
 from .search.loop import Candidate, Slot
 from .search.space import Space
 from .sites import ModelSites
 from .statistics import Statistics, mean_cosine
 
-__all__ = ["CachedScores", "Measure", "Trials", "custom_measure", "quiet_bars", "row_measure", "window_measure"]
+__all__ = ["CachedScores", "Measure", "Trials", "custom_measure", "row_measure", "window_measure"]
 
 CLOSE = 1e-4  # weights of a point have six digits, and what they differ by from the center costs no metric anew
 BATCH_TOKENS = 2048  # of a forward: more gains nothing on a CPU, fewer leave its cores waiting
@@ -338,15 +337,3 @@ def _normalized(weights: tuple[float, ...]) -> tuple[float, ...]:
 
 def _units_kept(kept: Any, kind: str) -> int:
     return len(kept.kept_groups) if kind in ("kv_group", "expert") else len(kept.kept)
-
-
-@contextmanager
-def quiet_bars() -> Any:
-    """No progress bars of single stops for the time of a `with`: a search, or a Trainer, has a line of its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
