@@ -11,9 +11,10 @@ from statistics import median
 from typing import Any
 
 from hf_adaprune import PruningConfig, masked
+from hf_adaprune.choices import multiple_choice
 from hf_adaprune.costs import Costs
 from hf_adaprune.errors import AdaPruneError
-from hf_adaprune.evaluation import Measurement, multiple_choice, perplexity, throughput
+from hf_adaprune.evaluation import Measurement, perplexity, throughput
 from hf_adaprune.pipeline import Decision, carry_out
 from hf_adaprune.searching import SearchResult, find_best
 from hf_adaprune.sites import ModelSites, find_sites

@@ -26,8 +26,9 @@ from machine import HERE, load, machine_line, short_names, versions  # beside th
 
 from hf_adaprune import PruningConfig, PruningPlan, find_sites, masked
 from hf_adaprune.calibration import report_blocks
+from hf_adaprune.choices import multiple_choice, read_rows
 from hf_adaprune.compensation import repair_plan
-from hf_adaprune.evaluation import multiple_choice, perplexity, read_rows
+from hf_adaprune.evaluation import perplexity
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.gaussian_process import coverage
 from hf_adaprune.search.journal import Journal

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from hf_adaprune import TextSource
+from hf_adaprune.choices import ChoiceRow
 from hf_adaprune.documents import read_source
-from hf_adaprune.evaluation import ChoiceRow
 
 from .experiments import SMOKE, Case, Experiment, Shape
 from .setting import Setting

@@ -1,6 +1,6 @@
 """Multiple choice through lm-evaluation-harness: its own tasks by name, and local rows as a task of their own.
 
-Local rows are scored by `hf_adaprune.evaluation.multiple_choice` in the tables, which is faster and scores alike (the
+Local rows are scored by `hf_adaprune.choices.multiple_choice` in the tables, which is faster and scores alike (the
 tests compare both); `run_rows` gives the same rows to the harness.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_adaprune.evaluation import ChoiceRow, Measurement
+from hf_adaprune.choices import ChoiceRow
+from hf_adaprune.evaluation import Measurement
 from hf_adaprune.harness import load_harness, run_tasks
 
 __all__ = ["run_named", "run_rows"]

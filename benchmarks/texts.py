@@ -14,9 +14,9 @@ from typing import Any
 
 from hf_adaprune import TextSource
 from hf_adaprune.calibration import TokenBlocks, report_blocks
+from hf_adaprune.choices import ChoiceRow, read_rows
 from hf_adaprune.documents import Documents, json_rows, read_source, refuse_overlap
 from hf_adaprune.errors import CalibrationError
-from hf_adaprune.evaluation import ChoiceRow, read_rows
 from hf_adaprune.stages import text_part
 
 CHARACTERS = 8_000_000  # per source

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from hf_adaprune import AdaPrunerCallback, PruningConfig, PruningPlan, RecoveryConfig, prune, recover
 from hf_adaprune.calibration import report_blocks
-from hf_adaprune.evaluation import multiple_choice, per_window_loss, perplexity, read_rows
+from hf_adaprune.choices import multiple_choice, read_rows
+from hf_adaprune.evaluation import per_window_loss, perplexity
 from hf_adaprune.recording import quiet_model
 from hf_adaprune.sites import find_sites
 

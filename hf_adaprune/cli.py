@@ -316,8 +316,9 @@ def _recover(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     from .calibration import report_blocks
+    from .choices import multiple_choice, read_rows
     from .documents import read_source
-    from .evaluation import multiple_choice, perplexity, read_rows, throughput
+    from .evaluation import perplexity, throughput
     from .harness import load_harness, run_tasks
     from .reporting import text_table
 

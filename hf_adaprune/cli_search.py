@@ -151,7 +151,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
         raise JournalError(
             f"there is a journal at {journal}. Go on with it (--resume), or name another file (--journal FILE)."
         )
-    from .evaluation import read_rows
+    from .choices import read_rows
     from .search.journal import Journal
     from .search_checks import check_search, search_needs
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calibration import TokenBlocks, report_blocks
+from .choices import read_rows
 from .config import PruningConfig
 from .documents import read_source
 from .errors import CalibrationError, ConfigError
-from .evaluation import read_rows
 from .sites import ModelSites
 from .stages import text_part
 from .trials import Measure, custom_measure, row_measure, window_measure

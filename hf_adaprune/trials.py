@@ -15,13 +15,12 @@ import torch
 
 from .budgets import allocate_within, even_scores, nested_plans
 from .calibration import TokenBlocks
+from .choices import ChoiceRow, per_row_errors
 from .compensation import Repair, repair_plan
 from .config import ImportanceConfig, PruningConfig
 from .costs import Costs
 from .errors import CalibrationError, ConfigError
 from .evaluation import (
-    ChoiceRow,
-    per_row_errors,
     per_window_loss,
     per_window_top_kl,
     top_tokens,

@@ -35,8 +35,8 @@ from benchmarks.runner import rows_of, run  # noqa: E402
 from benchmarks.smoke import smoke_setting  # noqa: E402
 from benchmarks.texts import held_out, in_folder, read  # noqa: E402
 from hf_adaprune import RECIPES, TextSource  # noqa: E402
+from hf_adaprune.choices import ChoiceRow, multiple_choice  # noqa: E402
 from hf_adaprune.errors import CalibrationError  # noqa: E402
-from hf_adaprune.evaluation import ChoiceRow, multiple_choice  # noqa: E402
 
 PEERS = importlib.util.find_spec("torch_pruning") is not None
 CI = bool(os.environ.get("CI"))

@@ -14,20 +14,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_adaprune import evaluation
+from hf_adaprune import choices, evaluation
 from hf_adaprune.calibration import TokenBlocks
+from hf_adaprune.choices import ChoiceRow, multiple_choice, per_row_errors, read_rows
 from hf_adaprune.errors import CalibrationError, ConfigError
 from hf_adaprune.evaluation import (
-    ChoiceRow,
     kl_divergence,
     mean_over_windows,
-    multiple_choice,
-    per_row_errors,
     per_window_kl,
     per_window_loss,
     per_window_top_kl,
     perplexity,
-    read_rows,
     throughput,
     top_tokens,
 )
@@ -362,14 +359,14 @@ def test_continuations_of_one_token_share_a_forward(
     evaluation_model: LlamaForCausalLM, evaluation_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequences = 0
-    forward = evaluation._logits
+    forward = choices.scored_logits
 
     def counting(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         nonlocal sequences
         sequences += len(ids)
         return forward(model, ids, mask)
 
-    monkeypatch.setattr(evaluation, "_logits", counting)
+    monkeypatch.setattr(choices, "scored_logits", counting)
     row = ChoiceRow("0", "t", "rain", ("the", "river", "water"), 0)
     lengths = [len(evaluation_tokenizer(" " + c, add_special_tokens=False)["input_ids"]) for c in row.choices]
     multiple_choice(evaluation_model, evaluation_tokenizer, [row, row])

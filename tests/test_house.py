@@ -47,6 +47,7 @@ ORDER = [
     "remote_code",
     "layerwise",
     "evaluation",
+    "choices",
     "harness",
     "speeds",
     "costs",

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from hf_adaprune import METRICS, PruningConfig, PruningPlan, TextSource, find_sites, prune, result_of, search_plan
 from hf_adaprune import metrics as metrics_module
+from hf_adaprune.choices import ChoiceRow
 from hf_adaprune.config import ImportanceConfig
 from hf_adaprune.errors import CalibrationError, ConfigError, JournalError
-from hf_adaprune.evaluation import ChoiceRow, per_window_loss
+from hf_adaprune.evaluation import per_window_loss
 from hf_adaprune.importance import Scores, score_units
 from hf_adaprune.masking import masked
 from hf_adaprune.recording import collect_statistics

@@ -1,0 +1,154 @@
+"""Multiple-choice questions: rows in a file, and accuracy as lm-evaluation-harness scores it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .documents import eval_mode, json_rows
+from .errors import CalibrationError
+from .evaluation import Measurement, scored_logits, token_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ChoiceRow", "multiple_choice", "per_row_errors", "read_rows"]
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """A multiple-choice question: `choices[label]` is the right continuation of `context`."""
+
+    id: str
+    task: str
+    context: str
+    choices: tuple[str, ...]
+    label: int
+
+
+def read_rows(path: str | Path) -> list[ChoiceRow]:
+    """Read multiple-choice rows `{"id", "task", "context", "choices": [...], "label": int}` from a jsonl file.
+
+    Raises:
+        CalibrationError: there is no such file, or a row lacks a field or has a label outside of its choices.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CalibrationError(f"there is no file of multiple-choice rows at {path}. Check the path.")
+    rows = []
+    for number, row in enumerate(json_rows(path), start=1):
+        missing = {"id", "task", "context", "choices", "label"} - set(row if isinstance(row, dict) else ())
+        if missing:
+            raise CalibrationError(
+                f"{path}, row {number} lacks {', '.join(sorted(missing))}. A row is an object with id, task, context, "
+                "choices and label."
+            )
+        choices, label = row["choices"], row["label"]
+        texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        if not texts or not isinstance(row["context"], str):
+            raise CalibrationError(
+                f"{path}, row {number}: `context` should be a string and `choices` two or more non-empty strings."
+            )
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+            raise CalibrationError(f"{path}, row {number}: `label` should be 0 to {len(choices) - 1}. Found {label!r}.")
+        rows.append(ChoiceRow(str(row["id"]), str(row["task"]), row["context"], tuple(choices), label))
+    if not rows:
+        raise CalibrationError(f"{path} holds no rows. Give a file of multiple-choice questions.")
+    return rows
+
+
+def _encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of context and continuation as lm-evaluation-harness cuts them (`TemplateLM._encode_pair`)."""
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    whole: list[int] = tokenizer(stripped + continuation, add_special_tokens=False)["input_ids"]
+    if not whole:
+        raise CalibrationError(f"the tokenizer makes no token of {stripped + continuation!r}. Is it the model's own?")
+    # The choice may melt into the context's last token; one token is scored at least, and one conditions it.
+    start = min(len(tokenizer(stripped, add_special_tokens=False)["input_ids"]) if stripped else 0, len(whole) - 1)
+    if start:
+        return whole[:start], whole[start:]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [0 if first is None else first], whole
+
+
+def multiple_choice(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 8
+) -> dict[str, Measurement]:
+    """Accuracy on multiple-choice rows, scored as lm-evaluation-harness does.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        tokenizer: its tokenizer.
+        rows (sequence of `ChoiceRow`): see [`read_rows`].
+        batch_size (`int`, *optional*, defaults to 8): continuations per forward; they are ordered by length.
+
+    Returns:
+        `dict[str, Measurement]`: `acc` (the choice of the highest log-likelihood after the context) and `acc_norm` (of
+        the highest log-likelihood over the choice's length in characters).
+
+    Raises:
+        CalibrationError: there are no rows, or a row makes no tokens.
+    """
+    scores, tokens = _choice_scores(model, tokenizer, rows, batch_size)
+    normed = _by_length(scores, rows)
+    return {"acc": _accuracy("acc", scores, rows, tokens), "acc_norm": _accuracy("acc_norm", normed, rows, tokens)}
+
+
+def per_row_errors(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 8
+) -> list[float]:
+    """1 for every multiple-choice row that the model gets wrong by `acc_norm`, else 0; see [`multiple_choice`]."""
+    normed = _by_length(_choice_scores(model, tokenizer, rows, batch_size)[0], rows)
+    return [float(values.index(max(values)) != row.label) for values, row in zip(normed, rows, strict=True)]
+
+
+def _by_length(scores: list[list[float]], rows: Sequence[ChoiceRow]) -> list[list[float]]:
+    return [
+        [score / len(text) for score, text in zip(values, row.choices, strict=True)]
+        for values, row in zip(scores, rows, strict=True)
+    ]
+
+
+def _choice_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int
+) -> tuple[list[list[float]], int]:
+    """Log-likelihood of every choice of every row, and the number of scored tokens."""
+    if not rows:
+        raise CalibrationError("there are no multiple-choice rows to score. Give at least one.")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # Choices whose inputs are equal (continuations of one token) share a forward.
+    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
+    for index, row in enumerate(rows):
+        for choice, text in enumerate(row.choices):
+            context, continuation = _encode_pair(tokenizer, row.context, " " + text)
+            whole = (context + continuation)[-(longest + 1) :] if longest else context + continuation
+            requests.setdefault(tuple(whole[:-1]), []).append((index, choice, continuation[-len(whole) + 1 :]))
+    scores = [[0.0] * len(row.choices) for row in rows]
+    tokens = 0
+    inputs = sorted(requests, key=lambda ids: (-len(ids), ids))
+    with eval_mode(model), torch.inference_mode():
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            width = len(batch[0])
+            ids = torch.tensor([[*row_ids, *[0] * (width - len(row_ids))] for row_ids in batch])
+            logits = scored_logits(
+                model, ids, torch.arange(width) < torch.tensor([[len(row_ids)] for row_ids in batch])
+            )
+            for position, row_ids in enumerate(batch):
+                for index, choice, continuation in requests[row_ids]:
+                    part = logits[position, len(row_ids) - len(continuation) : len(row_ids)]
+                    scores[index][choice] = -float(token_losses(part, torch.tensor(continuation)).sum())
+                    tokens += len(continuation)
+    return scores, tokens
+
+
+def _accuracy(name: str, scores: list[list[float]], rows: Sequence[ChoiceRow], tokens: int) -> Measurement:
+    n = len(rows)
+    value = sum(values.index(max(values)) == row.label for values, row in zip(scores, rows, strict=True)) / n
+    return Measurement(name, value, math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else math.nan, tokens, n)
