@@ -21,8 +21,9 @@ from .errors import AdaPruneError, CheckpointError, HubError, JournalError, Miss
 from .plan import PruningPlan, SitePlan, split_site_name
 from .public import find_token, public, without_tokens
 from .remote_code import add_remote_code, module_name
-from .reporting import Description, LayerWidths, describe_checkpoint, plot_widths
+from .reporting import Description, LayerWidths, describe_checkpoint
 from .saving import PLAN_NAME, check_round_trip, save_pruned
+from .width_plot import plot_widths
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi

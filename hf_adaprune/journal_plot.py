@@ -10,9 +10,9 @@ from typing import Any
 
 from .errors import ConfigError
 from .journal_report import Finalist, JournalSummary, Scale, describe_journal, differences, search_of
-from .reporting import picture_file
 from .search.gaussian_process import SQUEEZE
 from .search.journal import Journal, Trial, mean_value
+from .width_plot import picture_file
 
 __all__ = ["plot_journal"]
 

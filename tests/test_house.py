@@ -79,6 +79,7 @@ ORDER = [
     "export.gguf_tokenizer",
     "export.gguf",
     "reporting",
+    "width_plot",
     "journal_report",
     "journal_plot",
     "card",

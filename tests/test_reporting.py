@@ -24,10 +24,10 @@ from hf_adaprune.reporting import (
     evaluation_table,
     layer_widths,
     plan_table,
-    plot_widths,
     size_table,
     text_table,
 )
+from hf_adaprune.width_plot import plot_widths
 
 
 def rich_plan() -> PruningPlan:
