@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import torch
 from conftest import FAMILIES, HEADLESS, TOKEN_IDS, logits_of, tiny_model, tokens
 from plans import KINDS, generated, keep_groups, keep_nothing, mixed_cut, plan_of_kind, random_repairs
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from hf_adaprune import modeling
 from hf_adaprune.architectures import ARCHITECTURES
 from hf_adaprune.errors import UnsupportedModelError
 from hf_adaprune.modeling import prepare_layer_class
@@ -164,6 +167,32 @@ def test_a_cut_that_becomes_uniform_leaves_no_trace() -> None:
     written = sites.model.config.to_dict()
     assert not {"per_layer_config", "adaprune", "allow_global_per_layer_attribute_access"} & set(written)
     assert (written["num_attention_heads"], written["num_key_value_heads"], written["head_dim"]) == (2, 1, 12)
+
+
+# -- when transformers has the modelling half -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["channel", "kv_group", "query_head", "attention", "mlp", "layer"])
+def test_our_half_steps_aside_when_transformers_builds_the_layers(
+    modelling_half: None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer class that builds itself from the whole config gets that config, and loads what was saved."""
+    sites = find_sites(tiny_model("llama"))
+    plan = plan_of_kind(sites, kind)
+    assert plan is not None
+    apply_plan(sites, plan)
+    plain = inspect.unwrap(LlamaDecoderLayer.__init__)  # another test may have met a config that needs ours
+    given = []
+
+    def upstream(self: LlamaDecoderLayer, config: Any, layer_idx: int) -> None:
+        given.append(config)
+        plain(self, config.per_layer_config[layer_idx] if config.is_heterogeneous else config, layer_idx)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", upstream)
+    monkeypatch.setattr(modeling, "_upstream_builds_layers", lambda: True)
+    loaded = reloads_equal(sites.model, tmp_path)
+    assert len(given) == len(find_sites(loaded).layers)
+    assert all(config is loaded.config for config in given)
 
 
 # -- without the modelling half ---------------------------------------------------------------------------------------
