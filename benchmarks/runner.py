@@ -7,14 +7,13 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from hf_adaprune import PruningConfig, masked
 from hf_adaprune.choices import multiple_choice
 from hf_adaprune.costs import Costs
 from hf_adaprune.errors import AdaPruneError
-from hf_adaprune.evaluation import Measurement, perplexity, throughput
+from hf_adaprune.evaluation import Measurement, perplexity, throughputs
 from hf_adaprune.pipeline import Decision, carry_out
 from hf_adaprune.searching import SearchResult, find_best
 from hf_adaprune.sites import ModelSites, find_sites
@@ -280,16 +279,14 @@ def _speed(setting: Setting, model: Any) -> dict[str, Any]:
     with those of the head in decoding.
     """
     scale = setting.scale
-    runs: dict[str, list[dict[str, float]]] = {"dense": [], "pruned": []}
-    for _ in range(scale.runs):
-        for name, own in (("dense", setting.model), ("pruned", model)):
-            runs[name].append(throughput(own, prefill=scale.prompt, new_tokens=scale.new_tokens, repeats=1))
+    models = [setting.model, model]
+    speeds = throughputs(models, prefill=scale.prompt, new_tokens=scale.new_tokens, repeats=scale.runs)
     head = setting.model.get_output_embeddings().weight.numel()
     sizes = setting.sites.decoder_parameters, find_sites(model).decoder_parameters
     found: dict[str, Any] = {"decoder_parameters": sizes[1]}
     for kind, beside in (("prefill", 0), ("decode", head)):
         key = f"{kind}_tokens_per_second"
-        dense, own = (median(run[key] for run in runs[name]) for name in ("dense", "pruned"))
+        dense, own = (speed[key] for speed in speeds)
         ideal = (sizes[0] + beside) / (sizes[1] + beside)
         found[kind] = {
             "dense": dense, "pruned": own, "gain": own / dense, "ideal": ideal,

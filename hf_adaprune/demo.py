@@ -253,12 +253,14 @@ def run_demo(
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
         raise AdaPruneError(f"{source} could not be loaded: {error}") from error
-    speeds, text = _speed(dense), _continue(dense, tokenizer)
+    text = _continue(dense, tokenizer)
     result = prune(dense, tokenizer, config)
     with _place(output) as place:
         result.save_pretrained(place)
         pruned = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
-        pruned_speeds, pruned_text = _speed(pruned), _continue(pruned, tokenizer)
+        pruned_text = _continue(pruned, tokenizer)
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype="auto")  # the first one was pruned in place
+    speeds, pruned_speeds = _speeds(dense, pruned)
     measured = next(iter(result.evaluation.values()))
     return DemoReport(
         MODEL_NAME if model is None else str(model),
@@ -292,12 +294,13 @@ def _place(output: str | os.PathLike[str] | None) -> Iterator[Path]:
         yield Path(folder) / "pruned"
 
 
-def _speed(model: Any) -> dict[str, float]:
-    from .evaluation import throughput
+def _speeds(dense: Any, pruned: Any) -> list[dict[str, float]]:
+    from .evaluation import throughputs
 
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    positions = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or 1024
     prefill = max(1, min(256, positions // 2))
-    return throughput(model, prefill=prefill, new_tokens=max(1, min(24, positions - prefill)), repeats=3)
+    decoded = max(1, min(24, positions - prefill))
+    return throughputs([dense, pruned], prefill=prefill, new_tokens=decoded, repeats=3)
 
 
 def _continue(model: Any, tokenizer: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ __all__ = [
     "run_layers",
     "scored_logits",
     "throughput",
+    "throughputs",
     "token_losses",
     "top_tokens",
 ]
@@ -377,20 +378,57 @@ def throughput(
     Raises:
         ConfigError: a count is below one, or the model has too few positions.
     """
+    return throughputs([model], prefill=prefill, new_tokens=new_tokens, repeats=repeats, seed=seed)[0]
+
+
+def throughputs(
+    models: Sequence[PreTrainedModel], *, prefill: int = 512, new_tokens: int = 32, repeats: int = 5, seed: int = 0
+) -> list[dict[str, float]]:
+    """Speeds of several models, timed in turns: what else the machine does slows all of them alike.
+
+    Args:
+        models (list of `PreTrainedModel`): causal language models.
+        prefill (`int`, *optional*, defaults to 512): tokens of the prompt, drawn at random.
+        new_tokens (`int`, *optional*, defaults to 32): tokens decoded greedily after it.
+        repeats (`int`, *optional*, defaults to 5): timed turns.
+        seed (`int`, *optional*, defaults to 0): of the prompt.
+
+    Returns:
+        `list[dict[str, float]]`: as of [`throughput`], in the models' order.
+
+    Raises:
+        ConfigError: a count is below one, or a model has too few positions.
+    """
     if min(prefill, new_tokens, repeats) < 1:
         raise ConfigError(
             f"`prefill`, `new_tokens` and `repeats` should be at least 1. Found {prefill}, {new_tokens} and {repeats}."
         )
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and prefill + new_tokens > positions:
-        raise ConfigError(
-            f"`prefill` + `new_tokens` should be at most the model's {positions} positions. "
-            f"Found {prefill + new_tokens}; lower one of them."
-        )
+    for model in models:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and prefill + new_tokens > positions:
+            raise ConfigError(
+                f"`prefill` + `new_tokens` should be at most the model's {positions} positions. "
+                f"Found {prefill + new_tokens}; lower one of them."
+            )
+    runs: list[list[tuple[float, float]]] = [[] for _ in models]
+    for _ in range(repeats + 1):
+        for own, model in zip(runs, models, strict=True):
+            own.append(_timed(model, prefill, new_tokens, seed))
+    return [
+        {
+            "prefill_tokens_per_second": median(run[0] for run in own[1:]),
+            "decode_tokens_per_second": median(run[1] for run in own[1:]),
+        }
+        for own in runs
+    ]
+
+
+def _timed(model: PreTrainedModel, prefill: int, new_tokens: int, seed: int) -> tuple[float, float]:
+    """Tokens per second of one prefill, and of decoding after it."""
     device = input_device(model)
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(config.vocab_size, (1, prefill), generator=generator).to(device)
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = torch.randint(vocabulary, (1, prefill), generator=generator).to(device)
     # As in `generate`, the head is applied to the last position alone where the model can.
     known = inspect.signature(model.forward).parameters
     last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -400,17 +438,11 @@ def throughput(
             torch.accelerator.synchronize(device)
         return time.perf_counter()
 
-    runs = []
     with eval_mode(model), torch.inference_mode():
-        for _ in range(repeats + 1):
-            started = clock()
-            output = model(input_ids=prompt, use_cache=True, **last)
-            filled = clock()
-            for _ in range(new_tokens):
-                token = output.logits[:, -1:].argmax(-1)
-                output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-            runs.append((prefill / (filled - started), new_tokens / (clock() - filled)))
-    return {
-        "prefill_tokens_per_second": median(run[0] for run in runs[1:]),
-        "decode_tokens_per_second": median(run[1] for run in runs[1:]),
-    }
+        started = clock()
+        output = model(input_ids=prompt, use_cache=True, **last)
+        filled = clock()
+        for _ in range(new_tokens):
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        return prefill / (filled - started), new_tokens / (clock() - filled)

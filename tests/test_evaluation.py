@@ -26,6 +26,7 @@ from hf_adaprune.evaluation import (
     per_window_top_kl,
     perplexity,
     throughput,
+    throughputs,
     top_tokens,
 )
 
@@ -426,3 +427,13 @@ def test_throughput_decodes_every_token_past_an_end_token() -> None:
         throughput(gpt2, prefill=32, new_tokens=1)
     with pytest.raises(ConfigError, match="at least 1"):
         throughput(gpt2, repeats=0)
+
+
+def test_several_models_are_timed_in_turns() -> None:
+    models = [evaluation_make_model(0), evaluation_make_model(1)]
+    calls: list[int] = []
+    for number, model in enumerate(models):
+        model.register_forward_hook(lambda *_, number=number: calls.append(number))
+    speeds = throughputs(models, prefill=4, new_tokens=1, repeats=2)
+    assert calls == [0, 0, 1, 1] * 3  # a prefill and a token of one, then of the other
+    assert len(speeds) == 2
