@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -203,28 +204,43 @@ def _blocks(
     return TokenBlocks(ids, mask, torch.tensor(list(domain)), domains)
 
 
+def _counts(samples: int, shares: Sequence[float]) -> list[int]:
+    """Windows of each source: one, and of the others its share, by largest remainders."""
+    left = samples - len(shares)
+    ideal = [max(share / sum(shares) * samples - 1, 0.0) for share in shares]
+    scale = left / sum(ideal) if left else 0.0
+    counts = [math.floor(entry * scale) for entry in ideal]
+    order = sorted(range(len(shares)), key=lambda index: (counts[index] - ideal[index] * scale, index))
+    for index in order[: left - sum(counts)]:
+        counts[index] += 1
+    return [1 + count for count in counts]
+
+
 def calibration_blocks(
     sources: Sequence[Readable],
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int,
     sequence_length: int,
+    shares: Sequence[float] = (),
     seed: int = 0,
     model: PreTrainedModel | None = None,
     vocab_size: int | None = None,
     allow_fewer: bool = False,
 ) -> TokenBlocks:
-    """Calibration windows, shared equally by the sources; each source is one domain.
+    """Calibration windows of several sources; each source is one domain.
 
     Documents are shuffled (long ones in chunks cut at line starts), tokenised without special tokens, packed end to end
     with the end-of-sequence token between them, and cut into windows. More `samples` extend a domain's windows. The
-    windows of the domains alternate, so that the first few are of every domain.
+    windows of the domains alternate: the first few are of every domain, and any first part has the pool's mixture.
 
     Args:
         sources (sequence of `str`, `TextSource` or `Documents`): see [`read_source`].
         tokenizer: the model's tokenizer; it needs no padding token.
         samples (`int`): windows in all. What a short source lacks, the others give.
         sequence_length (`int`): tokens per window.
+        shares (sequence of `float`, *optional*): of the windows, one per source; equal where not given. Every source
+            gives at least one window.
         seed (`int`, *optional*, defaults to 0): of shuffling, and of `self`.
         model (*optional*): needed by `self`.
         vocab_size (`int`, *optional*): the model's vocabulary, to check the token ids against.
@@ -238,7 +254,7 @@ def calibration_blocks(
         raise CalibrationError(
             f"`samples` should give each of at least one source a window. Found {samples} for {len(sources)} sources."
         )
-    counts = [samples // len(sources) + (index < samples % len(sources)) for index in range(len(sources))]
+    counts = _counts(samples, shares or (1.0,) * len(sources))
     wanted = max(counts) * sequence_length * 5 // 4
     read = [read_source(source, tokenizer=tokenizer, model=model, seed=seed, self_tokens=wanted) for source in sources]
     names: list[str] = []
@@ -276,9 +292,12 @@ def calibration_blocks(
             )
         for position, index in enumerate(others):
             counts[index] += missing // len(others) + (position < missing % len(others))
-    order = sorted((rank, index) for index, count in enumerate(counts) for rank in range(count))
-    windows = [packed[index][rank * sequence_length : (rank + 1) * sequence_length] for rank, index in order]
-    return _blocks(windows, [index for _, index in order], tuple(names), sequence_length, tokenizer, vocab_size)
+    # Any first part of the pool, such as the windows with gradients, has every domain, and the pool's mixture.
+    order = sorted(
+        (rank > 0, (rank + 0.5) / count, index, rank) for index, count in enumerate(counts) for rank in range(count)
+    )
+    windows = [packed[index][rank * sequence_length : (rank + 1) * sequence_length] for *_, index, rank in order]
+    return _blocks(windows, [index for *_, index, _ in order], tuple(names), sequence_length, tokenizer, vocab_size)
 
 
 def packed_blocks(

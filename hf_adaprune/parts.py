@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,7 +130,10 @@ class CalibrationConfig:
             where calibration text comes from; each source is one domain. A file (txt, jsonl, parquet), a data set name
             with `:config:split`, `self` (sampled from the model), or `python` (texts that come with CPython, so that a
             first run works on a machine without a hub; bring text like your model's own for a model you keep).
-        samples (`int`, *optional*, defaults to 256): windows in all, shared equally by the sources.
+        samples (`int`, *optional*, defaults to 256): windows in all.
+        shares (`tuple[float, ...]`, *optional*): of the windows, one per source; equal where not given. A share says
+            how much of a source is read, a weight how much what was read counts: the same mixture drawn by shares is
+            measured on more text.
         sequence_length (`int`, *optional*, defaults to 512): tokens per window.
         gradient_samples (`int`, *optional*, defaults to 48): windows of these that also get a backward pass, where a
             metric needs gradients.
@@ -146,6 +150,7 @@ class CalibrationConfig:
 
     sources: tuple[Source, ...] = ("python",)
     samples: int = 256
+    shares: tuple[float, ...] = ()
     sequence_length: int = 512
     gradient_samples: int = 48
     domain_weights: tuple[float, ...] = ()
@@ -159,7 +164,8 @@ class CalibrationConfig:
         """Check every field."""
         for name in ("sources", "selection", "report"):
             object.__setattr__(self, name, _sources(f"calibration.{name}", getattr(self, name)))
-        object.__setattr__(self, "domain_weights", tuple(float(weight) for weight in self.domain_weights))
+        for name in ("shares", "domain_weights"):
+            object.__setattr__(self, name, tuple(float(weight) for weight in getattr(self, name)))
         if not self.sources:
             raise ConfigError("`calibration.sources` is empty. Name at least one source of text, for example `python`.")
         check_whole("calibration.samples", self.samples, len(self.sources), what="windows, at least one per source")
@@ -168,6 +174,12 @@ class CalibrationConfig:
         check_whole("calibration.evaluation_tokens", self.evaluation_tokens, 2, what="tokens per report source")
         check_whole("calibration.evaluation_length", self.evaluation_length, 2, what="tokens per perplexity window")
         check_whole("calibration.clusters", self.clusters, 0, what="domains, or 0 for the sources")
+        if self.shares and len(self.shares) != len(self.sources):
+            raise ConfigError(
+                f"`calibration.shares` should have one per source ({len(self.sources)}). Found {len(self.shares)}."
+            )
+        if self.shares and not (min(self.shares) > 0 and sum(self.shares) < math.inf):
+            raise ConfigError("`calibration.shares` should be positive. Leave out the source whose share is 0.")
         if self.domain_weights:
             domains = self.clusters or len(self.sources)
             if len(self.domain_weights) != domains:

@@ -314,6 +314,7 @@ def gather_texts(
             tokenizer,
             samples=own.samples,
             sequence_length=own.sequence_length,
+            shares=own.shares,
             seed=config.seed,
             vocab_size=vocabulary,
             allow_fewer=True,

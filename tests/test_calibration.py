@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from texts import calibration_make_tokenizer, calibration_prose
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_adaprune.calibration import TokenBlocks, calibration_blocks, report_blocks
+from hf_adaprune.calibration import TokenBlocks, _counts, calibration_blocks, report_blocks
 from hf_adaprune.config import TextSource
 from hf_adaprune.documents import Documents, read_source
 from hf_adaprune.errors import CalibrationError
@@ -229,3 +230,29 @@ def test_report_takes_a_text_file_as_it_stands(calibration_tokenizer: PreTrained
     assert blocks.tokens in (len(expected), len(expected) - 1)
     with pytest.raises(CalibrationError, match="predicting one takes 2"):
         report_blocks(TextSource("a", ["a"]), calibration_tokenizer, tokens=64, sequence_length=16)
+
+
+def test_shares_say_how_much_of_a_source_is_read(calibration_tokenizer: PreTrainedTokenizerFast) -> None:
+    sources = [TextSource(name, [calibration_prose(k, 9000)]) for k, name in enumerate("abc")]
+    equal = calibration_blocks(sources, calibration_tokenizer, samples=24, sequence_length=32)
+    drawn = calibration_blocks(sources, calibration_tokenizer, samples=24, sequence_length=32, shares=(15, 6.9, 0.1))
+    assert torch.bincount(drawn.domain).tolist() == [16, 7, 1]
+    for domain in range(3):
+        own, other = (windows_of(b.select((b.domain == domain).nonzero().flatten())) for b in (drawn, equal))
+        assert own[: len(other)] == other[: len(own)]  # a larger share goes on where a smaller one ends
+    assert sorted(drawn.domain[:3].tolist()) == [0, 1, 2]
+    for part in range(3, 25):  # such as the windows with gradients
+        counts = torch.bincount(drawn.domain[:part], minlength=3)
+        assert (counts - torch.tensor([16, 7, 1]) * part / 24).abs().max() < 1.5
+
+
+@given(st.integers(1, 300), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
+def test_windows_by_shares_add_up(samples: int, shares: list[float]) -> None:
+    samples += len(shares)
+    counts = _counts(samples, shares)
+    assert sum(counts) == samples and min(counts) >= 1
+    for own, share in zip(counts, shares, strict=True):
+        assert own <= max(1, math.ceil(share / sum(shares) * samples))
+    assert _counts(samples, [1.0] * len(shares)) == [
+        samples // len(shares) + (index < samples % len(shares)) for index in range(len(shares))
+    ]

@@ -68,6 +68,7 @@ ORDER = [
     "search_checks",
     "search_journal",
     "searching",
+    "redrawing",
     "parallel",
     "pipeline",
     "cut_schedule",
