@@ -22,7 +22,8 @@ from .cli_arguments import build_config, command_line
 from .cli_model import Loader, layers_of
 from .cli_publish import run_export
 from .cli_recover import run_recover
-from .cli_search import carry_out, check_request, plans_table, search_table, winner_config, write_plans
+from .cli_run import begin_afresh, goes_on, kept_beside
+from .cli_search import carry_out, check_request, plans_table, search_table, write_plans
 from .config import PruningConfig
 from .errors import AdaPruneError, ConfigError
 from .plan import PruningPlan
@@ -123,6 +124,7 @@ def _prune(arguments: argparse.Namespace, words: Sequence[str]) -> None:
         config = config.with_changes(search=None)
     elif config.search is not None:
         raise ConfigError("this config has a search. Run `hf-adaprune search`, or take `search` out of the file.")
+    _check_before(arguments)
     _prepare_and_run(arguments, words, config, plan, None)
 
 
@@ -133,7 +135,9 @@ def _search(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     _need_output(arguments)
     output = Path(arguments.output or "pruned")
     journal = Path(arguments.journal) if arguments.journal else output.with_name(output.name + ".journal.jsonl")
-    check_request(config, journal, arguments.resume or arguments.dry_run, arguments.warm_start)
+    _check_before(arguments, journal)
+    resume = arguments.resume or arguments.dry_run or goes_on(arguments, journal)
+    check_request(config, journal, resume, arguments.warm_start)
     if config.search.ratios:
         # The highest of them is what has to be reachable, and what the estimate is of.
         highest = max(config.search.ratios)
@@ -144,6 +148,17 @@ def _search(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 def _need_output(arguments: argparse.Namespace) -> None:
     if arguments.output is None and not arguments.dry_run:
         raise ConfigError("`--output` is missing: the folder of the pruned model. To write nothing, add --dry-run.")
+
+
+def _check_before(arguments: argparse.Namespace, journal: Path | None = None) -> None:
+    """Look at the output before anything is deleted for it, then begin afresh if that was asked for."""
+    from .saving import check_output
+
+    if arguments.dry_run:
+        return
+    check_output(arguments.output)
+    if _is_first():
+        begin_afresh(arguments, journal)
 
 
 def _prepare_and_run(
@@ -177,33 +192,39 @@ def _prepare_and_run(
     assert output is not None
     if not arguments.quiet:
         _complain(f"about {expected.seconds:.0f} s and {expected.peak_bytes / 2**20:,.0f} MiB of memory.")
-    if config.search is not None and (config.search.pareto or config.search.ratios):
-        assert journal is not None
-        _find_plans(arguments, words, loader, config, output, sites, journal)
-    else:
-        _prune_and_save(arguments, words, loader, config, plan, output, sites, journal)
+    with kept_beside(arguments, words, output, _complain, _is_first()) as run_dir:
+        options: dict[str, Any] = {"run_dir": run_dir}
+        if journal is not None:
+            options |= {"journal": journal, "resume": arguments.resume, "warm_start": arguments.warm_start}
+        try:
+            if config.search is not None and (config.search.pareto or config.search.ratios):
+                _find_plans(arguments, loader, config, output, sites, **options)
+            else:
+                _prune_and_save(arguments, loader, config, plan, output, sites, **options)
+        except (AdaPruneError, KeyboardInterrupt):
+            if run_dir is None and journal is not None and journal.is_file():
+                again = shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
+                _complain(f"the trials so far are kept in {journal}; to go on: hf-adaprune {again}")
+            raise
 
 
 def _find_plans(
     arguments: argparse.Namespace,
-    words: Sequence[str],
     loader: Loader,
     config: PruningConfig,
     output: Path,
     dense: Any,
+    *,
     journal: Path,
+    **options: Any,
 ) -> None:
     """Search, and write the plans of all sizes; nothing is pruned."""
     from .pipeline import search_plan
 
     assert config.search is not None
     tokenizer = _tokenizer(loader, needed=True)
-    try:
-        result = search_plan(loader.model(), tokenizer, config, **_journal_options(arguments, journal))
-        rows = write_plans(result, output, dense) if _is_first() else []
-    except (AdaPruneError, KeyboardInterrupt) as error:
-        _say_how_to_resume(words, journal, error)
-        raise
+    result = search_plan(loader.model(), tokenizer, config, journal=journal, **options)
+    rows = write_plans(result, output, dense) if _is_first() else []
     if not rows:
         return
     example = carry_out(arguments, output / rows[-1]["config"], output / rows[-1]["plan"], "DIR")
@@ -217,68 +238,31 @@ def _find_plans(
     _answer(arguments, data, "\n\n".join(parts))
 
 
-def _journal_options(arguments: argparse.Namespace, journal: Path | None) -> dict[str, Any]:
-    return {} if journal is None else {
-        "journal": journal, "resume": arguments.resume, "warm_start": arguments.warm_start
-    }  # fmt: skip
-
-
-def _say_how_to_resume(words: Sequence[str], journal: Path, error: BaseException) -> None:
-    if journal.is_file():
-        again = shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
-        _complain(f"the trials so far are kept in {journal}; to go on: hf-adaprune {again}")
-    elif isinstance(error, KeyboardInterrupt):
-        _complain("nothing was written; to start again, run the same command.")
-
-
 def _prune_and_save(
     arguments: argparse.Namespace,
-    words: Sequence[str],
     loader: Loader,
     config: PruningConfig,
     plan: PruningPlan | None,
     output: Path,
     dense: Any,
-    journal: Path | None,
+    *,
+    journal: Path | None = None,
+    **options: Any,
 ) -> None:
     from .pipeline import prune
     from .reporting import evaluation_table, plan_table, size_table
     from .stages import needs_text
 
-    kept_plan = output.with_name(output.name + ".plan.json")
-    kept_config = output.with_name(output.name + ".config.json")
-    writes = plan is None and _is_first()
-    try:
-        # A plan left by an earlier run must not pass for this one's.
-        if writes:
-            kept_plan.unlink(missing_ok=True)
-        tokenizer = _tokenizer(loader, needed=needs_text(config) or journal is not None)
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        options = {"plan": plan, "plan_path": kept_plan if writes else None, **_journal_options(arguments, journal)}
-        if config.layer_by_layer:
-            result = loader.prune_to_disk(dense, tokenizer, config, output, **options)
-        else:
-            result = prune(loader.model(), tokenizer, config, **options)
-            if _is_first():
-                result.save_pretrained(output)
-    except (AdaPruneError, KeyboardInterrupt) as error:
-        if writes and kept_plan.is_file():
-            again = f"hf-adaprune {shlex.join([*words, '--plan', str(kept_plan)])}"
-            if journal is not None:
-                _keep_winner(config, journal, kept_config)
-                again = carry_out(arguments, kept_config, kept_plan, str(output))
-            _complain(f"the plan is kept in {kept_plan}; to carry it out: {again}")
-        elif journal is not None:
-            _say_how_to_resume(words, journal, error)
-        elif isinstance(error, KeyboardInterrupt):
-            _complain("nothing was written; to start again, run the same command.")
-        raise
+    tokenizer = _tokenizer(loader, needed=needs_text(config) or journal is not None)
+    if config.layer_by_layer:
+        result = loader.prune_to_disk(dense, tokenizer, config, output, plan=plan, **options)
+    else:
+        options |= {} if journal is None else {"journal": journal}
+        result = prune(loader.model(), tokenizer, config, plan=plan, **options)
+        if _is_first():
+            result.save_pretrained(output)
     if not _is_first():
         return
-    if plan is None or Path(arguments.plan).resolve() == kept_plan.resolve():
-        kept_plan.unlink(missing_ok=True)
-        if arguments.config and Path(arguments.config).resolve() == kept_config.resolve():
-            kept_config.unlink(missing_ok=True)
     after = layers_of(result.model, output)
     parts = [
         f"{loader.name} -> {output}, recipe {config.recipe_name}, pruning ratio {result.pruning_ratio:.4f}",
@@ -290,14 +274,6 @@ def _prune_and_save(
     ]
     data = {**result.to_dict(), "output": str(output), **({} if journal is None else {"journal": str(journal)})}
     _answer(arguments, data, "\n\n".join(part for part in parts if part))
-
-
-def _keep_winner(config: PruningConfig, journal: Path, file: Path) -> None:
-    """Write the config of a search's winner, which its plan is carried out with."""
-    from .search.journal import Journal
-
-    own = winner_config(Journal.load(journal), config)
-    file.write_text(json.dumps({"config": own.to_dict()}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _tokenizer(loader: Loader, needed: bool) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .cli_publish import add_export_arguments, add_push_arguments
 from .cli_recover import add_recover_arguments
+from .cli_run import add_run_arguments
 from .cli_search import SEARCH_FIELDS, SUFFIXES, add_search_arguments, read_budgets, read_space
 from .config import RECIPES, UNITS, PruningConfig
 from .errors import ConfigError
@@ -143,6 +144,7 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
     add("--channel-multiple", type=int, metavar="N", help="keep MLP widths multiples of N")
     add("--layer-by-layer", action="store_true", default=None, help="hold one layer of the model in memory at a time")
     add("--seed", type=int, metavar="N", help="of everything drawn at random")
+    add_run_arguments(prune)
     add("--dry-run", action="store_true", help="check everything and estimate size, memory and time; write nothing")
 
 

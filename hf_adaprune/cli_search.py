@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from .config import PruningConfig
 from .errors import CalibrationError, ConfigError, JournalError
 from .search_config import BUDGETS, OBJECTIVES, STRATEGIES, SearchConfig
+from .whole_files import whole_folder
 
 if TYPE_CHECKING:
-    from .search.journal import Journal
     from .searching import SearchResult
     from .sites import ModelSites
 
@@ -32,7 +32,6 @@ __all__ = [
     "read_budgets",
     "read_space",
     "search_table",
-    "winner_config",
     "write_plans",
 ]
 
@@ -184,21 +183,6 @@ def carry_out(arguments: argparse.Namespace, config: Path, plan: Path, output: s
     return shlex.join(words)
 
 
-def winner_config(journal: Journal, asked: PruningConfig) -> PruningConfig:
-    """The config of a journal's winner, which carries its plan out.
-
-    Args:
-        journal ([`Journal`]): with a winner.
-        asked ([`PruningConfig`]): what the search started from.
-    """
-    from .search.space import apply_fields
-
-    winner = journal.winner()
-    assert winner is not None
-    fixed = journal.header["space"]["fixed"]
-    return apply_fields(asked, {**fixed, **winner.point}).with_changes(search=None)
-
-
 # -- what comes back --------------------------------------------------------------------------------------------------
 
 
@@ -227,16 +211,16 @@ def write_plans(result: SearchResult, output: Path, sites: ModelSites) -> list[d
             found.append((plan, own, sizes, values[number] if values else None))
     else:
         found = [(point.plan, point.config, dict(point.costs), point.value) for point in result.front]
-    output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, (plan, config, sizes, value) in enumerate(found):
-        stem = f"{number:02d}-ratio-{sizes['ratio']:.3f}"
-        plan.save(output / f"{stem}.plan.json")
-        text = json.dumps({"config": config.to_dict()}, indent=2, sort_keys=True) + "\n"
-        (output / f"{stem}.config.json").write_text(text, encoding="utf-8")
-        rows.append({"plan": f"{stem}.plan.json", "config": f"{stem}.config.json", "costs": sizes, "value": value})
-    table = {"objective": search.objective, "cost": search.pareto or "ratio", "points": rows}
-    (output / TABLE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    with whole_folder(output) as folder:
+        for number, (plan, config, sizes, value) in enumerate(found):
+            stem = f"{number:02d}-ratio-{sizes['ratio']:.3f}"
+            plan.save(folder / f"{stem}.plan.json")
+            text = json.dumps({"config": config.to_dict()}, indent=2, sort_keys=True) + "\n"
+            (folder / f"{stem}.config.json").write_text(text, encoding="utf-8")
+            rows.append({"plan": f"{stem}.plan.json", "config": f"{stem}.config.json", "costs": sizes, "value": value})
+        table = {"objective": search.objective, "cost": search.pareto or "ratio", "points": rows}
+        (folder / TABLE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return rows
 
 

@@ -37,6 +37,10 @@ class CheckpointError(AdaPruneError, RuntimeError):
     """A checkpoint could not be written, or what was written does not reload to the same model."""
 
 
+class RunError(CheckpointError):
+    """A folder belongs to a run with other inputs, or another run is writing to it."""
+
+
 class HubError(AdaPruneError, RuntimeError):
     """The Hub refused or broke off an upload; the message says what it answered and what to do."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,12 +17,14 @@ from .calibration import TokenBlocks
 from .config import RECIPES, PruningConfig
 from .errors import ConfigError
 from .importance import Scores, mix_scores, needs_of, raw_scores, scored_kinds
-from .layerwise import part_of_plan
+from .layerwise import Kept, part_of_plan
 from .masking import masked
 from .metrics import METRICS, Context, block_influence
 from .offloading import check_layer, layer_weights
 from .plan import PruningPlan
 from .recording import collect_statistics, quiet_bars, quiet_model
+from .run_artefacts import bind_layer
+from .run_folder import once
 from .search_config import SPEEDS
 from .sites import ModelSites
 from .statistics import Needs, SiteStatistics, Statistics, mean_cosine
@@ -96,6 +99,7 @@ def statistics_by_layer(
     config: PruningConfig,
     current: PruningPlan | None = None,
     store: ActivationStore | None = None,
+    done: frozenset[int] = frozenset(),
 ) -> Generator[tuple[ModelSites, Statistics | None], None, None]:
     """Statistics of one layer after the other.
 
@@ -106,6 +110,7 @@ def statistics_by_layer(
         config ([`PruningConfig`]): where Gram matrices are held.
         current ([`PruningPlan`], *optional*): the model computes as if pruned so.
         store ([`ActivationStore`], *optional*): whose memory activations take.
+        done (`frozenset[int]`, *optional*): layers that are run for the ones after them alone: sums, and nothing else.
 
     Yields:
         `tuple`: the layer, in memory until the next one is asked for, and its statistics, with one column of cosines.
@@ -115,7 +120,9 @@ def statistics_by_layer(
     """
     stream = HiddenStream(sites, store)
     gone = () if current is None else current.dropped_layers
-    weighted = bool(config.calibration.domain_weights)
+    asked = needs or Needs()
+    if blocks is not None and config.calibration.domain_weights and len(blocks.domains) > 1:
+        asked = replace(asked, per_domain=True)
     with quiet_model(sites.model), contextlib.closing(stream):
         for number in range(len(sites.layers)):
             part = layer_part(sites, number)
@@ -131,7 +138,7 @@ def statistics_by_layer(
                         statistics = collect_statistics(
                             part,
                             blocks,
-                            replace(needs, per_domain=needs.per_domain or (weighted and len(blocks.domains) > 1)),
+                            Needs() if number in done else asked,
                             gram_place="model" if config.gram_place == "model" else "cpu",
                             description="",
                         )
@@ -146,6 +153,7 @@ def score_layers(
     config: PruningConfig,
     current: PruningPlan | None = None,
     store: ActivationStore | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Scores, torch.Tensor | None, Statistics | None]:
     """Score every unit of a model, layer after layer; moments of one layer exist at a time.
 
@@ -156,6 +164,7 @@ def score_layers(
         config ([`PruningConfig`]): metrics without backward passes; see [`forward_only_config`].
         current ([`PruningPlan`], *optional*): what an earlier round decided.
         store ([`ActivationStore`], *optional*): whose memory activations take.
+        kept ([`Kept`], *optional*): where the scores of every layer are kept; its activations are not.
 
     Returns:
         `tuple`: scores, mean cosine of every layer's input and output `[layers]` where it was asked for, and, where
@@ -167,24 +176,27 @@ def score_layers(
     raw: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
     cosines, means = [], {}
     whole = _nothing()
-    layers = statistics_by_layer(sites, blocks, needs, config, current, store)
+    own_names = [name for name in names if not METRICS[name].needs.cosine]
+    kept = kept or Kept()
+    run, every = kept.run, range(len(sites.layers))
+    done = frozenset(number for number in every if run is not None and run.read(kept.name(number)) is not None)
+    layers = statistics_by_layer(sites, blocks, needs, config, current, store, done)
     bar = transformers_logging.tqdm(layers, total=len(sites.layers), desc="statistics", unit="layer")
     with contextlib.closing(layers), quiet_bars():
-        for part, found in bar:
-            own = _nothing() if found is None else found
-            context = _context(own, config)
-            for name in names:
-                if not METRICS[name].needs.cosine:
-                    raw[name].update(raw_scores(part, kinds, name, context))
+        for number, (part, found) in enumerate(bar):
+            bind_layer(run, number, part.layers[0])
+            make = partial(_layer_scores, part, found, own_names, kinds, config)
+            measured = once(run, kept.name(number), make, lambda tensors: (tensors, None), lambda own, _: {**own})
+            for name in own_names:
+                raw[name].update({site.name: measured[f"{name} {site.name}"] for site in part})
             if found is None:
                 continue
             whole = replace(found, sites={}, cosine=None)
-            if found.cosine is not None:
-                cosines.append(found.cosine)
+            if "cosine" in measured:
+                cosines.append(measured["cosine"])
             for site in part:
-                sums = found.sites[site.name].sums * context.weights[:, None]
-                means[site.name] = SiteStatistics(sums.sum(0, keepdim=True), torch.zeros(1))
-            del own, found, context
+                means[site.name] = SiteStatistics(measured[f"mean {site.name}"], torch.zeros(1))
+            del found, make
     whole = replace(whole, cosine=torch.cat(cosines, dim=1) if cosines else None)
     context = _context(whole, config)
     for name in names:
@@ -197,6 +209,28 @@ def score_layers(
     tokens = (whole.tokens * context.weights).sum()[None]
     summed = replace(_nothing(), sites=means, tokens=tokens) if means else None
     return scores, mean, summed
+
+
+def _layer_scores(
+    part: ModelSites,
+    found: Statistics | None,
+    names: Sequence[str],
+    kinds: Mapping[str, str],
+    config: PruningConfig,
+) -> dict[str, torch.Tensor]:
+    """What is left of a layer's statistics: raw scores by metric and site, cosines, weighted sums of inputs."""
+    context = _context(_nothing() if found is None else found, config)
+    tensors = {}
+    for name in names:
+        tensors.update({f"{name} {site}": own for site, own in raw_scores(part, kinds, name, context).items()})
+    if found is None:
+        return tensors
+    if found.cosine is not None:
+        tensors["cosine"] = found.cosine
+    for site in part:
+        sums = found.sites[site.name].sums * context.weights[:, None]
+        tensors[f"mean {site.name}"] = sums.sum(0, keepdim=True)
+    return tensors
 
 
 def _context(statistics: Statistics, config: PruningConfig) -> Context:

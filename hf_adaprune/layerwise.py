@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +26,41 @@ from .masking import masked
 from .offloading import check_layer, layer_weights
 from .plan import PruningPlan, SitePlan, split_site_name
 from .recording import exact_products
+from .run_artefacts import kept_repair
+from .run_folder import RunFolder
 from .sites import ModelSites, Site
 from .statistics import spread_weights
 from .streaming import layer_calls
 from .surgery import cut_layer
 from .tracing import Enough, watched_inputs
 
-__all__ = ["part_of_plan", "regional_weights", "repairs_by_layer", "sequential_repairs"]
+__all__ = ["Kept", "part_of_plan", "regional_weights", "repairs_by_layer", "sequential_repairs"]
 
 _WINDOWS_PER_STEP = 4  # of an optimiser step of the regional repair
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a walk keeps what it made of every layer, so that a later one need not make it again.
+
+    The activations are not kept: a later walk runs the layers, but computes no moments, solutions or optimiser steps
+    for those that are done.
+
+    Args:
+        run ([`RunFolder`], *optional*): without one nothing is kept.
+        place (`str`): name of the artefacts.
+    """
+
+    run: RunFolder | None = None
+    place: str = ""
+
+    def name(self, number: int) -> str:
+        """The artefact of a layer."""
+        return f"{self.place}/{number:04d}"
+
+    def repair(self, number: int, make: Callable[[], dict[str, Repair]]) -> dict[str, Repair]:
+        """A layer's repairs: the kept ones, or those that are made now."""
+        return kept_repair(self.run, self.name(number), make)
 
 
 def sequential_repairs(
@@ -41,10 +69,17 @@ def sequential_repairs(
     blocks: TokenBlocks,
     config: RepairConfig,
     domain_weights: tuple[float, ...] = (),
+    kept: Kept | None = None,
 ) -> dict[str, Repair]:
     """All repairs of [`repairs_by_layer`], by site name."""
     repairs: dict[str, Repair] = {}
-    layers = repairs_by_layer(sites, plan, blocks, config, domain_weights)
+    if kept is not None and kept.run is not None:
+        found = [kept.run.read(kept.name(number)) for number in range(len(sites.layers))]
+        if all(own is not None for own in found):  # nothing is left to walk for
+            for number in range(len(sites.layers)):
+                repairs.update(kept.repair(number, dict))
+            return repairs
+    layers = repairs_by_layer(sites, plan, blocks, config, domain_weights, kept=kept)
     for _, own in transformers_logging.tqdm(layers, total=len(sites.layers), desc="sequential repair", unit="layer"):
         repairs.update(own)
     return repairs
@@ -58,6 +93,7 @@ def repairs_by_layer(
     config: RepairConfig,
     domain_weights: tuple[float, ...] = (),
     store: ActivationStore | None = None,
+    kept: Kept | None = None,
 ) -> Generator[tuple[int, dict[str, Repair]], None, None]:
     """Least squares on the activations that the pruned and repaired layers before really produce.
 
@@ -69,6 +105,7 @@ def repairs_by_layer(
             1 on the dense model's own outputs (OSSCAR's full sequential target, 2403.12983).
         domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows.
         store ([`ActivationStore`], *optional*): whose memory the activations take.
+        kept ([`Kept`], *optional*): where the repairs of every layer are kept.
 
     Yields:
         `tuple`: a layer's number and its repairs by site name. The layer is still dense and in memory, until the next
@@ -81,22 +118,28 @@ def repairs_by_layer(
             with layer_weights(sites, number):
                 check_layer(sites, number)
                 own = part_of_plan(plan, number)
-                repairs: dict[str, Repair] = {}
-                done: dict[str, SitePlan] = {}
-                for name, kept in own.sites.items():
-                    site = sites.by_name[name]
-                    if not kept.is_whole and not kept.is_empty:
-                        before = PruningPlan(plan.model_type, plan.num_layers, dict(done))
-                        moments = walk.moments(site, before, repairs, config.target_mix)
-                        repairs[name] = repair_from_moments(site, kept, moments, config)
-                        del moments
-                    done[name] = kept
+                repairs = (kept or Kept()).repair(number, partial(_repairs_of, walk, own, config))
                 yield number, repairs
                 if number not in plan.dropped_layers:
                     with masked(sites, own, repairs):
                         walk.advance(number, walk.pruned)
                 if config.target_mix > 0:
                     walk.advance(number, walk.dense)
+
+
+def _repairs_of(walk: _Walk, own: PruningPlan, config: RepairConfig) -> dict[str, Repair]:
+    """Repairs of a layer's sites, each on what the ones before it make of the inputs."""
+    repairs: dict[str, Repair] = {}
+    done: dict[str, SitePlan] = {}
+    for name, kept in own.sites.items():
+        site = walk.sites.by_name[name]
+        if not kept.is_whole and not kept.is_empty:
+            before = PruningPlan(own.model_type, own.num_layers, dict(done))
+            moments = walk.moments(site, before, repairs, config.target_mix)
+            repairs[name] = repair_from_moments(site, kept, moments, config)
+            del moments
+        done[name] = kept
+    return repairs
 
 
 def regional_weights(
@@ -106,6 +149,7 @@ def regional_weights(
     blocks: TokenBlocks,
     config: RepairConfig,
     seed: int,
+    kept: Kept | None = None,
 ) -> tuple[dict[int, dict[str, torch.Tensor]], list[tuple[str, float, float]]]:
     """Optimise all matrices of each cut block against the dense block's output (regional optimisation).
 
@@ -119,6 +163,7 @@ def regional_weights(
         blocks ([`TokenBlocks`]): calibration windows without padding; every eighth checks the result.
         config ([`RepairConfig`]): steps and learning rate.
         seed (`int`): of the order of windows.
+        kept ([`Kept`], *optional*): where what was learned of every layer is kept.
 
     Returns:
         `tuple`: weights by layer (old numbers) and parameter name, for layers whose error on the checked windows fell;
@@ -141,11 +186,21 @@ def regional_weights(
         # Cutting may put a repair's own tensors into the layer, and the optimiser writes into what is there.
         cut_layer(student, number, sites.architecture, plan, copy.deepcopy(_of_layer(repairs, number)))
         changed = any(split_site_name(name)[0] == number for name, _ in plan.changed())
+        run, place = (None, "") if kept is None else (kept.run, kept.name(number))
+        found = None if run is None or not changed else run.read(place)
         if changed:
-            before = _block_error(walk, number, student, pruned, target, check)
             start = {name: value.detach().clone() for name, value in student.named_parameters()}
-            _optimise(walk, number, student, pruned, target, learn, config, generator)
-            after = _block_error(walk, number, student, pruned, target, check)
+            if found is None:
+                before = _block_error(walk, number, student, pruned, target, check)
+                _optimise(walk, number, student, pruned, target, learn, config, generator)
+                after = _block_error(walk, number, student, pruned, target, check)
+                if run is not None:
+                    learned = {f"weights {name}": value for name, value in student.named_parameters()}
+                    run.keep(place, {**learned, "generator": generator.get_state()}, [before, after])
+            else:
+                tensors, (before, after) = found
+                student.load_state_dict({name: tensors[f"weights {name}"] for name in start}, strict=False)
+                generator.set_state(tensors["generator"])
             report.append((f"layers.{number}", before, after))
             if after < before:
                 weights[number] = {n: p.detach().to(walk.dtype).clone() for n, p in student.named_parameters()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,10 @@ from .model_config import MODEL_TAGS, PROVENANCE_KEY, known_architecture
 from .parallel import collect_together, processes
 from .plan import PruningPlan
 from .public import base_model_name
+from .run_artefacts import kept_blocks, kept_statistics, model_bytes_digest, run_facts
+from .run_folder import RunFolder, once, open_run
 from .search_checks import check_search, search_needs
-from .search_journal import check_journal
+from .search_journal import check_journal, journal_lock
 from .searching import SearchResult, find_best, shared_costs
 from .sites import ModelSites, find_sites
 from .stages import (
@@ -178,6 +180,7 @@ def prune(
     resume: bool = False,
     warm_start: str | os.PathLike[str] | None = None,
     objective: Callable[[Any], Any] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
 ) -> PruningResult:
     """Prune a causal language model, in place; with `config.search`, by the best config and plan that it finds.
 
@@ -200,6 +203,10 @@ def prune(
         resume (`bool`, *optional*, defaults to `False`): go on with that journal.
         warm_start (`str`, *optional*): journal of another search to start from.
         objective (`Callable`, *optional*): function of the model that a search minimises.
+        run_dir (`str`, *optional*): folder in which everything expensive is kept when it is done: windows, statistics,
+            plan, repairs, measured perplexities. After a kill the same call with the dense model goes on from there, to
+            the same bits, and with the journal of its search. The folder takes as much disk as the statistics take
+            memory; remove it when the result is saved.
 
     Returns:
         [`PruningResult`]
@@ -207,6 +214,8 @@ def prune(
     Raises:
         UnsupportedModelError: the model cannot be pruned.
         ConfigError, BudgetError, CalibrationError, JournalError: before any work is lost; the model is untouched then.
+        RunError: `run_dir` is of a run with other inputs (the message says which), or in use by another process.
+        CheckpointError: its disk lacks room.
 
     Example:
 
@@ -240,7 +249,6 @@ def prune(
     asked = config.search
     if asked is not None:
         check_search(config)
-        workers.lead(partial(check_journal, config, journal, resume, warm_start))
         if asked.pareto is not None:
             raise ConfigError("`search.pareto` finds many plans. Call search_plan() and prune with the one you choose.")
         if asked.ratios and config.pruning_ratio not in asked.ratios:
@@ -251,25 +259,31 @@ def prune(
         needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
     if plan_path is not None:
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
-    clock.stop("find sites")
+    with ExitStack() as stack:
+        run = _begin(stack, run_dir, sites, tokenizer, config, plan, workers, journal, resume, warm_start)
+        resume = resume or _goes_on(run)
+        clock.stop("find sites")
 
-    blocks, held_out, reports = workers.each(partial(gather_texts, sites, tokenizer, config, needs is not None))
-    clock.stop("texts")
-    dense = {name: perplexity(model, report) for name, report in reports.items()}
-    clock.stop("report dense")
+        read = partial(gather_texts, sites, tokenizer, config, needs is not None)
+        blocks, held_out, reports = kept_blocks(run, workers, read)
+        clock.stop("texts")
+        dense = {name: _perplexity(run, "dense", name, model, report) for name, report in reports.items()}
+        clock.stop("report dense")
 
-    made = decide_and_repair(
-        sites, tokenizer, config, blocks, held_out, plan=plan, needs=needs, costs=costs, clock=clock, workers=workers,
-        plan_path=plan_path, journal=journal, resume=resume, warm_start=warm_start, objective=objective,
-    )  # fmt: skip
-    config, plan = made.config, made.plan
-    cut = carry_out(sites, made)
-    clock.stop("surgery")
-    note_provenance(cut, config, plan)
-    model.add_model_tags(list(MODEL_TAGS))
-    after = Sizes.of(cut)
-    pruned = {name: perplexity(model, report) for name, report in reports.items()}
-    clock.stop("report pruned")
+        made = decide_and_repair(
+            sites, tokenizer, config, blocks, held_out, plan=plan, needs=needs, costs=costs, clock=clock,
+            workers=workers, plan_path=plan_path, run=run, journal=journal, resume=resume, warm_start=warm_start,
+            objective=objective,
+        )  # fmt: skip
+        config, plan = made.config, made.plan
+        cut = carry_out(sites, made)
+        clock.stop("surgery")
+        note_provenance(cut, config, plan)
+        model.add_model_tags(list(MODEL_TAGS))
+        after = Sizes.of(cut)
+        key = f"pruned {plan.digest[:12]} {made.schedule}"
+        pruned = {name: _perplexity(run, key, name, model, report) for name, report in reports.items()}
+        clock.stop("report pruned")
     facts = {} if blocks is None else blocks.facts()
     evaluation = {name: {"dense": dense[name], "pruned": pruned[name]} for name in reports}
     return PruningResult(
@@ -287,6 +301,55 @@ def prune(
         made.search,
         base_model_name(model),
     )
+
+
+def _begin(
+    stack: ExitStack,
+    run_dir: str | os.PathLike[str] | None,
+    sites: ModelSites,
+    tokenizer: Any,
+    config: PruningConfig,
+    plan: PruningPlan | None,
+    workers: Alone,
+    journal: str | os.PathLike[str] | None,
+    resume: bool,
+    warm_start: str | os.PathLike[str] | None,
+) -> RunFolder | None:
+    """Lock what the run writes to, refuse inputs that an earlier run did not have, and a journal of another search."""
+    if workers.count == 1 and os.environ.get("RANK", "0") != "0":
+        run_dir = None  # one of several processes that each prune their own copy: the first one keeps
+    opened: list[RunFolder | None] = []
+
+    def lead() -> None:
+        opened.append(stack.enter_context(open_run(run_dir)))
+        run = opened[0]
+        facts: dict[str, Any] = {}
+        if run is not None:
+            facts["weights of the model"] = model_bytes_digest(sites)
+            facts["journal"] = None if journal is None else str(Path(journal).absolute())
+            run.bind(run_facts(sites, tokenizer, config, plan, **facts))
+        if config.search is not None and journal is not None:
+            stack.enter_context(journal_lock(journal))
+        if config.search is not None:
+            check_journal(config, journal, resume or _goes_on(run), warm_start)
+
+    workers.lead(lead)
+    if workers.rank:
+        opened.append(stack.enter_context(open_run(run_dir, writes=False)))
+    return opened[0]
+
+
+def _goes_on(run: RunFolder | None) -> bool:
+    """Whether a journal that is there is the run's own: the folder names it, and was there before."""
+    return run is not None and run.resumed
+
+
+def _perplexity(run: RunFolder | None, which: str, name: str, model: Any, blocks: TokenBlocks) -> Measurement:
+    def pack(found: Measurement) -> tuple[dict[str, Any], Any]:
+        return {}, vars(found)
+
+    place = f"perplexity/{which} {blocks.digest[:12]}"
+    return once(run, place, lambda: perplexity(model, blocks), pack, lambda _, data: Measurement(**data))
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,6 +388,7 @@ def decide_and_repair(
     clock: Clock | None = None,
     workers: Alone | None = None,
     plan_path: str | os.PathLike[str] | None = None,
+    run: RunFolder | None = None,
     **options: Any,
 ) -> Decision:
     """Statistics, scores or a search, a plan and its repairs; the model is untouched.
@@ -342,6 +406,7 @@ def decide_and_repair(
         workers ([`Alone`], *optional*): processes that share windows and a search; all have to call this, with the same
             windows.
         plan_path (`str`, *optional*): where the plan is written as soon as it is decided.
+        run ([`RunFolder`], *optional*): keeps everything for a restart.
         **options: see [`search_plan`].
 
     Returns:
@@ -356,19 +421,22 @@ def decide_and_repair(
             assert blocks is not None and needs is not None
             statistics: Statistics | None
             found, statistics = _searched(
-                sites, tokenizer, config, blocks, needs, place, costs, clock, workers, **options
+                sites, tokenizer, config, blocks, needs, place, costs, clock, workers, run, **options
             )
             config, plan = found.config, found.plan
         else:
             plan, statistics = decide(
-                sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs, workers=workers
-            )
+                sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs, workers=workers,
+                run=run,
+            )  # fmt: skip
         if plan_path is not None and workers.rank == 0:
             plan.save(plan_path)
-        cached = cached_repairs(sites, plan, statistics, config)
+        cached = cached_repairs(sites, plan, statistics, config, run)
         del statistics
         clock.stop("repair")
-        repairs, schedule, reports, blockwise = choose_repairs(sites, plan, cached, blocks, held_out, config, clock)
+        repairs, schedule, reports, blockwise = choose_repairs(
+            sites, plan, cached, blocks, held_out, config, clock, run
+        )
     return Decision(config, plan, repairs, schedule, reports, blockwise, found)
 
 
@@ -399,6 +467,7 @@ def search_plan(
     warm_start: str | os.PathLike[str] | None = None,
     objective: Callable[[Any], Any] | None = None,
     architecture: Architecture | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
 ) -> SearchResult:
     """Search for the best way to prune a model, which stays as it is.
 
@@ -419,6 +488,8 @@ def search_plan(
             space; its best points are tried first.
         objective (`Callable`, *optional*): function of the model that returns a number to minimise, or one per sample.
         architecture ([`Architecture`], *optional*): of a family that is not built in.
+        run_dir (`str`, *optional*): folder in which windows and statistics are kept for a restart, as [`prune`] does;
+            with it the journal is gone on with by the same call.
 
     Returns:
         [`SearchResult`]: carry its plan out with `prune(model, tokenizer, result.config, plan=result.plan)`.
@@ -426,6 +497,7 @@ def search_plan(
     Raises:
         UnsupportedModelError: the model cannot be pruned.
         ConfigError, BudgetError, CalibrationError, JournalError: before any trial.
+        RunError, CheckpointError: `run_dir` is of a run with other inputs or in use, or its disk lacks room.
     """
     clock = Clock()
     config = PruningConfig.recipe("default", search=SearchConfig()) if config is None else config
@@ -436,17 +508,18 @@ def search_plan(
     costs = shared_costs(sites, config, workers)
     check_budgets(sites, config, costs)
     check_search(config)
-    workers.lead(partial(check_journal, config, journal, resume, warm_start))
     needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
     unreported = config.with_changes(calibration={"report": ()})
-    blocks, _, _ = workers.each(partial(gather_texts, sites, tokenizer, unreported, True))
-    assert blocks is not None
-    clock.stop("texts")
-    folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
-    with folder as place:
+    with ExitStack() as stack:
+        run = _begin(stack, run_dir, sites, tokenizer, unreported, None, workers, journal, resume, warm_start)
+        blocks, _, _ = kept_blocks(run, workers, partial(gather_texts, sites, tokenizer, unreported, True))
+        assert blocks is not None
+        clock.stop("texts")
+        on_disk = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
+        place = stack.enter_context(on_disk)
         return _searched(
-            sites, tokenizer, config, blocks, needs, place, costs, clock, workers,
-            journal=journal, resume=resume, warm_start=warm_start, objective=objective,
+            sites, tokenizer, config, blocks, needs, place, costs, clock, workers, run,
+            journal=journal, resume=resume or _goes_on(run), warm_start=warm_start, objective=objective,
         )[0]  # fmt: skip
 
 
@@ -460,18 +533,17 @@ def _searched(
     costs: Costs,
     clock: Clock,
     workers: Alone,
+    run: RunFolder | None,
     **options: Any,
 ) -> tuple[SearchResult, Statistics]:
-    calibration = config.calibration
-    statistics = collect_together(
-        sites,
-        blocks,
-        needs,
-        workers,
-        gradient_samples=calibration.gradient_samples,
-        gram_place=config.gram_place,
-        folder=folder,
-    )
+    how: dict[str, Any] = {
+        "gradient_samples": config.calibration.gradient_samples, "gram_place": config.gram_place
+    }  # fmt: skip
+
+    def collect(place: str | None) -> Statistics:
+        return collect_together(sites, blocks, needs, workers, folder=place, **how)
+
+    statistics = kept_statistics(run, sites, blocks, needs, workers, collect, folder=folder, **how)
     clock.stop("statistics")
     found = find_best(sites, tokenizer, config, statistics, costs=costs, workers=workers, clock=clock, **options)
     return found, statistics

@@ -22,6 +22,7 @@ import torch
 from .config import CONFIG_NAME
 from .errors import CheckpointError
 from .remote_code import add_remote_code, load_class, module_name
+from .run_folder import locked_output
 from .whole_files import whole_folder
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ def save_pruned(
 
     Raises:
         UnsupportedModelError: remote code for a model class that is not transformers' own.
-        CheckpointError: the folder cannot be written, or what was written does not reload to the same model. Nothing is
-            left behind then.
+        CheckpointError: the folder cannot be written, is being written by another run, or what was written does not
+            reload to the same model. Nothing is left behind then.
     """
     target = check_output(output_dir, result.after.bytes)
-    with whole_folder(target) as partial:
+    with locked_output(target), whole_folder(target) as partial:
         with quiet_global_values():
             result.model.save_pretrained(partial, max_shard_size=max_shard_size)
         write_records(result, partial)

@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .config import PruningConfig
 from .errors import CalibrationError, JournalError
+from .run_folder import locked
 from .search.journal import Journal
 from .search.loop import WARM_POINTS, finalists
 from .search.space import Point, Space
@@ -20,7 +23,24 @@ from .speeds import SpeedTable
 from .trials import Trials
 from .workers import Alone
 
-__all__ = ["check_journal", "keep_speeds", "model_digest", "start_journal", "warm_points"]
+__all__ = ["check_journal", "journal_lock", "keep_speeds", "model_digest", "start_journal", "warm_points"]
+
+
+def journal_lock(path: str | os.PathLike[str]) -> AbstractContextManager[bool]:
+    """Be the only search that writes to a journal, for the time of a `with`.
+
+    Args:
+        path (`str`): file of the journal; folders above it are made.
+
+    Raises:
+        JournalError: another search writes to it.
+    """
+    place = Path(path).absolute()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JournalError(f"{place.parent} cannot be made ({error.strerror}). Name another journal.") from error
+    return locked(place.with_name(f".{place.name}.lock"), path, JournalError)
 
 
 def check_journal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from .search.loop import Progress, front, run_search
 from .search.space import Space, default_space
 from .search_checks import check_search, strategy
 from .search_config import SPEEDS
-from .search_journal import keep_speeds, start_journal, warm_points
+from .search_journal import journal_lock, keep_speeds, start_journal, warm_points
 from .selection import measure_of
 from .sites import ModelSites
 from .stages import Clock
@@ -145,11 +146,14 @@ def find_best(
     warm = workers.lead(lambda: warm_points(warm_start, space)) if warm_start is not None else []
     measure = measure or workers.each(lambda: measure_of(sites, tokenizer, config, objective))
     trials = Trials(sites, config, space, statistics, measure, costs, scores)
-    book = start_journal(trials, warm, journal, resume, workers)
-    keep_speeds(trials, book)
-    clock.stop("selection text")
-    strategies = {name: strategy(name) for name, _ in search.shares()}
-    with _Line(search.trials, len(book.trials), workers.rank == 0, measure.logarithmic) as live:
+    with ExitStack() as stack:
+        if journal is not None:
+            workers.lead(lambda: stack.enter_context(journal_lock(journal)))
+        book = start_journal(trials, warm, journal, resume, workers)
+        keep_speeds(trials, book)
+        clock.stop("selection text")
+        strategies = {name: strategy(name) for name, _ in search.shares()}
+        live = stack.enter_context(_Line(search.trials, len(book.trials), workers.rank == 0, measure.logarithmic))
         run_search(trials, space, search, book, strategies, seed=config.seed, workers=workers, live=live, warm=warm)
     clock.stop("search")
     found = workers.lead(lambda: _found(trials, config, book))

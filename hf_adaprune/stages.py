@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from .allocation import allocate
 from .budgets import allocate_within, even_cosine, even_scores, gone_first
@@ -22,14 +23,16 @@ from .documents import Documents, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError
 from .evaluation import per_window_loss
 from .importance import Scores, needs_of, score_units, unit_of
-from .layerwise import regional_weights, sequential_repairs
+from .layerwise import Kept, regional_weights, sequential_repairs
 from .masking import masked
 from .metrics import METRICS
 from .moments import covariance
 from .offers import target_removal
 from .offloading import check_finite
 from .plan import PruningPlan
-from .recording import collect_statistics, quiet_model
+from .recording import collect_statistics, quiet_bars, quiet_model
+from .run_artefacts import kept_repair, kept_scores, kept_statistics, repair_name
+from .run_folder import RunFolder, once_noted
 from .sites import ModelSites, Site
 from .statistics import Needs, Statistics, mean_cosine
 from .workers import Alone
@@ -102,6 +105,7 @@ def decide(
     clock: Clock | None = None,
     costs: Costs | None = None,
     workers: Alone | None = None,
+    run: RunFolder | None = None,
 ) -> tuple[PruningPlan, Statistics | None]:
     """Collect statistics and decide a plan; the model is not changed.
 
@@ -116,15 +120,34 @@ def decide(
         clock ([`Clock`], *optional*): counts seconds.
         costs ([`Costs`], *optional*): what the config's budgets are about; made anew where not given.
         workers ([`Alone`], *optional*): processes that share the windows, which have to be the same on all.
+        run ([`RunFolder`], *optional*): keeps what every round measured, and the plan.
 
     Returns:
-        `tuple`: the plan, and the statistics of the dense model.
+        `tuple`: the plan, and the statistics of the dense model; `None` where all that they are needed for was kept.
     """
     clock = clock or Clock()
     needs = what_to_collect(config, plan) if needs is None else needs
+
+    def dense(own: Needs) -> Statistics:
+        assert blocks is not None
+        return kept_statistics(
+            run,
+            sites,
+            blocks,
+            own,
+            workers or Alone(),
+            lambda place: _collect(sites, blocks, own, config, place, workers),
+            gradient_samples=config.calibration.gradient_samples,
+            gram_place=config.gram_place,
+            folder=folder,
+        )
+
+    given = plan
+    if plan is None and run is not None and (found := run.read("plan")) is not None:
+        plan = PruningPlan.from_dict(found[1])
     if plan is not None:
-        if statistics is None and needs is not None and blocks is not None:
-            statistics = _collect(sites, blocks, needs, config, folder, workers)
+        if statistics is None and needs is not None and blocks is not None and not _repaired(run, plan, config):
+            statistics = dense(needs)
         clock.stop("statistics")
         return plan, statistics
 
@@ -132,18 +155,36 @@ def decide(
         own: Needs | None, current: PruningPlan | None
     ) -> tuple[Scores, torch.Tensor | None, Statistics | None]:
         nonlocal statistics
-        if (current is not None or statistics is None) and own is not None and blocks is not None:
-            statistics = None  # let go of the last round's before the next one's are collected
-            with masked(sites, current) if current is not None else nullcontext():
-                statistics = _collect(sites, blocks, own, config, folder, workers)
-        clock.stop("statistics")
-        scores = _scores(sites, config, statistics)
-        if statistics is None or statistics.cosine is None:
-            return scores, None, statistics
-        weights = statistics.sample_weights(config.calibration.domain_weights)
-        return scores, mean_cosine(statistics, weights), statistics
+        if current is None:
+            if statistics is None and own is not None and blocks is not None:
+                statistics = dense(own)
+            clock.stop("statistics")
+            return (*_measured(sites, config, statistics), statistics)
+        statistics = None  # let go of the last round's before the next one's are collected
 
-    return decide_by(sites, config, needs, measure, costs or Costs.of(sites, config), clock)
+        def again() -> tuple[Scores, torch.Tensor | None]:
+            found = None
+            if own is not None and blocks is not None:
+                with masked(sites, current):
+                    found = _collect(sites, blocks, own, config, folder, workers)
+            clock.stop("statistics")
+            return _measured(sites, config, found)
+
+        return (*kept_scores(run, f"rounds/{current.digest[:12]}", again), None)
+
+    plan, statistics = decide_by(sites, config, needs, measure, costs or Costs.of(sites, config), clock)
+    if run is not None and given is None:
+        run.keep("plan", {}, plan.to_dict())
+    return plan, statistics
+
+
+def _measured(
+    sites: ModelSites, config: PruningConfig, statistics: Statistics | None
+) -> tuple[Scores, torch.Tensor | None]:
+    scores = _scores(sites, config, statistics)
+    if statistics is None or statistics.cosine is None:
+        return scores, None
+    return scores, mean_cosine(statistics, statistics.sample_weights(config.calibration.domain_weights))
 
 
 def decide_by(
@@ -389,7 +430,11 @@ _Repaired = tuple[dict[str, Repair], str, tuple[RepairReport, ...], dict[int, di
 
 
 def cached_repairs(
-    sites: ModelSites, plan: PruningPlan, statistics: Statistics | None, config: PruningConfig
+    sites: ModelSites,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    config: PruningConfig,
+    run: RunFolder | None = None,
 ) -> dict[str, Repair]:
     """The repairs that the dense model's moments give, where the config's schedule asks for them.
 
@@ -398,14 +443,40 @@ def cached_repairs(
     Args:
         sites ([`ModelSites`]): the dense model.
         plan ([`PruningPlan`]): which units stay.
-        statistics ([`Statistics`], *optional*): of the dense model.
+        statistics ([`Statistics`], *optional*): of the dense model; not needed for what `run` has.
         config ([`PruningConfig`]): how.
+        run ([`RunFolder`], *optional*): keeps the repair of every site.
     """
     own = own_repair(config)
-    if own.method == "none" or own.schedule == "sequential" or statistics is None:
+    if not _is_cached(config) or (statistics is None and not _repaired(run, plan, config)):
         return {}
-    weights = statistics.sample_weights(config.calibration.domain_weights)
-    return repair_plan(sites, plan, statistics, weights, own)
+    weights = None if statistics is None else statistics.sample_weights(config.calibration.domain_weights)
+    place = repair_name("cached", config, plan)
+    repairs: dict[str, Repair] = {}
+    for name, kept in transformers_logging.tqdm(list(plan.changed()), desc="repair", unit="site"):
+        one = PruningPlan(plan.model_type, plan.num_layers, {name: kept})
+
+        def make(one: PruningPlan = one) -> dict[str, Repair]:
+            assert weights is not None
+            with quiet_bars():
+                return repair_plan(sites, one, statistics, weights, own)
+
+        repairs.update(kept_repair(run, f"{place}/{name}", make))
+    return repairs
+
+
+def _is_cached(config: PruningConfig) -> bool:
+    own = own_repair(config)
+    return own.method != "none" and own.schedule != "sequential"
+
+
+def _repaired(run: RunFolder | None, plan: PruningPlan, config: PruningConfig) -> bool:
+    """Whether nothing is left to do that needs statistics, because an earlier run kept every cached repair."""
+    if run is None:
+        return False
+    place = repair_name("cached", config, plan)
+    names = [name for name, _ in plan.changed()] if _is_cached(config) else []
+    return all(run.read(f"{place}/{name}") is not None for name in names)
 
 
 def own_repair(config: PruningConfig) -> RepairConfig:
@@ -423,6 +494,7 @@ def choose_repairs(
     held_out: TokenBlocks | None,
     config: PruningConfig,
     clock: Clock | None = None,
+    run: RunFolder | None = None,
 ) -> _Repaired:
     """Repair a plan by the config's schedule, and drop repairs that do not help on held-out windows.
 
@@ -434,6 +506,7 @@ def choose_repairs(
         held_out ([`TokenBlocks`], *optional*): windows that no repair has seen.
         config ([`PruningConfig`]): how.
         clock ([`Clock`], *optional*): counts seconds.
+        run ([`RunFolder`], *optional*): keeps the repairs of every layer, and what held-out windows said of them.
 
     Returns:
         `tuple`: repairs by site, the schedule they came from, reports, and weights of regionally optimised layers.
@@ -442,33 +515,43 @@ def choose_repairs(
     own = own_repair(config)
     if blocks is None:
         return {}, "none", (), {}
+    place = partial(repair_name, config=config, plan=plan)
     schedule = own.schedule if own.method != "none" else "none"
     repairs = dict(cached)
     if own.method == "least_squares" and schedule in ("sequential", "best"):
         with quiet_model(sites.model):
-            walked = sequential_repairs(sites, plan, blocks, own, config.calibration.domain_weights)
+            kept = Kept(run, place("walked"))
+            walked = sequential_repairs(sites, plan, blocks, own, config.calibration.domain_weights, kept)
         # A walk's repairs build on one another and on the pruned model's inputs, so they stay or go as a whole.
         other = {"cached": repairs} if schedule == "best" else {"none": {}}
-        schedule, repairs = _better(sites, plan, {"sequential": walked, **other}, held_out)
+        candidates = {"sequential": walked, **other}
+        schedule = once_noted(run, place("choice"), lambda: _better(sites, plan, candidates, held_out))
+        repairs = dict(candidates[schedule])
         clock.stop("repair")
     reports: tuple[RepairReport, ...] = ()
     if held_out is not None and repairs and schedule == "cached":
-        reports = check_repairs(sites, plan, repairs, held_out, config)
+        checked, held = repairs, held_out
+        found = once_noted(
+            run, place("check"), lambda: list(map(vars, check_repairs(sites, plan, checked, held, config)))
+        )
+        reports = tuple(RepairReport(**report) for report in found)
         repairs = {report.name: repairs[report.name] for report in reports if report.kept}
         clock.stop("check repair")
     blockwise: dict[int, dict[str, torch.Tensor]] = {}
     if own.regional_steps > 0:
         with quiet_model(sites.model):
-            blockwise, found = regional_weights(sites, plan, repairs, blocks, own, config.seed)
-        reports += tuple(RepairReport(name, before, after, after < before) for name, before, after in found)
+            blockwise, measured = regional_weights(
+                sites, plan, repairs, blocks, own, config.seed, Kept(run, place("regional"))
+            )
+        reports += tuple(RepairReport(name, before, after, after < before) for name, before, after in measured)
         clock.stop("regional repair")
     return repairs, schedule, reports, blockwise
 
 
 def _better(
     sites: ModelSites, plan: PruningPlan, candidates: Mapping[str, dict[str, Repair]], held_out: TokenBlocks | None
-) -> tuple[str, dict[str, Repair]]:
-    """The candidate with the lowest loss on held-out windows; the first one where there are none."""
+) -> str:
+    """Name of the candidate with the lowest loss on held-out windows; the first one where there are none."""
     losses = dict.fromkeys(candidates, 0.0)
     for name, repairs in candidates.items():
         if held_out is None:
@@ -480,7 +563,7 @@ def _better(
     best = min(losses, key=lambda name: losses[name])
     if best == "none":
         logger.warning("the sequential repair was dropped, it did not lower the loss on held-out windows.")
-    return best, dict(candidates[best])
+    return best
 
 
 def _parts(sites: list[Site]) -> Iterator[list[Site]]:

@@ -32,14 +32,17 @@ from .costs import Costs
 from .errors import CheckpointError, ConfigError
 from .estimate import activation_bytes, bound_skeleton, peak_by_layer
 from .evaluation import Measurement, mean_over_windows, per_window_loss, perplexity, run_layers
+from .importance import Scores
 from .layer_scores import forward_only_config, layer_part, score_layers
-from .layerwise import part_of_plan, repairs_by_layer
+from .layerwise import Kept, part_of_plan, repairs_by_layer
 from .masking import masked
 from .offloading import check_finite, check_layer, layer_weights, load_offloaded, other_weights
 from .pipeline import PruningResult, Sizes, as_sources, note_provenance, own_architecture
 from .plan import PruningPlan
 from .public import base_model_name
 from .recording import collect_statistics, quiet_bars, quiet_model
+from .run_artefacts import bind_layer, bytes_digest, kept_blocks, kept_layer_scores, repair_name, run_facts
+from .run_folder import RunFolder, locked_output, open_run
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of
 from .sites import ModelSites, find_sites
@@ -48,6 +51,7 @@ from .statistics import Needs, Statistics
 from .streaming import HiddenStream
 from .surgery import apply_plan, cut_layer
 from .whole_files import whole_folder
+from .workers import Alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +105,7 @@ def prune_to_disk(
     architecture: Architecture | None = None,
     max_shard_size: str | int = SHARD_SIZE,
     check: bool = True,
+    run_dir: str | os.PathLike[str] | None = None,
 ) -> StreamedResult:
     """Prune a causal language model with one decoder layer in memory at a time, and save the result layer by layer.
 
@@ -122,6 +127,9 @@ def prune_to_disk(
         max_shard_size (`str`, *optional*, defaults to `"500MB"`): of the files of weights. So much waits in memory.
         check (`bool`, *optional*, defaults to `True`): load the checkpoint again, its layers left on disk, and compare
             every tensor with what was written, bit by bit.
+        run_dir (`str`, *optional*): folder in which windows and every layer's scores and repairs are kept when they are
+            done. After a kill the same call goes on from there to the same checkpoint: layers that are done are run and
+            written again, but not measured or solved for. Remove it when you have the result.
 
     Returns:
         [`StreamedResult`]
@@ -129,7 +137,9 @@ def prune_to_disk(
     Raises:
         UnsupportedModelError: the model cannot be pruned.
         ConfigError, BudgetError, CalibrationError: before any work is lost.
-        CheckpointError: the folder cannot be written, lacks space, or does not reload. Nothing is left behind then.
+        CheckpointError: the folder cannot be written, lacks space, is being written by another run, or does not reload.
+            Nothing is left behind then but `run_dir`.
+        RunError: `run_dir` is of a run with other inputs; the message says which.
 
     Example:
 
@@ -151,8 +161,8 @@ def prune_to_disk(
     config = forward_only_config(config)
     limit = int(convert_file_size_to_int(max_shard_size))
     target = check_output(output_dir)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_output(target))
 
         def folder(what: str) -> str:
             name = f".{target.name}.{what}-"
@@ -166,6 +176,7 @@ def prune_to_disk(
         stack.enter_context(other_weights(found))
         stack.enter_context(quiet_model(live))
         run.check_disk()
+        run.kept = stack.enter_context(open_run(run_dir))
         run.store = ActivationStore(config.activation_bytes, folder("activations"))
         return run.walk(tokenizer, plan, plan_path, check)
 
@@ -232,6 +243,7 @@ class _Run:
         self.sites, self.dense, self.config = sites, dense, config
         self.target, self.limit, self.clock = target, limit, clock
         self.store = ActivationStore()
+        self.kept: RunFolder | None = None
         self.before = Sizes.of(dense)
         self.costs = Costs.of(dense, config)
         self.expected = peak_by_layer(dense, config, limit)
@@ -266,8 +278,11 @@ class _Run:
             self.dense.check(plan)
         logger.info("layer by layer: about %s MiB of memory at the peak.", f"{self.expected / 2**20:,.0f}")
         needs = what_to_collect(config, plan)
+        if self.kept is not None:
+            self._bind(self.kept, tokenizer, plan)
         clock.stop("find sites")
-        blocks, held_out, reports = gather_texts(sites, tokenizer, config, needs is not None)
+        read = partial(gather_texts, sites, tokenizer, config, needs is not None)
+        blocks, held_out, reports = kept_blocks(self.kept, Alone(), read)
         clock.stop("texts")
 
         measure = partial(self._measure, blocks)
@@ -318,8 +333,24 @@ class _Run:
                 clock.stop("check")
         return result
 
-    def _measure(self, blocks: TokenBlocks | None, needs: Needs | None, current: PruningPlan | None) -> Any:
-        found = score_layers(self.sites, blocks, needs, self.config, current, self.store)
+    def _bind(self, run: RunFolder, tokenizer: Any, plan: PruningPlan | None) -> None:
+        """Refuse a folder of a run with other inputs; the layers' weights are compared when they are in memory."""
+        outside = _without_tied(self.sites.model, f"{self.sites.architecture.layers}.")
+        own = {"weights outside of the layers": bytes_digest(outside)}
+        run.bind(run_facts(self.sites, tokenizer, self.config, plan, **own))
+        readers = sum(site.columns * site.outputs for site in self.dense)
+        run.check_space(4 * readers, "the repairs")
+
+    def _measure(
+        self, blocks: TokenBlocks | None, needs: Needs | None, current: PruningPlan | None
+    ) -> tuple[Scores, torch.Tensor | None, Statistics | None]:
+        round_of = "dense" if current is None else current.digest[:12]
+
+        def measured() -> tuple[Scores, torch.Tensor | None, Statistics | None]:
+            kept = Kept(self.kept, f"layers/{round_of}")
+            return score_layers(self.sites, blocks, needs, self.config, current, self.store, kept)
+
+        found = kept_layer_scores(self.kept, f"rounds/{round_of}", measured)
         self.clock.stop("statistics")
         return found
 
@@ -343,7 +374,8 @@ class _Run:
             watched |= {("check", how): self._windows(held_out, how) for how in ("repaired", "pruned")}
         if walks:
             assert blocks is not None
-            layers: Layers = repairs_by_layer(self.sites, plan, blocks, repair, weights, self.store)
+            kept = Kept(self.kept, repair_name("walked", self.config, plan))
+            layers: Layers = repairs_by_layer(self.sites, plan, blocks, repair, weights, self.store, kept)
         else:
             layers = self._by_means(plan, means, held_out)
         self._cut(writer, plan, layers, watched)
@@ -372,6 +404,7 @@ class _Run:
         bar = transformers_logging.tqdm(layers, total=len(self.sites.layers), desc="repair and write", unit="layer")
         with contextlib.closing(layers), quiet_bars():
             for number, repairs in bar:
+                bind_layer(self.kept, number, self.sites.layers[number])
                 own = part_of_plan(plan, number)
                 is_dropped = number in plan.dropped_layers
                 for windows in watched.values():

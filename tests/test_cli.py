@@ -18,7 +18,7 @@ from conftest import tiny_model
 from texts import calibration_make_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM
 
-from hf_adaprune import PruningConfig, PruningPlan, cli, pipeline, saving
+from hf_adaprune import PruningConfig, PruningPlan, cli, parallel, pipeline, saving
 from hf_adaprune.cli import main
 from hf_adaprune.cli_arguments import build_config, command_line
 from hf_adaprune.search import loop
@@ -220,35 +220,63 @@ def test_models_that_cannot_be_pruned(dense: Path, work: Path, capsys: pytest.Ca
     assert left_in(work) == []
 
 
-def test_interrupted_while_measuring(
+def interrupted(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupted_before_anything_was_kept(
     dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "decide", interrupted)
+    monkeypatch.setattr(pipeline, "gather_texts", interrupted)
     assert main(prune_words(dense, work)) == 130
     assert "nothing was written" in capsys.readouterr().err
     assert left_in(work) == []
 
 
-def test_interrupted_while_saving_goes_on_with_the_plan(
+@pytest.mark.parametrize(("room", "stop"), [(pipeline, "decide"), (saving, "check_round_trip")])
+def test_the_same_command_goes_on(
+    room: ModuleType,
+    stop: str,
+    dense: Path,
+    work: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = prune_words(dense, work, "--fresh")
+    with monkeypatch.context() as patch:
+        patch.setattr(room, stop, interrupted)
+        assert main(words) == 130
+    err = capsys.readouterr().err
+    assert left_in(work) == ["out.run"] and f"is kept in {work / 'out.run'}" in err
+    again = shlex.split(err.split("to go on: hf-adaprune ")[1].splitlines()[0])
+    assert again == words[:-1]  # what was done is not thrown away by the command that goes on
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "gather_texts", lambda *args: pytest.fail("text was read again"))
+        assert main([*again, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert left_in(work) == ["out"]
+    (work / "out").rename(work / "first")
+    assert main([*again, "--no-run-dir", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan_digest"] == found["plan_digest"]
+    assert (work / "first" / "model.safetensors").read_bytes() == (work / "out" / "model.safetensors").read_bytes()
+
+
+def test_a_changed_command_is_refused_until_it_begins_afresh(
     dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "check_round_trip", interrupted)
+        patch.setattr(pipeline, "decide", interrupted)
         assert main(prune_words(dense, work)) == 130
-    err = capsys.readouterr().err
-    assert left_in(work) == ["out.plan.json"]
-    plan = PruningPlan.load(work / "out.plan.json")
-    words = err.split("to carry it out: hf-adaprune ")[1].split("\n")[0].split()
-    assert words[-2:] == ["--plan", str(work / "out.plan.json")]
-    assert main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["plan_digest"] == plan.digest
-    assert left_in(work) == ["out"]
+    line = refused(capsys, *prune_words(dense, work, "--pruning-ratio", "0.3"))
+    assert "pruning_ratio 0.2 -> 0.3." in line and "--fresh" in line
+    assert "Leave it out" in refused(capsys, *prune_words(dense, work, "--no-run-dir", "--fresh"))
+    (work / "mine").mkdir()
+    (work / "mine" / "thesis").touch()
+    mine = ["--run-dir", str(work / "mine"), "--fresh"]
+    assert "no folder of a run" in refused(capsys, *prune_words(dense, work, *mine))
+    assert (work / "mine" / "thesis").exists()
+    assert main(prune_words(dense, work, "--pruning-ratio", "0.3", "--fresh")) == 0
+    assert left_in(work) == ["mine", "out"]
 
 
 def test_a_model_without_tokenizer(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,24 +435,56 @@ def test_a_search_can_be_estimated(dense: Path, work: Path, capsys: pytest.Captu
 def test_an_interrupted_search_goes_on(
     dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     words = search_words(dense, work, "--trials", "3", "--strategy", "random")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_run_finals", interrupted)
+        assert main(words) == 130
+    journal = work / "out.journal.jsonl"
+    trials = journal.read_text()
+    again = shlex.split(capsys.readouterr().err.split("to go on: hf-adaprune ")[1].splitlines()[0])
+    assert left_in(work) == ["out.journal.jsonl", "out.run"] and again == words
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "check_round_trip", interrupted)
+        patch.setattr(parallel, "collect_statistics", lambda *args, **options: pytest.fail("measured again"))
+        assert main(words) == 130
+    assert journal.read_text().startswith(trials) and left_in(work) == ["out.journal.jsonl", "out.run"]
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    digest = json.loads(capsys.readouterr().out)["plan_digest"]
+    assert left_in(work) == ["out", "out.journal.jsonl"]
+    (work / "out").rename(work / "first")
+    fresh = [*words, "--no-run-dir", "--journal", str(work / "other.jsonl"), "--json"]
+    assert main(fresh) == 0
+    assert json.loads(capsys.readouterr().out)["plan_digest"] == digest
+
+    # A journal of a run that is over is no leftover of this one.
+    more = ["--output", str(work / "new"), "--journal", str(journal), "--fresh"]
+    assert "there is a journal at" in refused(capsys, *words, *more)
+    assert journal.exists()
+
+
+def test_a_search_begins_afresh(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = search_words(dense, work, "--trials", "3", "--strategy", "random")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_run_finals", interrupted)
+        assert main(words) == 130
+    assert "seed" in refused(capsys, *words, "--seed", "7")
+    assert main([*words, "--seed", "7", "--fresh"]) == 0
+    assert left_in(work) == ["out", "out.journal.jsonl"]
+
+
+def test_an_interrupted_search_without_a_folder(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = search_words(dense, work, "--trials", "3", "--strategy", "random", "--no-run-dir")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_run_finals", interrupted)
         assert main(words) == 130
     again = shlex.split(capsys.readouterr().err.split("to go on: hf-adaprune ")[1].splitlines()[0])
     assert left_in(work) == ["out.journal.jsonl"] and again == [*words, "--resume"]
-    with monkeypatch.context() as patch:
-        patch.setattr(saving, "check_round_trip", interrupted)
-        assert main(again) == 130
-    err = capsys.readouterr().err
-    assert left_in(work) == ["out.config.json", "out.journal.jsonl", "out.plan.json"]
-    plan = PruningPlan.load(work / "out.plan.json")
-    assert main([*shlex.split(err.split("to carry it out: hf-adaprune ")[1].splitlines()[0]), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["plan_digest"] == plan.digest
-    assert left_in(work) == ["out", "out.journal.jsonl"]
+    assert main(again) == 0
 
 
 def test_only_the_first_process_saves_and_talks(

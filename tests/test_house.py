@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_adaprune"
 ORDER = [
     "errors",
     "whole_files",
+    "run_folder",
     "public",
     "workers",
     "parts",
@@ -40,6 +41,7 @@ ORDER = [
     "offers",
     "allocation",
     "compensation",
+    "run_artefacts",
     "masking",
     "streaming",
     "surgery",
@@ -100,6 +102,7 @@ ORDER = [
     "recovery",
     "demo",
     "cli_model",
+    "cli_run",
     "cli_search",
     "cli_recover",
     "cli_publish",

@@ -1,0 +1,129 @@
+"""Commands that go on: what `prune`, `search` and `recover` keep beside their output, and say when they break off."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import AdaPruneError, ConfigError, RunError
+
+__all__ = ["add_run_arguments", "begin_afresh", "goes_on", "kept_beside", "run_place"]
+
+AFRESH = "--fresh"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that go on.
+
+    Args:
+        parser (`argparse.ArgumentParser`): of the command.
+    """
+    add = parser.add_argument
+    add(
+        "--run-dir",
+        metavar="DIR",
+        help="what the command goes on from after a kill (default: OUTPUT.run); removed at the end",
+    )
+    add("--no-run-dir", action="store_true", help="keep nothing to go on from")
+    add(AFRESH, action="store_true", help="throw away what an earlier run of the command left, and begin again")
+
+
+def run_place(arguments: argparse.Namespace) -> Path | None:
+    """The folder that a command keeps its run in; `None` where it keeps nothing.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command.
+
+    Raises:
+        ConfigError: a folder, and none.
+    """
+    if arguments.no_run_dir:
+        if arguments.run_dir or arguments.fresh:
+            raise ConfigError("`--no-run-dir` keeps nothing. Leave it out, or leave out --run-dir and --fresh.")
+        return None
+    if arguments.run_dir:
+        return Path(arguments.run_dir)
+    output = Path(arguments.output or "pruned")
+    return output.with_name(f"{output.name}.run")
+
+
+def goes_on(arguments: argparse.Namespace, journal: Path) -> bool:
+    """Whether an earlier run of this command left a run that writes to a journal.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command.
+        journal (`Path`): its journal.
+    """
+    from .run_folder import RunFolder
+
+    place = run_place(arguments)
+    return place is not None and RunFolder(place).fact("journal") == str(journal.absolute())
+
+
+def begin_afresh(arguments: argparse.Namespace, journal: Path | None = None) -> None:
+    """With `--fresh`, delete what an earlier run left: its folder, and the journal that only it has written.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command.
+        journal (`Path`, *optional*): of the command.
+
+    Raises:
+        RunError: a run is going on there, or it is no folder of a run.
+    """
+    from .run_folder import open_run
+
+    place = run_place(arguments)
+    if not arguments.fresh or place is None or not place.exists():
+        return
+    is_own = journal is not None and goes_on(arguments, journal)
+    with open_run(place) as run:
+        assert run is not None
+        if is_own and journal is not None:
+            journal.unlink(missing_ok=True)
+        run.remove()
+
+
+@contextmanager
+def kept_beside(
+    arguments: argparse.Namespace, words: Sequence[str], output: Path, say: Callable[[str], Any], is_first: bool
+) -> Iterator[Path | None]:
+    """Hold an output and the folder of its run, which goes when the command succeeds, and say what stays when not.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command.
+        words (sequence of `str`): the command line.
+        output (`Path`): what the command writes.
+        say (`Callable`): writes a line for people.
+        is_first (`bool`): of several processes the first one locks and removes.
+
+    Yields:
+        `Path`: of the run's folder, *optional*.
+
+    Raises:
+        RunError: another run is writing to one of them.
+    """
+    from .run_folder import locked_output, open_run
+
+    place = run_place(arguments)
+    if not is_first:
+        yield place
+        return
+    with locked_output(output):
+        try:
+            with open_run(place) as run:
+                yield place
+                if run is not None:
+                    run.remove()
+        except RunError:
+            raise  # it says what to do
+        except (AdaPruneError, KeyboardInterrupt) as error:
+            if place is not None and place.is_dir():
+                again = shlex.join([word for word in words if word != AFRESH])
+                say(f"what was done so far is kept in {place}; to go on: hf-adaprune {again}")
+            elif isinstance(error, KeyboardInterrupt):
+                say("nothing was written; to start again, run the same command.")
+            raise
