@@ -23,14 +23,15 @@ from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
 from .model_config import MODEL_TAGS, PROVENANCE_KEY, known_architecture
-from .parallel import collect_together, processes
+from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
-from .run_artefacts import kept_blocks, kept_statistics, model_bytes_digest, run_facts
+from .run_artefacts import kept_blocks, model_bytes_digest, run_facts
 from .run_folder import RunFolder, once, open_run
 from .search_checks import check_search, search_needs
 from .search_journal import check_journal, journal_lock
-from .searching import SearchResult, find_best, shared_costs
+from .search_stage import search_stage
+from .searching import SearchResult, shared_costs
 from .sites import ModelSites, find_sites
 from .stages import (
     Clock,
@@ -43,7 +44,7 @@ from .stages import (
     layer_by_layer_config,
     what_to_collect,
 )
-from .statistics import Needs, Statistics
+from .statistics import Needs
 from .surgery import Follow, apply_plan, assign_layer
 from .workers import Alone
 
@@ -284,7 +285,7 @@ def prune(
         key = f"pruned {plan.digest[:12]} {made.schedule}"
         pruned = {name: _perplexity(run, key, name, model, report) for name, report in reports.items()}
         clock.stop("report pruned")
-    facts = {} if blocks is None else blocks.facts()
+    facts = {} if made.blocks is None else made.blocks.facts()
     evaluation = {name: {"dense": dense[name], "pruned": pruned[name]} for name in reports}
     return PruningResult(
         model,
@@ -364,6 +365,7 @@ class Decision:
         reports (`tuple[RepairReport, ...]`): per site, where held-out windows were measured.
         blockwise (`dict[int, dict[str, torch.Tensor]]`): weights of regionally optimised layers, by old number.
         search ([`SearchResult`], *optional*): what a search found.
+        blocks ([`TokenBlocks`], *optional*): the calibration windows that decided.
     """
 
     config: PruningConfig
@@ -373,6 +375,7 @@ class Decision:
     reports: tuple[RepairReport, ...] = ()
     blockwise: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     search: SearchResult | None = None
+    blocks: TokenBlocks | None = None
 
 
 def decide_and_repair(
@@ -419,25 +422,26 @@ def decide_and_repair(
         found: SearchResult | None = None
         if config.search is not None:
             assert blocks is not None and needs is not None
-            statistics: Statistics | None
-            found, statistics = _searched(
-                sites, tokenizer, config, blocks, needs, place, costs, clock, workers, run, **options
-            )
+            searched = search_stage(
+                sites, tokenizer, config, blocks, held_out, needs, folder=place, costs=costs, clock=clock,
+                workers=workers, run=run, **options,
+            )  # fmt: skip
+            found, cached, blocks, held_out = searched.found, searched.repairs, searched.blocks, searched.held_out
             config, plan = found.config, found.plan
         else:
             plan, statistics = decide(
                 sites, blocks, config, plan=plan, needs=needs, folder=place, clock=clock, costs=costs, workers=workers,
                 run=run,
             )  # fmt: skip
+            cached = cached_repairs(sites, plan, statistics, config, run)
+            del statistics
         if plan_path is not None and workers.rank == 0:
             plan.save(plan_path)
-        cached = cached_repairs(sites, plan, statistics, config, run)
-        del statistics
         clock.stop("repair")
         repairs, schedule, reports, blockwise = choose_repairs(
             sites, plan, cached, blocks, held_out, config, clock, run
         )
-    return Decision(config, plan, repairs, schedule, reports, blockwise, found)
+    return Decision(config, plan, repairs, schedule, reports, blockwise, found, blocks)
 
 
 def carry_out(sites: ModelSites, made: Decision, follow: Follow | None = None) -> ModelSites:
@@ -517,36 +521,10 @@ def search_plan(
         clock.stop("texts")
         on_disk = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
         place = stack.enter_context(on_disk)
-        return _searched(
-            sites, tokenizer, config, blocks, needs, place, costs, clock, workers, run,
-            journal=journal, resume=resume or _goes_on(run), warm_start=warm_start, objective=objective,
-        )[0]  # fmt: skip
-
-
-def _searched(
-    sites: ModelSites,
-    tokenizer: Any,
-    config: PruningConfig,
-    blocks: TokenBlocks,
-    needs: Needs,
-    folder: str | None,
-    costs: Costs,
-    clock: Clock,
-    workers: Alone,
-    run: RunFolder | None,
-    **options: Any,
-) -> tuple[SearchResult, Statistics]:
-    how: dict[str, Any] = {
-        "gradient_samples": config.calibration.gradient_samples, "gram_place": config.gram_place
-    }  # fmt: skip
-
-    def collect(place: str | None) -> Statistics:
-        return collect_together(sites, blocks, needs, workers, folder=place, **how)
-
-    statistics = kept_statistics(run, sites, blocks, needs, workers, collect, folder=folder, **how)
-    clock.stop("statistics")
-    found = find_best(sites, tokenizer, config, statistics, costs=costs, workers=workers, clock=clock, **options)
-    return found, statistics
+        return search_stage(
+            sites, tokenizer, config, blocks, None, needs, folder=place, costs=costs, clock=clock, workers=workers,
+            run=run, journal=journal, resume=resume or _goes_on(run), warm_start=warm_start, objective=objective,
+        ).found  # fmt: skip
 
 
 def own_architecture(model: Any, given: Architecture | None) -> Architecture | None:

@@ -48,6 +48,9 @@ class SearchConfig:
             0, on `final_tokens` that no trial has seen; the best of them wins. Of a Pareto search as many of its front
             (two at least), spread over it with both ends.
         final_tokens (`int`, *optional*, defaults to 32768): see there.
+        redraw (`bool`, *optional*, defaults to `True`): draw the calibration windows anew in the winner's domain
+            weights, where those leave much of the pool unused, and keep plan and repair that come of it if they are
+            better on the `final_tokens`. One more calibration pass; not for clusters, `pareto` and `ratios`.
         initial (`int`, *optional*, defaults to 10): quasi-random candidates around trial 0 before `gp` fits its first
             model, trial 0 included.
         surrogate (`str`, *optional*, defaults to `"gp"`): `gp`, or `saas` (fully Bayesian with sparse axis-aligned
@@ -75,6 +78,7 @@ class SearchConfig:
     sequence_length: int = 512
     finalists: int = 4
     final_tokens: int = 32768
+    redraw: bool = True
     initial: int = 10
     surrogate: str = "gp"
     batch: int = 1
@@ -103,6 +107,8 @@ class SearchConfig:
             raise ConfigError("`search.first_tokens` should be at most `search.selection_tokens`.")
         check_whole("search.finalists", self.finalists, 1, what="candidates measured again at the end")
         check_whole("search.initial", self.initial, 1, what="quasi-random candidates")
+        if not isinstance(self.redraw, bool):
+            raise ConfigError(f"`search.redraw` should be true or false. Found {self.redraw!r}.")
         check_choice("search.surrogate", self.surrogate, ("gp", "saas"))
         check_whole("search.batch", self.batch, 1, what="candidates proposed at a time")
         if self.pareto is not None:

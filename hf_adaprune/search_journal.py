@@ -125,7 +125,7 @@ def start_journal(
 def _asked(config: PruningConfig) -> dict[str, Any]:
     """What of a config a journal is bound to: more trials or minutes continue a search, report text is left out."""
     asked = config.to_dict()
-    for name in ("trials", "minutes"):
+    for name in ("trials", "minutes", "redraw"):
         asked["search"].pop(name)
     asked.pop("version")
     asked["calibration"].pop("report")

@@ -85,6 +85,9 @@ class SearchResult:
         """The search in short, as JSON types: what varied, what won, and by how much."""
         winner, search = self.winner, self.asked.search
         values = {final.number: mean_value(final.rows) for final in self.journal.finals}
+        drawn = self.journal.event("redrawn")
+        if drawn is not None:
+            drawn = {name: drawn[name] for name in ("shares", "before", "value", "better")}
         return {
             "trials": len(self.journal.trials),
             "strategy": list(search.strategy) if search is not None else [],
@@ -92,6 +95,7 @@ class SearchResult:
             "space": self.space.to_dict(),
             "winner": {"trial": winner.number, "strategy": winner.strategy, "point": dict(winner.point)},
             "on_fresh_text": {str(number): value for number, value in values.items()},
+            **({} if drawn is None else {"redrawn": drawn}),
             "seed": self.asked.seed,
         }
 

@@ -1,0 +1,245 @@
+"""A search as a stop of a run: statistics, trials, and windows drawn anew in the mixture that was found.
+
+Trials weight the windows of one pool, of which every source has an equal share: a winner that trusts two of four
+sources is measured on half of the pool. Drawn by its weights, as many windows all count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .calibration import TokenBlocks
+from .compensation import Repair, repair_plan
+from .config import PruningConfig
+from .costs import Costs
+from .masking import masked
+from .parallel import collect_together
+from .plan import PruningPlan
+from .run_artefacts import kept_statistics
+from .run_folder import RunFolder
+from .search.journal import Journal, mean_value
+from .searching import SearchResult, find_best
+from .selection import measure_of
+from .sites import ModelSites
+from .stages import Clock, cached_repairs, decide, gather_texts, own_repair
+from .statistics import Needs, Statistics
+from .trials import Measure
+from .workers import Alone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Redrawn", "Searched", "mixture_drawn", "redraw", "search_stage"]
+
+# A pool of which nine tenths count as much as equal windows would is left as it is.
+EFFECTIVE = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """What a search left behind.
+
+    Args:
+        found ([`SearchResult`]): its winner; drawn anew where that was better.
+        repairs (`dict[str, Repair]`): of the winner, cached ones, where its schedule asks for them.
+        blocks, held_out ([`TokenBlocks`]): the windows that its plan and repairs are made of.
+    """
+
+    found: SearchResult
+    repairs: Mapping[str, Repair] = field(default_factory=dict)
+    blocks: TokenBlocks | None = None
+    held_out: TokenBlocks | None = None
+
+
+def search_stage(
+    sites: ModelSites,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruningConfig,
+    blocks: TokenBlocks,
+    held_out: TokenBlocks | None,
+    needs: Needs,
+    *,
+    folder: str | None,
+    costs: Costs,
+    clock: Clock,
+    workers: Alone,
+    run: RunFolder | None = None,
+    objective: Any = None,
+    **options: Any,
+) -> Searched:
+    """Collect statistics, search, and draw the winner's windows anew; the model is untouched.
+
+    Args:
+        sites ([`ModelSites`]): the dense model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for calibration and selection text.
+        config ([`PruningConfig`]): with its search, checked.
+        blocks ([`TokenBlocks`]): calibration windows.
+        held_out ([`TokenBlocks`], *optional*): windows that no repair may see.
+        needs ([`Needs`]): of the search.
+        folder (`str`, *optional*): for Gram matrices on disk.
+        costs ([`Costs`]): what budgets are about.
+        clock ([`Clock`]): counts seconds.
+        workers ([`Alone`]): processes that share windows and trials; all of them have to call this.
+        run ([`RunFolder`], *optional*): keeps statistics and repairs for a restart.
+        objective (`Callable`, *optional*): see [`hf_adaprune.search_plan`].
+        **options: of [`hf_adaprune.searching.find_best`].
+    """
+    how: dict[str, Any] = {
+        "gradient_samples": config.calibration.gradient_samples, "gram_place": config.gram_place
+    }  # fmt: skip
+
+    def collect(place: str | None) -> Statistics:
+        return collect_together(sites, blocks, needs, workers, folder=place, **how)
+
+    statistics = kept_statistics(run, sites, blocks, needs, workers, collect, folder=folder, **how)
+    clock.stop("statistics")
+    measure = workers.each(lambda: measure_of(sites, tokenizer, config, objective))
+    clock.stop("selection text")
+    found = find_best(
+        sites, tokenizer, config, statistics, costs=costs, workers=workers, clock=clock, measure=measure, **options
+    )
+    repairs = cached_repairs(sites, found.plan, statistics, found.config, run)
+    shares = statistics.shares
+    del statistics  # before others are collected
+    made = _drawn_anew(sites, tokenizer, config, found, shares, measure, folder, costs, clock, workers)
+    if made is None:
+        return Searched(found, repairs, blocks, held_out)
+    return Searched(replace(found, config=made.config, plan=made.plan), made.repairs, made.blocks, made.held_out)
+
+
+def _drawn_anew(
+    sites: ModelSites,
+    tokenizer: Any,
+    config: PruningConfig,
+    found: SearchResult,
+    shares: Sequence[float],
+    measure: Measure,
+    folder: str | None,
+    costs: Costs,
+    clock: Clock,
+    workers: Alone,
+) -> Redrawn | None:
+    """The winner on windows drawn anew, if it is better there; what came of it goes into the journal."""
+    search, journal = config.search, found.journal
+    assert search is not None
+    drawn = mixture_drawn(found.config, shares)
+    before = _fresh_value(journal)
+    if drawn is None or before is None or not search.redraw or search.pareto is not None or search.ratios:
+        return None
+    about = {"number": found.winner.number, "trials": len(journal.trials)}
+    known = journal.event("redrawn")
+    known = known if known is not None and {name: known.get(name) for name in about} == about else None
+    if known is not None and not known["better"]:
+        return None
+    made = redraw(sites, tokenizer, drawn, measure, folder=folder, costs=costs, clock=clock, workers=workers)
+    own = made.config.calibration
+    names = [str(source) if isinstance(source, str) else source.name for source in own.sources]
+    if known is None:
+        said = {"shares": dict(zip(names, own.shares, strict=True)), "value": made.value, "before": before}
+        known = {**about, **said, "better": made.value < before}
+        workers.each(lambda: journal.add_event("redrawn", known))
+    return made if known["better"] else None
+
+
+def _fresh_value(journal: Journal) -> float | None:
+    """The winner's objective on the windows that no trial saw."""
+    winner = journal.winner()
+    rows = [final.rows for final in journal.finals if winner is not None and final.number == winner.number]
+    return mean_value(rows[0]) if rows else None
+
+
+@dataclass(frozen=True, eq=False)
+class Redrawn:
+    """A decision on windows drawn anew.
+
+    Args:
+        config ([`PruningConfig`]): with `calibration.shares`.
+        plan ([`PruningPlan`]): what it decides.
+        repairs (`dict[str, Repair]`): cached ones, where the config's schedule asks for them.
+        value (`float`): the search's objective on the selection windows that no trial saw.
+        blocks, held_out ([`TokenBlocks`]): the windows.
+    """
+
+    config: PruningConfig
+    plan: PruningPlan
+    repairs: Mapping[str, Repair]
+    value: float
+    blocks: TokenBlocks | None
+    held_out: TokenBlocks | None
+
+
+def mixture_drawn(config: PruningConfig, shares: Sequence[float]) -> PruningConfig | None:
+    """A config whose domain weights are shares of the windows too; `None` where nothing is to be gained.
+
+    Args:
+        config ([`PruningConfig`]): a winner's.
+        shares (sequence of `float`): of the windows that every source has now, positive, adding up to 1.
+
+    Returns:
+        [`PruningConfig`]: sources that would give less than half a window are left out. `None` without weights, for
+        weights on clusters, and where the weighted windows are worth 90 % of as many equal ones (by Kish's effective
+        sample size).
+    """
+    own = config.calibration
+    if not own.domain_weights or own.clusters:
+        return None
+    total = sum(own.domain_weights)
+    weights = [weight / total for weight in own.domain_weights]
+    spread = sum(weight**2 / share for weight, share in zip(weights, shares, strict=True) if weight > 0)
+    if 1 / spread > EFFECTIVE:
+        return None
+    kept = [index for index, weight in enumerate(weights) if weight * own.samples >= 0.5]
+    drawn = tuple(weights[index] for index in kept)
+    sources = tuple(own.sources[index] for index in kept)
+    # The weights stay beside the shares: a source too short for its share still counts as much.
+    return config.with_changes(calibration={"sources": sources, "shares": drawn, "domain_weights": drawn})
+
+
+def redraw(
+    sites: ModelSites,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruningConfig,
+    measure: Measure,
+    *,
+    folder: str | None = None,
+    costs: Costs | None = None,
+    clock: Clock | None = None,
+    workers: Alone | None = None,
+) -> Redrawn:
+    """Draw the windows, decide and repair as the config says, and measure on fresh selection windows.
+
+    Args:
+        sites ([`ModelSites`]): the dense model; untouched.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        config ([`PruningConfig`]): from [`mixture_drawn`], without a search.
+        measure ([`Measure`]): the search's, with fresh windows.
+        folder (`str`, *optional*): for Gram matrices on disk.
+        costs ([`Costs`], *optional*): what budgets are about.
+        clock ([`Clock`], *optional*): counts seconds.
+        workers ([`Alone`], *optional*): processes that share the windows; all of them have to call this.
+
+    Raises:
+        CalibrationError: the text is too short for a window of every source.
+    """
+    workers, clock = workers or Alone(), clock or Clock()
+    text = config.with_changes(calibration={"report": (), "selection": ()})  # compared for overlaps before the search
+    blocks, held_out, _ = workers.each(partial(gather_texts, sites, tokenizer, text, True))
+    plan, statistics = decide(sites, blocks, config, folder=folder, clock=clock, costs=costs, workers=workers)
+    repairs: Mapping[str, Repair] = cached_repairs(sites, plan, statistics, config)
+    own = own_repair(config)
+    compared = repairs
+    if not repairs and own.method != "none" and statistics is not None:  # as trials were compared
+        weights = statistics.sample_weights(config.calibration.domain_weights)
+        compared = repair_plan(sites, plan, statistics, weights, own)
+    del statistics
+
+    def measured() -> Any:
+        with masked(sites, plan, compared, narrow=True):
+            return measure.rows(measure.windows, measure.windows + measure.fresh)
+
+    value = mean_value(workers.lead(measured))
+    clock.stop("redraw")
+    return Redrawn(config, plan, repairs, value, blocks, held_out)
