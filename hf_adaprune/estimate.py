@@ -68,7 +68,8 @@ class Estimate:
         repair_flops (`float`): of scores and repair.
         report_flops (`float`): of perplexity on the report sources, dense and pruned.
         search_flops (`float`): of a search at most: every trial scores, repairs and reads all its selection text,
-            which only promising ones do; the rows of `accuracy` are not counted.
+            which only promising ones do, and the winner's windows are drawn anew; the rows of `accuracy` are not
+            counted.
         proposal_seconds (`float`): of the proposals of `gp`, from one measurement, not of this machine; those of the
             surrogate `saas` take about ten times as long, those of other strategies hardly any time.
         seconds (`float`): of the whole run, proposals included, loading apart.
@@ -190,6 +191,7 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
     report = 2 * len(own.report) * own.evaluation_tokens * (_forward_flops(sites, own.evaluation_length) + head)
     solving = _solve_flops(sites, config, needs)
     reading, trying = _search_flops(sites, config, needs, head)
+    reading += calibration if _may_draw(config) else 0.0
     seconds = (calibration + walked + report + reading) / (MODEL_SHARE * speed.model)
     proposing = _proposal_seconds(config)
     seconds += (solving + trying) / (MODEL_SHARE * speed.double) + proposing
@@ -210,6 +212,14 @@ def _foreseeable(config: PruningConfig) -> PruningConfig:
         return config
     sizes = {name: goal for name, goal in config.budgets.items() if name not in SPEEDS}
     return config.with_changes(budgets=sizes or {"ratio": 0.0})
+
+
+def _may_draw(config: PruningConfig) -> bool:
+    """Whether a search may end with a second calibration pass, see [`hf_adaprune.search_stage`]."""
+    search, own = config.search, config.calibration
+    if search is None or not search.redraw or search.pareto is not None or search.ratios or own.clusters:
+        return False
+    return len(own.sources) > 1
 
 
 def _search_flops(sites: ModelSites, config: PruningConfig, needs: Needs, head: int) -> tuple[float, float]:
