@@ -48,7 +48,7 @@ class SearchConfig:
             0, on `final_tokens` that no trial has seen; the best of them wins. Of a Pareto search as many of its front
             (two at least), spread over it with both ends.
         final_tokens (`int`, *optional*, defaults to 32768): see there.
-        redraw (`bool`, *optional*, defaults to `True`): draw the calibration windows anew in the winner's domain
+        redraw (`bool`, *optional*, defaults to `False`): draw the calibration windows anew in the winner's domain
             weights, where those leave much of the pool unused, and keep plan and repair that come of it if they are
             better on the `final_tokens`. One more calibration pass; not for clusters, `pareto` and `ratios`.
         initial (`int`, *optional*, defaults to 10): quasi-random candidates around trial 0 before `gp` fits its first
@@ -78,7 +78,7 @@ class SearchConfig:
     sequence_length: int = 512
     finalists: int = 4
     final_tokens: int = 32768
-    redraw: bool = True
+    redraw: bool = False
     initial: int = 10
     surrogate: str = "gp"
     batch: int = 1

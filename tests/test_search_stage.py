@@ -24,7 +24,7 @@ def config_of(search: dict[str, Any] | None = None, **calibration: Any) -> Pruni
     """A search over nothing but one fixed mixture, which trusts two of three sources."""
     own = {
         "trials": 2, "strategy": ("random",), "sequence_length": WINDOW, "selection_tokens": 12 * WINDOW,
-        "first_tokens": 4 * WINDOW, "final_tokens": 6 * WINDOW, "finalists": 1,
+        "first_tokens": 4 * WINDOW, "final_tokens": 6 * WINDOW, "finalists": 1, "redraw": True,
         "space": {
             "importance.metrics": {"fisher": 1.0, "obs_gradient_greedy": 1.0}, "importance.normalization": "log",
             "calibration.domain_weights": [0.75, 0.25, 0.0],
