@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from test_runs import Killed, killed_at_news
 from texts import calibration_prose
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_adaprune import AdaPrunerCallback, TextSource, recover
+from hf_adaprune import AdaPrunerCallback, TextSource, recover, recovery, recovery_course
 from hf_adaprune.cli import main
 from hf_adaprune.errors import ConfigError, RunError
 from hf_adaprune.run_folder import RunFolder
@@ -127,17 +126,27 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path) -> None:
     assert again.steps == 4
 
 
-def test_minutes_count_over_all_runs(tmp_path: Path) -> None:
-    minutes = 1.5 / 60
+def test_minutes_count_over_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    fake = SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr(recovery, "time", fake)
+    monkeypatch.setattr(recovery_course, "time", fake)
+
+    class Slow(Counts):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.now += 10
+            super().on_step_end(*args, **kwargs)
+
+    wanted = recovered(None, tokens=None, minutes=1.0, act=Slow())
+    assert (wanted.steps, wanted.minutes) == (6, 1.0)
     with pytest.raises(Killed):
-        recovered(tmp_path / "run", tokens=None, minutes=minutes, act=Counts(3, lambda: (time.sleep(1.0), die())))
-    # What came after the last checkpoint is lost, and so is not counted.
-    (note,) = (tmp_path / "run").glob("training.json")
-    spent = json.loads(note.read_text())["data"]["seconds"]
-    assert 0 < spent < 1.5
-    again = Counts()
-    found = recovered(tmp_path / "run", tokens=None, minutes=minutes, act=again)
-    assert found.steps == 2 + again.steps and 1.2 < 60 * found.minutes < 30
+        recovered(tmp_path / "run", tokens=None, minutes=1.0, act=Slow(4, die))
+    clock.now += 1000  # nobody trains meanwhile
+    again = Slow()
+    found = recovered(tmp_path / "run", tokens=None, minutes=1.0, act=again)
+    # The ten seconds of the step that was lost are given again.
+    assert (again.steps, found.minutes) == (3, 1.0)
+    assert_same(found, wanted)
 
 
 def test_what_changed_is_named(tmp_path: Path) -> None:
@@ -214,8 +223,6 @@ def test_sigkill_and_the_same_command(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_the_command_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_adaprune import recovery
-
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
