@@ -287,7 +287,7 @@ def _tokenizer(loader: Loader, needed: bool) -> Any:
 
 
 def _recover(arguments: argparse.Namespace, words: Sequence[str]) -> None:
-    run_recover(arguments, _answer)
+    run_recover(arguments, words, _answer, _complain)
 
 
 def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:

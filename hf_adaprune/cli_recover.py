@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .cli_model import Loader
+from .cli_run import add_run_arguments, begin_afresh, kept_beside
 from .errors import ConfigError, UnsupportedModelError
 from .recovery_config import DEFAULT_TOKENS, LoraSettings, RecoveryConfig
 
@@ -54,6 +55,7 @@ def add_recover_arguments(recover: argparse.ArgumentParser, count: Callable[[str
     add("--precision", help="bf16, fp32 or auto")
     add("--frozen-embeddings", action="store_true", help="leave embeddings and head as they are")
     add("--seed", type=int, metavar="N", help="of text and order")
+    add_run_arguments(recover)
 
 
 def recovery_config(arguments: argparse.Namespace) -> RecoveryConfig:
@@ -68,13 +70,18 @@ def recovery_config(arguments: argparse.Namespace) -> RecoveryConfig:
 
 
 def run_recover(
-    arguments: argparse.Namespace, answer: Callable[[argparse.Namespace, Mapping[str, Any], str], None]
+    arguments: argparse.Namespace,
+    words: Sequence[str],
+    answer: Callable[[argparse.Namespace, Mapping[str, Any], str], None],
+    say: Callable[[str], Any],
 ) -> None:
     """Check everything, train, save and tell.
 
     Args:
         arguments (`argparse.Namespace`): of the command line.
+        words (sequence of `str`): the command line.
         answer (`Callable`): writes the result.
+        say (`Callable`): writes a line for people.
 
     Raises:
         AdaPruneError: before any training, for what cannot work.
@@ -83,19 +90,21 @@ def run_recover(
     from .saving import check_output
 
     output = check_output(arguments.output)
+    begin_afresh(arguments)
     loader = Loader.of(arguments)
     _check_pair(loader, arguments, config)
     from .recovery import check_student, recover
     from .reporting import text_table
 
     check_student(None, config)
-    model, tokenizer = loader.model(), loader.tokenizer()
     sources = arguments.calibration or ["python"]
-    result = recover(
-        model, tokenizer, arguments.teacher, config, sources=sources, selection=arguments.selection,
-        report=arguments.report,
-    )  # fmt: skip
-    result.save_pretrained(output)
+    with kept_beside(arguments, words, output, say, True) as run_dir:
+        model, tokenizer = loader.model(), loader.tokenizer()
+        result = recover(
+            model, tokenizer, arguments.teacher, config, sources=sources, selection=arguments.selection,
+            report=arguments.report, run_dir=run_dir,
+        )  # fmt: skip
+        result.save_pretrained(output)
     lines = [
         (f"held out, {name}", *(f"{result.held_out[when][name].value:.4f}" for when in ("before", "after")))
         for name in ("kl", "loss")

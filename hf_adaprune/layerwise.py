@@ -26,7 +26,7 @@ from .masking import masked
 from .offloading import check_layer, layer_weights
 from .plan import PruningPlan, SitePlan, split_site_name
 from .recording import exact_products
-from .run_artefacts import kept_repair
+from .run_artefacts import kept_repair, read_repair
 from .run_folder import RunFolder
 from .sites import ModelSites, Site
 from .statistics import spread_weights
@@ -73,12 +73,10 @@ def sequential_repairs(
 ) -> dict[str, Repair]:
     """All repairs of [`repairs_by_layer`], by site name."""
     repairs: dict[str, Repair] = {}
-    if kept is not None and kept.run is not None:
-        found = [kept.run.read(kept.name(number)) for number in range(len(sites.layers))]
-        if all(own is not None for own in found):  # nothing is left to walk for
-            for number in range(len(sites.layers)):
-                repairs.update(kept.repair(number, dict))
-            return repairs
+    found = [] if kept is None else [read_repair(kept.run, kept.name(number)) for number in range(len(sites.layers))]
+    if found and all(own is not None for own in found):  # nothing is left to walk for
+        return {site: repair for own in found if own is not None for site, repair in own.items()}
+    del found
     layers = repairs_by_layer(sites, plan, blocks, config, domain_weights, kept=kept)
     for _, own in transformers_logging.tqdm(layers, total=len(sites.layers), desc="sequential repair", unit="layer"):
         repairs.update(own)

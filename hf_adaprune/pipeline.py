@@ -26,8 +26,8 @@ from .model_config import MODEL_TAGS, PROVENANCE_KEY, known_architecture
 from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
-from .run_artefacts import kept_blocks, model_bytes_digest, run_facts
-from .run_folder import RunFolder, once, open_run
+from .run_artefacts import kept_blocks, model_bytes_digest, repair_name, run_facts
+from .run_folder import RunFolder, once_noted, open_run
 from .search_checks import check_search, search_needs
 from .search_journal import check_journal, journal_lock
 from .search_stage import search_stage
@@ -268,7 +268,7 @@ def prune(
         read = partial(gather_texts, sites, tokenizer, config, needs is not None)
         blocks, held_out, reports = kept_blocks(run, workers, read)
         clock.stop("texts")
-        dense = {name: _perplexity(run, "dense", name, model, report) for name, report in reports.items()}
+        dense = {name: _perplexity(run, "dense", model, report) for name, report in reports.items()}
         clock.stop("report dense")
 
         made = decide_and_repair(
@@ -282,8 +282,8 @@ def prune(
         note_provenance(cut, config, plan)
         model.add_model_tags(list(MODEL_TAGS))
         after = Sizes.of(cut)
-        key = f"pruned {plan.digest[:12]} {made.schedule}"
-        pruned = {name: _perplexity(run, key, name, model, report) for name, report in reports.items()}
+        place = repair_name("report", config, plan)
+        pruned = {name: _perplexity(run, place, model, report) for name, report in reports.items()}
         clock.stop("report pruned")
     facts = {} if made.blocks is None else made.blocks.facts()
     evaluation = {name: {"dense": dense[name], "pruned": pruned[name]} for name in reports}
@@ -345,12 +345,9 @@ def _goes_on(run: RunFolder | None) -> bool:
     return run is not None and run.resumed
 
 
-def _perplexity(run: RunFolder | None, which: str, name: str, model: Any, blocks: TokenBlocks) -> Measurement:
-    def pack(found: Measurement) -> tuple[dict[str, Any], Any]:
-        return {}, vars(found)
-
-    place = f"perplexity/{which} {blocks.digest[:12]}"
-    return once(run, place, lambda: perplexity(model, blocks), pack, lambda _, data: Measurement(**data))
+def _perplexity(run: RunFolder | None, which: str, model: Any, blocks: TokenBlocks) -> Measurement:
+    place = f"{which}/{blocks.digest[:12]}"
+    return Measurement(**once_noted(run, place, lambda: dict(vars(perplexity(model, blocks)))))
 
 
 @dataclass(frozen=True, eq=False)

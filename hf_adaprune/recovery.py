@@ -6,23 +6,25 @@ The weights come back in the dtypes they had, so that what was 2 bytes stays 2 b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .calibration import TokenBlocks, packed_blocks, report_blocks
-from .config import CONFIG_NAME, CalibrationConfig, Source, TextSource
+from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source, TextSource
 from .distillation import DistillationTrainer, Windows, cache_teacher, vocabulary_of
 from .documents import Documents, input_device, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError, MissingDependencyError, UnsupportedModelError
@@ -30,12 +32,15 @@ from .evaluation import Measurement, kl_divergence, mean_over_windows, per_windo
 from .pipeline import PruningResult, Sizes
 from .plan import PruningPlan
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
-from .recovery_course import Course, schedule_shape
-from .saving import PLAN_NAME, save_pruned
+from .recovery_course import Checkpoints, Course, schedule_shape
+from .run_artefacts import bytes_digest, kept_blocks, text_digests, tokenizer_digest
+from .run_folder import RunFolder, once_noted, open_run
+from .saving import PLAN_NAME, quiet_global_values, save_pruned
 from .sites import find_sites
 from .stages import text_part
 from .surgery import cast_parameters
 from .training import AdaPrunerCallback
+from .workers import Alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +49,7 @@ __all__ = ["RecoveryResult", "check_student", "recover", "training_texts"]
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_MINUTES = 5.0
 ENDLESS = 10**7  # steps of a training that the clock ends
 
 
@@ -121,6 +127,8 @@ def recover(
     report: Sequence[Source] | Source = (),
     pruning: PruningResult | str | os.PathLike[str] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    run_dir: str | os.PathLike[str] | None = None,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
 ) -> RecoveryResult:
     """Train a pruned model to predict what the dense one predicts, in place.
 
@@ -136,11 +144,19 @@ def recover(
             folder of the pruned checkpoint; found by the model's name where not given.
         callbacks (list of `TrainerCallback`, *optional*): of the Trainer. With an [`AdaPrunerCallback`] the model may
             be the dense one, which shrinks while it learns from its former self; `tokens` has to say how long.
+        run_dir (`str`, *optional*): folder that keeps windows, measurements, a cached teacher, checkpoints and trained
+            weights. After a kill the same call with the pruned model goes on from the last checkpoint; with
+            `tokens` to the same weights, with `minutes` for what is left of them. Ctrl-C finishes the step and saves.
+            Remove the folder when the result is saved. One process, and no [`AdaPrunerCallback`].
+        checkpoint_minutes (`float`, *optional*, defaults to 5): between two checkpoints, which take the disk of two
+            times weights and moments of the optimizer.
 
     Returns:
         [`RecoveryResult`]
 
     Raises:
+        RunError: `run_dir` is of a run with other inputs (the message says which), or in use by another process.
+        CheckpointError: its disk lacks room.
         ConfigError, CalibrationError, UnsupportedModelError, MissingDependencyError: before any training.
 
     Example:
@@ -152,30 +168,42 @@ def recover(
     """
     config = config or RecoveryConfig()
     check_student(model, config)
+    if run_dir is not None:
+        _check_resumable(callbacks)
     provenance, plan = _provenance(model, pruning)
     name = (
         str(teacher) if isinstance(teacher, (str, os.PathLike)) else str(getattr(teacher.config, "_name_or_path", ""))
     )
-    train, held_out = training_texts(model, tokenizer, config, sources, selection=selection, report=report)
-    dense = _load_teacher(teacher, model)
-    if vocabulary_of(dense) != vocabulary_of(model):
-        raise ConfigError(
-            f"teacher and student should have one vocabulary. Found {vocabulary_of(dense)} tokens (teacher) and "
-            f"{vocabulary_of(model)} (student). Name the model that the student was pruned from."
-        )
-    layers = _layer_map(model, dense, plan) if config.hidden_weight and config.hidden_layers == "all" else None
-    reports = _reports(model, tokenizer, report)
-    evaluation = {
-        source: {"dense": perplexity(dense, own), "before": perplexity(model, own)} for source, own in reports.items()
-    }
-    measured = {"before": _measure(model, dense, held_out)} if held_out is not None else {}
-    started = time.perf_counter()
-    tokens, steps, log = _train(model, dense, train, config, layers, started, callbacks)
-    minutes = (time.perf_counter() - started) / 60
-    if held_out is not None:
-        measured["after"] = _measure(model, dense, held_out)
-    for source, blocks in reports.items():
-        evaluation[source]["pruned"] = perplexity(model, blocks)
+    with open_run(run_dir) as run:
+        texts = partial(training_texts, model, tokenizer, config, sources, selection=selection, report=report)
+        read = texts() if run is None else None
+        dense = _load_teacher(teacher, model)
+        if vocabulary_of(dense) != vocabulary_of(model):
+            raise ConfigError(
+                f"teacher and student should have one vocabulary. Found {vocabulary_of(dense)} tokens (teacher) and "
+                f"{vocabulary_of(model)} (student). Name the model that the student was pruned from."
+            )
+        layers = _layer_map(model, dense, plan) if config.hidden_weight and config.hidden_layers == "all" else None
+        if run is not None:
+            run.bind(_facts(model, dense, tokenizer, config, sources, selection, report))
+        train, held_out, _ = kept_blocks(run, Alone(), lambda: (*(read or texts()), {}))
+        assert train is not None
+        reports = _reports(model, tokenizer, report)
+        evaluation = {
+            source: {
+                "dense": _kept_perplexity(run, "dense", dense, blocks),
+                "before": _kept_perplexity(run, "before", model, blocks),
+            }
+            for source, blocks in reports.items()
+        }
+        measured = {"before": _kept_measure(run, "before", model, dense, held_out)} if held_out is not None else {}
+        started = time.perf_counter()
+        checkpoints = None if run is None else partial(Checkpoints, run, checkpoint_minutes)
+        tokens, steps, minutes, log = _train(model, dense, train, config, layers, started, callbacks, run, checkpoints)
+        if held_out is not None:
+            measured["after"] = _kept_measure(run, "after", model, dense, held_out)
+        for source, blocks in reports.items():
+            evaluation[source]["pruned"] = _kept_perplexity(run, "pruned", model, blocks)
     for callback in callbacks:
         if isinstance(callback, AdaPrunerCallback) and callback.plan is not None:
             plan, provenance = callback.plan, callback.record(model)
@@ -186,6 +214,20 @@ def recover(
     return RecoveryResult(
         model, tokenizer, config, tokens, steps, minutes, measured, log, text, provenance, plan, name, evaluation
     )  # fmt: skip
+
+
+def _kept_perplexity(run: RunFolder | None, which: str, model: Any, blocks: TokenBlocks) -> Measurement:
+    place = f"perplexity/{which} {blocks.digest[:12]}"
+    return Measurement(**once_noted(run, place, lambda: dict(vars(perplexity(model, blocks)))))
+
+
+def _kept_measure(
+    run: RunFolder | None, when: str, model: Any, dense: Any, blocks: TokenBlocks
+) -> dict[str, Measurement]:
+    def made() -> dict[str, Any]:
+        return {name: dict(vars(value)) for name, value in _measure(model, dense, blocks).items()}
+
+    return {name: Measurement(**value) for name, value in once_noted(run, f"held out {when}", made).items()}
 
 
 # -- before training --------------------------------------------------------------------------------------------------
@@ -214,6 +256,36 @@ def check_student(model: Any, config: RecoveryConfig) -> None:
             raise MissingDependencyError(
                 "adapters are made by peft: pip install peft. Or train without `lora`."
             ) from error
+
+
+def _check_resumable(callbacks: Sequence[TrainerCallback]) -> None:
+    if any(isinstance(callback, AdaPrunerCallback) for callback in callbacks):
+        raise ConfigError(
+            "`run_dir` cannot restart a model that shrinks while it learns. Leave it out, or train with a "
+            "DistillationTrainer and resume_from_checkpoint."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("`run_dir` is for one process. Leave it out, or start without `accelerate launch`.")
+
+
+def _facts(
+    model: Any, dense: Any, tokenizer: Any, config: RecoveryConfig, sources: Any, selection: Any, report: Any
+) -> dict[str, Any]:
+    """What a recovery is about: with any of it changed it cannot go on."""
+    from . import __version__
+
+    own = CalibrationConfig(sources=_listed(sources), selection=_listed(selection), report=_listed(report))
+    named = PruningConfig(calibration=own)
+    said = named.to_dict()["calibration"]
+    return {
+        "version of hf_adaprune": __version__,
+        "config": config.to_dict(),
+        "sources": {role: said[role] for role in ("sources", "selection", "report")},
+        "texts": text_digests(named),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "weights of the student": bytes_digest(dict(model.named_parameters())),
+        "weights of the teacher": bytes_digest(dict(dense.named_parameters())),
+    }
 
 
 def _provenance(model: Any, pruning: Any) -> tuple[dict[str, Any], PruningPlan | None]:
@@ -373,7 +445,7 @@ def _autocasts(config: RecoveryConfig, device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_it_was(model: Any, config: RecoveryConfig) -> Iterator[None]:
     """Afterwards dtypes, flags and config are what they were, whatever a trainer left behind."""
     modes = [(module, module.training) for module in model.modules()]
@@ -404,7 +476,7 @@ def _as_it_was(model: Any, config: RecoveryConfig) -> Iterator[None]:
             os.environ["ACCELERATE_MIXED_PRECISION"] = environment
 
 
-@contextmanager
+@contextlib.contextmanager
 def _trained_part(model: Any, config: RecoveryConfig) -> Iterator[Any]:
     """The model to train: all of it, or with adapters, which are merged at the end."""
     if config.lora is None:
@@ -447,7 +519,10 @@ def _train(
     layers: Mapping[int, int] | None,
     started: float,
     callbacks: Sequence[TrainerCallback],
-) -> tuple[int, int, tuple[dict[str, float], ...]]:
+    run: RunFolder | None = None,
+    checkpoints: Callable[[Course], Checkpoints] | None = None,
+) -> tuple[int, int, float, tuple[dict[str, float], ...]]:
+    """Train, or take what an earlier run trained: tokens, steps, minutes and log."""
     device = input_device(model)
     steps = ENDLESS if config.minutes is not None else -(-(config.tokens or DEFAULT_TOKENS) // config.step_tokens)
     if (
@@ -457,16 +532,26 @@ def _train(
         times = steps * config.step_tokens / (len(blocks) * config.sequence_length)
         logger.info("there are %d tokens of training text; they are read %.1f times.", blocks.tokens, times)
     forked = [device] if device.type == "cuda" else []
-    with tempfile.TemporaryDirectory(prefix="hf_adaprune_") as folder, torch.random.fork_rng(devices=forked):
-        teacher = dense
-        if config.top_k is not None:
-            place = Path(folder) / "teacher"
-            teacher = cache_teacher(dense, blocks, place, config.top_k, temperature=config.temperature)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_adaprune_"))
+        stack.enter_context(torch.random.fork_rng(devices=forked))
         with _as_it_was(model, config):
             torch.manual_seed(config.seed)
             with _trained_part(model, config) as student:
+                found = None if run is None else run.read("trained")
+                if found is not None and run is not None:
+                    shutil.rmtree(run.place / Checkpoints.NAME, ignore_errors=True)
+                    tensors, (tokens, done, minutes, log) = found
+                    student.load_state_dict(tensors, strict=False)
+                    return tokens, done, minutes, tuple(log)
+                teacher = dense
+                if config.top_k is not None:
+                    place = Path(folder if run is None else run.place) / "teacher"
+                    teacher = cache_teacher(dense, blocks, place, config.top_k, temperature=config.temperature)
+                course = Course(config, steps, started, len(blocks))
+                saver = None if checkpoints is None else checkpoints(course)
                 arguments = TrainingArguments(
-                    output_dir=folder,
+                    output_dir=folder if saver is None else str(saver.folder),
                     max_steps=steps,
                     per_device_train_batch_size=config.batch_size,
                     gradient_accumulation_steps=config.gradient_accumulation,
@@ -476,7 +561,7 @@ def _train(
                     bf16=_autocasts(config, device),
                     use_cpu=device.type == "cpu",
                     seed=config.seed,
-                    save_strategy="no",
+                    save_strategy="no",  # the checkpoints' callback says when
                     report_to="none",
                     disable_tqdm=True,
                     logging_strategy="no",  # the course says when
@@ -495,12 +580,37 @@ def _train(
                 )
                 for printer in (PrinterCallback, ProgressCallback):
                     trainer.remove_callback(printer)
-                trainer.course = Course(config, steps, started, len(blocks))
+                trainer.course = course
                 trainer.shape = schedule_shape(config)
-                trainer.add_callback(trainer.course)
-                trainer.train()
-                log = tuple({k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history[:-1])
-                done = trainer.state.global_step
-                tokens = trainer.tokens_seen
+                trainer.add_callback(course)
+                _run(trainer, saver)
+                log = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history[:-1]]
+                done, tokens = trainer.state.global_step, trainer.tokens_seen
+                minutes = (time.perf_counter() - course.started) / 60
+                if run is not None and saver is not None:
+                    weights = {name: own for name, own in student.named_parameters() if own.requires_grad}
+                    run.keep("trained", weights, [tokens, done, minutes, log])
+                    shutil.rmtree(saver.folder, ignore_errors=True)
+                    saver.raise_if_interrupted()
                 trainer.accelerator.free_memory()
-    return tokens, done, log
+    return tokens, done, minutes, tuple(log)
+
+
+def _run(trainer: _RecoveryTrainer, saver: Checkpoints | None) -> None:
+    """Train from the beginning, or from the last checkpoint.
+
+    Raises:
+        KeyboardInterrupt: the user broke off, and what was trained is saved.
+    """
+    if saver is None:
+        trainer.train()
+        return
+    saver.trainer = trainer
+    trainer.add_callback(saver)
+    own = cast(torch.nn.Module, trainer.model).parameters()
+    saved = sum(parameter.nbytes * (3 if parameter.requires_grad else 1) for parameter in own)
+    saver.run.check_space(2 * saved, "two checkpoints")
+    with saver.listening(), quiet_global_values():
+        trainer.train(resume_from_checkpoint=saver.resume())
+    if not trainer.course.over:
+        saver.raise_if_interrupted()

@@ -34,6 +34,7 @@ __all__ = [
     "kept_scores",
     "kept_statistics",
     "model_bytes_digest",
+    "read_repair",
     "repair_name",
     "run_facts",
     "statistics_bytes",
@@ -70,7 +71,7 @@ def run_facts(
 
     asked = config.to_dict()
     asked.pop("version")
-    for name in ("trials", "minutes"):
+    for name in ("trials", "minutes", "redraw"):
         (asked["search"] or {}).pop(name, None)
     return {
         "version of hf_adaprune": __version__,
@@ -446,6 +447,17 @@ def kept_repair(run: RunFolder | None, name: str, make: Callable[[], dict[str, R
         }
 
     return once(run, name, made, _packed_repairs, _unpacked_repairs)
+
+
+def read_repair(run: RunFolder | None, name: str) -> dict[str, Repair] | None:
+    """Repairs that an earlier run kept; `None` where it did not.
+
+    Args:
+        run ([`RunFolder`], *optional*): the run.
+        name (`str`): of the artefact.
+    """
+    found = None if run is None else run.read(name)
+    return None if found is None else _unpacked_repairs(*found)
 
 
 def _packed_repairs(repairs: Mapping[str, Repair]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FORMAT = 1
+_KIND = "run of hf_adaprune"  # what tells a folder of a run from others, which are never deleted
 _FACTS, _LOCK = "run.json", "lock"
 _TRANSIENT = ("partial", "activations", "converted")  # folders beside an output, for the time of a run
 _SPARE = 64 * 2**20  # bytes that stay free beside what is about to be written
@@ -135,7 +136,7 @@ class RunFolder:
 
     def __init__(self, place: Path, writes: bool = True) -> None:
         self.place, self.writes = place, writes
-        self.resumed = (place / _FACTS).is_file()
+        self.resumed = self.fact("kind") == _KIND
 
     def bind(self, facts: Mapping[str, Any]) -> None:
         """Write down what the run is about, or compare with what an earlier run wrote down.
@@ -148,17 +149,15 @@ class RunFolder:
         """
         if not self.writes:
             return
-        wanted = json.loads(json.dumps({"format": FORMAT, **facts}))
+        wanted = json.loads(json.dumps({"kind": _KIND, "format": FORMAT, **facts}))
         path = self.place / _FACTS
         if not path.is_file():
             self._write(path, wanted)
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = None
-        if not isinstance(found, dict):
-            raise RunError(f"{path} is damaged. Remove {self.place} (--fresh does), or choose another output.")
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is damaged. Remove {self.place}, or choose another output.") from error
         there, here = _flat(found), _flat(wanted)
         different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         if different:

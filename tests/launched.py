@@ -18,7 +18,7 @@ import torch
 from conftest import tiny_model
 from texts import calibration_make_tokenizer, calibration_prose, random_blocks
 
-from hf_adaprune import PruningConfig, TextSource, find_sites, prune, recording, search_plan
+from hf_adaprune import PruningConfig, TextSource, find_sites, parallel, prune, recording, search_plan
 from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.parallel import Processes, collect_together, processes
 from hf_adaprune.recording import collect_statistics
@@ -137,6 +137,16 @@ def main(folder: Path) -> None:
     workers.share(None)
     found = search_plan(text_model(), tokenizer, search_config(), journal=folder / "resumed.jsonl", resume=True)
     saw["resumed"] = (found.plan.digest, [replace(trial, seconds=0.0, elapsed=0.0) for trial in found.journal.trials])
+
+    passes: list[int] = []
+    real = parallel.collect_statistics
+    parallel.collect_statistics = lambda *args, **options: passes.append(1) or real(*args, **options)
+    kept_run = {"journal": folder / "kept.jsonl", "run_dir": folder / "run"}
+    plans = [search_plan(text_model(), tokenizer, search_config(), **kept_run).plan.digest for _ in range(2)]
+    parallel.collect_statistics = real
+    saw["kept run"] = (plans, len(passes))
+    other_inputs = search_config().with_changes(pruning_ratio=0.3)
+    saw["other run"] = error_of(lambda: search_plan(text_model(), tokenizer, other_inputs, **kept_run))
 
     custom = search_config(objective="custom")
     fails = failing(workers.rank, on=1)

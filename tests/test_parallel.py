@@ -137,9 +137,15 @@ def test_a_resumed_search_is_the_uninterrupted_one(saw: list[dict[str, Any]], fo
     assert (resumed.finals, resumed.events) == (whole.finals, whole.events)
 
 
+def test_a_run_that_is_kept_measures_once(saw: list[dict[str, Any]]) -> None:
+    for own in saw:
+        assert own["kept run"] == ([own["whole"][0]] * 2, 1)
+
+
 @pytest.mark.parametrize(
     ("what", "kind", "message"),
     [
+        ("other run", "RunError", "pruning_ratio"),
         ("failed trial", "OSError", "the disk under rank 1 is gone"),
         ("journal there", "JournalError", "there is a journal"),
         ("failed statistics", "StatisticsError", "not finite"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import subprocess
@@ -119,7 +118,7 @@ def test_a_folder_that_nothing_was_kept_in_goes(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
     # What a kill left before anything was kept binds no one.
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"format": 1, "config": {"pruning_ratio": 0.9}}))
+    RunFolder(tmp_path / "run").bind({"config": {"pruning_ratio": 0.9}})
     with open_run(tmp_path / "run") as run:
         assert run is not None and not run.resumed
         run.bind(FACTS)
@@ -129,9 +128,12 @@ def test_a_folder_that_nothing_was_kept_in_goes(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match="no folder of a run"), open_run(tmp_path):
-        pass
-    assert (tmp_path / "thesis.tex").exists()
+    for there in (None, "[", "[]", '{"format": 1}'):  # a file of the same name says nothing
+        if there is not None:
+            (tmp_path / "run.json").write_text(there)
+        with pytest.raises(RunError, match="no folder of a run"), open_run(tmp_path):
+            pass
+        assert (tmp_path / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])

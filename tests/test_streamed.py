@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,16 +13,32 @@ import torch
 from conftest import logits_of, tiny_model, tokens
 from test_pipeline import TEXT, config_of, passage, tiny_tokenizer
 from test_pipeline import tiny_model as text_model
+from test_runs import killed_at_news
 from texts import random_blocks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_adaprune import PruningConfig, PruningPlan, TextSource, find_sites, prune, prune_to_disk, shards, streamed
+from hf_adaprune import (
+    PruningConfig,
+    PruningPlan,
+    StreamedResult,
+    TextSource,
+    find_sites,
+    layer_scores,
+    layerwise,
+    prune,
+    prune_to_disk,
+    shards,
+    streamed,
+)
 from hf_adaprune.activations import Activations, ActivationStore
-from hf_adaprune.errors import CheckpointError, ConfigError, UnsupportedModelError
+from hf_adaprune.errors import CheckpointError, ConfigError, RunError, UnsupportedModelError
 from hf_adaprune.estimate import activation_bytes, bound_skeleton, peak_by_layer
 from hf_adaprune.evaluation import per_window_loss, run_layers
 from hf_adaprune.layer_scores import forward_only_config
 from hf_adaprune.offloading import is_offloaded, layer_weights, load_offloaded
+from hf_adaprune.run_folder import locked_output
+from hf_adaprune.sites import ModelSites
+from hf_adaprune.statistics import Needs
 from hf_adaprune.streaming import HiddenStream
 
 SEQUENTIAL = {"method": "least_squares", "schedule": "sequential", "min_tokens_per_column": 1.0, "holdout": 0.25}
@@ -29,7 +47,10 @@ UNITS = ("channel", "kv_group", "expert_channel")
 
 def offloaded(folder: Path, family: str = "llama", **changes: object) -> PreTrainedModel:
     """A tiny model that was saved and opened again with its layers left on disk."""
-    model = text_model(family, **changes)
+    return in_pieces(folder, text_model(family, **changes))
+
+
+def in_pieces(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     model.save_pretrained(folder / "dense")
     sites = bound_skeleton(model.config)
     return load_offloaded(folder / "dense", sites, folder / "offload", dtype=torch.float32)
@@ -353,3 +374,90 @@ def test_the_stated_peak_does_not_grow_with_depth() -> None:
     # Beyond the budget, windows cost disk and no memory but what is kept per window.
     tight = more.with_changes(activation_bytes=0)
     assert peak_by_layer(sites, more) - peak_by_layer(sites, tight) == activation_bytes(sites, more) > 0
+
+
+# -- runs that die ----------------------------------------------------------------------------------------------------
+
+DYING = {
+    "sequential": ("llama", {"calibration": {"report": TextSource("report", [passage(301)])}}),
+    "experts": ("mixtral", {"units": ("expert",), "ratio": 0.1}),
+    "bias, held out": ("qwen2", {"recipe": "flap", "repair": {"method": "bias", "holdout": 0.25}}),
+    "rounds": ("llama", {"allocation": {"steps": 2}, "activation_bytes": 0}),
+}
+
+
+@pytest.mark.parametrize("way", DYING)
+def test_killed_anywhere_and_started_again_equals_uninterrupted(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, changes = DYING[way]
+    config, pieces = small(**changes), offloaded(tmp_path, family)
+
+    def run(name: str, place: Path | None) -> StreamedResult:
+        return prune_to_disk(pieces, tiny_tokenizer(), config, tmp_path / name, max_shard_size=20_000, run_dir=place)
+
+    wanted = run("whole", None)
+    seen: set[str] = set()
+    while killed_at_news(monkeypatch, seen, lambda: run("parts", tmp_path / "run")):
+        assert len(seen) < 40 and not list(tmp_path.glob("parts*"))
+    assert {"pool", "rounds/dense", "layers/dense/0000", "layers/dense/0002", "weights/0002"} <= seen
+    shutil.rmtree(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed, "score_layers", lambda *args: pytest.fail("measured again"))
+        patch.setattr(layerwise, "_repairs_of", lambda *args: pytest.fail("solved again"))
+        again = run("parts", tmp_path / "run")
+    assert json.dumps({**again.to_dict(), "seconds": 0}) == json.dumps({**wanted.to_dict(), "seconds": 0})
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "parts").iterdir())
+    for name in names:
+        own, other = ((tmp_path / folder / name).read_bytes() for folder in ("parts", "whole"))
+        assert own == other or name == "pruning_config.json", name
+    untouched(pieces)
+
+
+def test_layers_that_are_scored_are_only_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces, needs = offloaded(tmp_path, "llama"), []
+    real = layer_scores.collect_statistics
+
+    def collect(sites: ModelSites, blocks: object, asked: Needs, **options: object) -> object:
+        needs.append(asked)
+        return real(sites, blocks, asked, **options)
+
+    monkeypatch.setattr(layer_scores, "collect_statistics", collect)
+    run = functools.partial(prune_to_disk, pieces, tiny_tokenizer(), small(), tmp_path / "a", run_dir=tmp_path / "r")
+    assert killed_at_news(monkeypatch, {"pool", "weights/0000", "layers/dense/0000", "weights/0001"}, run)
+    assert len(needs) == 2 and needs[0] == needs[1] != Needs()
+    needs.clear()
+    run()
+    assert needs[:2] == [Needs()] * 2 and needs[2] != Needs()
+
+
+def test_a_changed_layer_is_named(tmp_path: Path) -> None:
+    pieces = offloaded(tmp_path, "llama")
+    prune_to_disk(pieces, tiny_tokenizer(), small(), tmp_path / "a", run_dir=tmp_path / "run")
+    model = text_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    other = in_pieces(tmp_path / "other", model)
+    with pytest.raises(RunError, match="something else: weights of layer 1"):
+        prune_to_disk(other, tiny_tokenizer(), small(), tmp_path / "b", run_dir=tmp_path / "run")
+    with pytest.raises(RunError, match="units"):
+        config = small(units=("channel",))
+        prune_to_disk(pieces, tiny_tokenizer(), config, tmp_path / "b", run_dir=tmp_path / "run")
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
+    pieces, refused = offloaded(tmp_path, "llama"), []
+
+    def other() -> None:
+        try:
+            prune_to_disk(pieces, tiny_tokenizer(), small(), tmp_path / "out")
+        except RunError as error:
+            refused.append(str(error))
+
+    with locked_output(tmp_path / "out"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1 and "is writing to" in refused[0]
