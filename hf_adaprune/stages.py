@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -47,6 +48,7 @@ __all__ = [
     "even_plan",
     "gather_texts",
     "layer_by_layer_config",
+    "lowest",
     "needs_text",
     "own_repair",
     "text_part",
@@ -476,10 +478,15 @@ def _better(
             sums = per_window_loss(sites.model, held_out).sum(0)
         losses[name] = float(sums[0] / sums[1])
     logger.info("held-out loss: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    best = min(losses, key=lambda name: losses[name])
+    best = lowest(losses)
     if best == "none":
         logger.warning("the sequential repair was dropped, it did not lower the loss on held-out windows.")
     return best, dict(candidates[best])
+
+
+def lowest(losses: Mapping[str, float]) -> str:
+    """The name of the lowest loss, the first one of equals; one that is not a number is never lower than another."""
+    return min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
 
 
 def _parts(sites: list[Site]) -> Iterator[list[Site]]:

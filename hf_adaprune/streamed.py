@@ -43,7 +43,17 @@ from .recording import collect_statistics, quiet_bars, quiet_model
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of
 from .sites import ModelSites, find_sites
-from .stages import Clock, RepairReport, check_repairs, decide_by, gather_texts, needs_text, own_repair, what_to_collect
+from .stages import (
+    Clock,
+    RepairReport,
+    check_repairs,
+    decide_by,
+    gather_texts,
+    lowest,
+    needs_text,
+    own_repair,
+    what_to_collect,
+)
 from .statistics import Needs, Statistics
 from .streaming import HiddenStream
 from .surgery import apply_plan, cut_layer
@@ -351,7 +361,7 @@ class _Run:
         losses = {key[1]: own.loss() for key, own in watched.items() if key[0] == "check"}
         if losses:
             logger.info("held-out loss: sequential %.4f, none %.4f", losses["repaired"], losses["pruned"])
-        if losses and losses["pruned"] < losses["repaired"]:
+        if losses and lowest(losses) == "pruned":
             logger.warning("the sequential repair was dropped, it did not lower the loss on held-out windows.")
             schedule = "none"
             writer.start_again()
