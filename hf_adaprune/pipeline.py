@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from .stages import (
 )
 from .statistics import Needs, Statistics
 from .surgery import Follow, apply_plan, assign_layer
+from .whole_files import scratch_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -349,7 +350,7 @@ def decide_and_repair(
     """
     clock, workers = clock or Clock(), workers or Alone()
     costs = costs or shared_costs(sites, config, workers)
-    folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
+    folder = _room_for_moments(config)
     with folder as place:
         found: SearchResult | None = None
         if config.search is not None:
@@ -442,7 +443,7 @@ def search_plan(
     blocks, _, _ = workers.each(partial(gather_texts, sites, tokenizer, unreported, True))
     assert blocks is not None
     clock.stop("texts")
-    folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
+    folder = _room_for_moments(config)
     with folder as place:
         return _searched(
             sites, tokenizer, config, blocks, needs, place, costs, clock, workers,
@@ -475,6 +476,13 @@ def _searched(
     clock.stop("statistics")
     found = find_best(sites, tokenizer, config, statistics, costs=costs, workers=workers, clock=clock, **options)
     return found, statistics
+
+
+def _room_for_moments(config: PruningConfig) -> AbstractContextManager[Any]:
+    """The folder of Gram matrices on disk, or nothing."""
+    return (
+        scratch_folder(tempfile.gettempdir(), "hf_adaprune_moments") if config.gram_place == "disk" else nullcontext()
+    )
 
 
 def own_architecture(model: Any, given: Architecture | None) -> Architecture | None:

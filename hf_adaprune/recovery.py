@@ -36,6 +36,7 @@ from .sites import find_sites
 from .stages import text_part
 from .surgery import cast_parameters
 from .training import AdaPrunerCallback
+from .whole_files import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -457,16 +458,17 @@ def _train(
         times = steps * config.step_tokens / (len(blocks) * config.sequence_length)
         logger.info("there are %d tokens of training text; they are read %.1f times.", blocks.tokens, times)
     forked = [device] if device.type == "cuda" else []
-    with tempfile.TemporaryDirectory(prefix="hf_adaprune_") as folder, torch.random.fork_rng(devices=forked):
+    room = scratch_folder(tempfile.gettempdir(), "hf_adaprune_recovery")
+    with room as folder, torch.random.fork_rng(devices=forked):
         teacher = dense
         if config.top_k is not None:
-            place = Path(folder) / "teacher"
+            place = folder / "teacher"
             teacher = cache_teacher(dense, blocks, place, config.top_k, temperature=config.temperature)
         with _as_it_was(model, config):
             torch.manual_seed(config.seed)
             with _trained_part(model, config) as student:
                 arguments = TrainingArguments(
-                    output_dir=folder,
+                    output_dir=str(folder),
                     max_steps=steps,
                     per_device_train_batch_size=config.batch_size,
                     gradient_accumulation_steps=config.gradient_accumulation,

@@ -11,7 +11,6 @@ import copy
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +56,7 @@ from .stages import (
 from .statistics import Needs, Statistics
 from .streaming import HiddenStream
 from .surgery import apply_plan, cut_layer
-from .whole_files import whole_folder
+from .whole_files import scratch_folder, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -165,8 +164,7 @@ def prune_to_disk(
     with contextlib.ExitStack() as stack:
 
         def folder(what: str) -> str:
-            name = f".{target.name}.{what}-"
-            return stack.enter_context(tempfile.TemporaryDirectory(prefix=name, dir=target.absolute().parent))
+            return str(stack.enter_context(scratch_folder(target.absolute().parent, f".{target.name}.{what}")))
 
         live: Any = model
         if isinstance(model, (str, os.PathLike)):
