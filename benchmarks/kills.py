@@ -35,7 +35,7 @@ from typing import Any
 
 from .machine import commit, processor, versions
 
-__all__ = ["KINDS", "measure"]
+__all__ = ["KINDS", "Kind", "measure", "prepared", "run_kind"]
 
 KILLS_PER_ROUND = 3  # at most, before a command may finish
 CLOCKS = ("seconds", "elapsed")
@@ -65,7 +65,7 @@ def _by_layer(inputs: Path, work: Path) -> list[str]:
 
 def _search(inputs: Path, work: Path) -> list[str]:
     selection = ["--selection", str(inputs / "selection.txt"), "--config", str(inputs / "search.json")]
-    journal = ["--trials", "8", "--journal", str(work / "journal.jsonl"), "--resume"]
+    journal = ["--trials", "6", "--journal", str(work / "journal.jsonl"), "--resume"]
     return ["search", *_prune(inputs, work)[1:], *selection, *journal]
 
 
@@ -115,17 +115,7 @@ def measure(folder: Path, kinds: list[str], kills: int, seed: int) -> dict[str, 
         `dict[str, Any]`: counts by kind, in all, and everything that broke.
     """
     started = time.perf_counter()
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    # A fork shares what is imported; the parent computes nothing, so it has no threads that a fork would lose.
-    import botorch  # noqa: F401
-    import torch
-
-    from hf_adaprune import cli, recovery  # noqa: F401
-
-    torch.set_num_threads(1)
-    inputs = folder / "inputs"
-    inputs.mkdir()
-    _expect(_wait(_fork(lambda: _make_inputs(inputs), folder / "log.txt"))[0] == 0, folder / "log.txt")
+    inputs = prepared(folder)
     broken: list[str] = []
     found = {name: _Course(name, inputs, folder, seed, broken).run(kills) for name in kinds}
     return {
@@ -134,8 +124,43 @@ def measure(folder: Path, kinds: list[str], kills: int, seed: int) -> dict[str, 
         "broken": broken,
         "seconds": round(time.perf_counter() - started, 1),
         "seed": seed,
-        "machine": {"commit": commit(), "versions": versions(), "cpu": processor(), "threads": torch.get_num_threads()},
+        "machine": {"commit": commit(), "versions": versions(), "cpu": processor(), "threads": 1},
     }
+
+
+def prepared(folder: Path) -> Path:
+    """Import everything that commands need, and make what they work on.
+
+    Args:
+        folder (`Path`): to write in.
+
+    Returns:
+        `Path`: the folder of inputs.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # A fork shares what is imported; the parent computes nothing, so it has no threads that a fork would lose.
+    import botorch  # noqa: F401
+    import torch
+
+    from hf_adaprune import cli, recovery  # noqa: F401
+
+    torch.set_num_threads(1)
+    inputs, log = folder / "inputs", folder / "log.txt"
+    inputs.mkdir()
+    if wait_for(fork(lambda: make_inputs(inputs), log))[0]:
+        raise SystemExit(log.read_text(encoding="utf-8"))
+    return inputs
+
+
+def run_kind(kind: Kind, inputs: Path, work: Path) -> int:
+    """Run a command in this process, and say its exit code."""
+    tempfile.tempdir = str(work / "tmp")
+    if kind.words is None:
+        save_once(inputs, work / "out")
+        return 0
+    from hf_adaprune.cli import main as command
+
+    return command([*kind.words(inputs, work), "--quiet"])
 
 
 class _Course:
@@ -148,6 +173,7 @@ class _Course:
         names = ("kills", "rounds", "output absent after a kill", "output whole after a kill", "kills that left files")
         self.counts = dict.fromkeys(names, 0)
         self.left: dict[str, int] = {}
+        self.seconds: list[float] = []
         self.usual_entries: set[str] = set()
         self.lines = 0
 
@@ -159,20 +185,24 @@ class _Course:
             self._run(work, None)
             seconds.append(time.perf_counter() - began)
             wanted.append(self._result(work))
-            self.usual_entries = set(_entries(work))
+            self.usual_entries = set(entries_of(work))
             shutil.rmtree(work)
-        self._tell(wanted[0] == wanted[1], f"two runs without kills differ: {_difference(*wanted)}")
-        usual = statistics.median(seconds)
+        self._tell(wanted[0] == wanted[1], f"two runs without kills differ: {difference_of(*wanted)}")
+        self.seconds = seconds
         while self.counts["kills"] < kills:
-            self._round(usual, min(kills - self.counts["kills"], self.draw.randint(1, KILLS_PER_ROUND)), wanted[0])
-        counts = {**self.counts, "left by kills": self.left, "usual seconds": round(usual, 2)}
+            self._round(min(kills - self.counts["kills"], self.draw.randint(1, KILLS_PER_ROUND)), wanted[0])
+        counts = {**self.counts, "left by kills": self.left, "usual seconds": round(self._usual(), 2)}
         return {**counts, **({"whole journal lines looked for again": self.lines} if self.kind.journal else {})}
 
-    def _round(self, usual: float, kills: int, wanted: dict[str, Any]) -> None:
+    def _usual(self) -> float:
+        """What a run takes: the last few ones tell, for the machine may have other work, too."""
+        return statistics.median(self.seconds[-3:])
+
+    def _round(self, kills: int, wanted: dict[str, Any]) -> None:
         self.counts["rounds"] += 1
         work, known, done = self._work("killed"), b"", False
         for _ in range(kills):
-            done = self._run(work, self.draw.uniform(0, usual))
+            done = self._run(work, self.draw.uniform(0, self._usual()))
             if done:
                 break
             self.counts["kills"] += 1
@@ -180,7 +210,7 @@ class _Course:
             self.counts["output whole after a kill" if there else "output absent after a kill"] += 1
             if there:
                 self._result(work)
-            left = set(_entries(work)) - self.usual_entries
+            left = set(entries_of(work)) - self.usual_entries
             self.counts["kills that left files"] += bool(left)
             for kind in {entry.split("-")[0] for entry in left}:
                 self.left[kind] = self.left.get(kind, 0) + 1
@@ -189,11 +219,15 @@ class _Course:
                 break  # the same command would find its output there
         ended_by_a_kill = not done and (work / "out").exists()
         if not (work / "out").exists():
+            began = time.perf_counter()
             self._run(work, None)
+            # A run that went on where a killed one was takes less than a whole one.
+            if not self.kind.journal:
+                self.seconds.append(time.perf_counter() - began)
         found = self._result(work)
-        self._tell(found == wanted, f"the result differs: {_difference(found, wanted)}")
+        self._tell(found == wanted, f"the result differs: {difference_of(found, wanted)}")
         self._lines_kept(work, known)
-        left = sorted(set(_entries(work)) - self.usual_entries)
+        left = sorted(set(entries_of(work)) - self.usual_entries)
         self._tell(ended_by_a_kill or not left, f"left for good: {left}")
         shutil.rmtree(work)
 
@@ -205,27 +239,21 @@ class _Course:
     def _run(self, work: Path, limit: float | None) -> bool:
         """Run the command, killed after so many seconds; whether it came to its end, which has to be a good one."""
         log = work.with_suffix(".log")
-        child = _fork(lambda: self._command(work), log)
-        code, killed = _wait(child, limit)
+        child = fork(lambda: self._command(work), log)
+        code, killed = wait_for(child, limit)
         if not killed:
             self._tell(code == 0, f"ended with {code}: {log.read_text(encoding='utf-8')[-2000:]}")
         return not killed
 
     def _command(self, work: Path) -> None:
-        tempfile.tempdir = str(work / "tmp")
-        if self.kind.words is None:
-            _save(self.inputs, work / "out")
-            return
-        from hf_adaprune.cli import main as command
-
-        code = command([*self.kind.words(self.inputs, work), "--quiet"])
+        code = run_kind(self.kind, self.inputs, work)
         if code:
             raise SystemExit(code)
 
     def _result(self, work: Path) -> dict[str, Any]:
         """What is in the output folder and the journal, read in a process of its own."""
         place, log = work.with_suffix(".json"), work.with_suffix(".log")
-        code, _ = _wait(_fork(lambda: _describe(work, place), log))
+        code, _ = wait_for(fork(lambda: describe_work(work, place), log))
         if code:
             self._tell(False, f"the output does not load: {log.read_text(encoding='utf-8')[-2000:]}")
             return {}
@@ -251,7 +279,7 @@ class _Course:
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def _fork(work: Callable[[], None], log: Path) -> int:
+def fork(work: Callable[[], None], log: Path) -> int:
     """Start a process that does a piece of work, and says into a file what it says."""
     sys.stdout.flush()
     child = os.fork()
@@ -274,7 +302,7 @@ def _fork(work: Callable[[], None], log: Path) -> int:
         os._exit(code)
 
 
-def _wait(child: int, limit: float | None = None) -> tuple[int, bool]:
+def wait_for(child: int, limit: float | None = None) -> tuple[int, bool]:
     """Wait for a process, or kill it after so many seconds: exit code, and whether the kill came in time."""
     if limit is not None:
         end = time.perf_counter() + limit
@@ -289,15 +317,10 @@ def _wait(child: int, limit: float | None = None) -> tuple[int, bool]:
     return code, limit is not None and code == -signal.SIGKILL
 
 
-def _expect(holds: bool, log: Path) -> None:
-    if not holds:
-        raise SystemExit(log.read_text(encoding="utf-8"))
-
-
 # -- what is worked on ------------------------------------------------------------------------------------------------
 
 
-def _make_inputs(inputs: Path) -> None:
+def make_inputs(inputs: Path) -> None:
     """A model, the same one pruned, texts and configs."""
     from hf_adaprune import PruningConfig, prune
 
@@ -319,7 +342,7 @@ def _make_inputs(inputs: Path) -> None:
     result.save_pretrained(inputs / "pruned")
 
 
-def _save(inputs: Path, output: Path) -> None:
+def save_once(inputs: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_adaprune import PruningConfig, prune
@@ -328,7 +351,7 @@ def _save(inputs: Path, output: Path) -> None:
     prune(model, tokenizer, PruningConfig.recipe("magnitude", pruning_ratio=0.3)).save_pretrained(output)
 
 
-def _describe(work: Path, place: Path) -> None:
+def describe_work(work: Path, place: Path) -> None:
     """Write down what the output loads to, and what the journal holds beside times."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -355,13 +378,13 @@ def _describe(work: Path, place: Path) -> None:
     place.write_text(json.dumps(found), encoding="utf-8")
 
 
-def _entries(work: Path) -> list[str]:
+def entries_of(work: Path) -> list[str]:
     """Names of what lies in a work folder and its temporary folder, without random parts."""
     inside = [f"tmp/{path.name}" for path in (work / "tmp").iterdir()]
     return [path.name for path in work.iterdir() if path.name != "tmp"] + inside
 
 
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+def difference_of(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     parts = [name for name in {*found, *wanted} if found.get(name) != wanted.get(name)]
     if "journal" in parts and found.get("journal") and wanted.get("journal"):
         pairs = zip(found["journal"], wanted["journal"], strict=False)

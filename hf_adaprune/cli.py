@@ -7,6 +7,7 @@ that need them, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import math
@@ -26,10 +27,12 @@ from .cli_search import carry_out, check_request, plans_table, search_table, win
 from .config import PruningConfig
 from .errors import AdaPruneError, ConfigError
 from .plan import PruningPlan
+from .whole_files import write_whole
 
 __all__ = ["main"]
 
 BAD, INTERRUPTED = 2, 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments, words)
         except AdaPruneError as error:
             _complain(str(error))
+            return BAD
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            _complain(f"{error}. Free some space, or name a place that can be written.")
             return BAD
         except KeyboardInterrupt:
             _complain("interrupted.")
@@ -297,7 +305,7 @@ def _keep_winner(config: PruningConfig, journal: Path, file: Path) -> None:
     from .search.journal import Journal
 
     own = winner_config(Journal.load(journal), config)
-    file.write_text(json.dumps({"config": own.to_dict()}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps({"config": own.to_dict()}, indent=2, sort_keys=True) + "\n")
 
 
 def _tokenizer(loader: Loader, needed: bool) -> Any:

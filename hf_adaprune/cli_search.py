@@ -112,14 +112,14 @@ def read_space(given: str) -> dict[str, Any]:
         where = given
         try:
             text = Path(given).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"`--space` should be a JSON file, or JSON itself such as '{{\"repair.damping\": 0.02}}'. Cannot read "
                 f"{given}: {error}."
             ) from error
     try:
         space = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}.") from error
     if not isinstance(space, dict):
         raise ConfigError(f"{where} should hold a JSON object from fields to values or ranges.")

@@ -43,7 +43,7 @@ from .stages import (
 )
 from .statistics import Needs, Statistics
 from .surgery import Follow, apply_plan, assign_layer
-from .whole_files import scratch_folder
+from .whole_files import check_writable, scratch_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -251,6 +251,7 @@ def prune(
             )
         needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
     if plan_path is not None:
+        check_writable(plan_path)
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     clock.stop("find sites")
 

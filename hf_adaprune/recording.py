@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -531,8 +532,17 @@ def _on_disk(shape: tuple[int, ...], folder: Path, name: str) -> torch.Tensor:
     header = json.dumps({"gram": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
     path = folder / f"{name}.safetensors"
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
+    try:
+        with path.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
+            if hasattr(os, "posix_fallocate"):  # a page without room would end the process when it is touched
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, 8 + len(header) + size)
+    except OSError as error:
+        raise StatisticsError(
+            f"{name}: no room for its Gram matrices, {size / 2**20:,.0f} MiB in {folder} ({error.strerror}). Free some "
+            "space, set TMPDIR to another disk, or hold them in memory (gram_place='cpu')."
+        ) from error
     mapped = np.memmap(path, dtype=np.float32, mode="r+", offset=8 + len(header), shape=shape)
     return torch.from_numpy(mapped)

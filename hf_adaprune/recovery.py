@@ -223,7 +223,11 @@ def _provenance(model: Any, pruning: Any) -> tuple[dict[str, Any], PruningPlan |
     folder = Path(pruning or getattr(model.config, "_name_or_path", "") or "-")
     if pruning is not None and not (folder / CONFIG_NAME).is_file():
         raise ConfigError(f"`pruning` should be the folder of a pruned checkpoint. {folder} holds no {CONFIG_NAME}.")
-    data = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) if (folder / CONFIG_NAME).is_file() else {}
+    try:
+        text = (folder / CONFIG_NAME).read_text(encoding="utf-8") if (folder / CONFIG_NAME).is_file() else "{}"
+        data = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{folder / CONFIG_NAME} cannot be read: {error}. Is the copy complete?") from error
     return data, PruningPlan.load(folder / PLAN_NAME) if (folder / PLAN_NAME).is_file() else None
 
 

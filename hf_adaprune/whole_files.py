@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,7 +24,34 @@ try:
 except ImportError:  # Windows: nothing is locked there, and what a killed process left stays
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["scratch_folder", "whole_folder", "write_whole"]
+__all__ = ["check_writable", "scratch_folder", "whole_folder", "write_whole"]
+
+_ROOM = "Free some space, or name another place."
+
+
+def check_writable(place: str | os.PathLike[str]) -> Path:
+    """Refuse a file or folder that could not be made, before any work is done.
+
+    Args:
+        place (`str`): what will be written; need not exist, nor the folders above it.
+
+    Returns:
+        `Path`: the nearest folder above it that exists.
+
+    Raises:
+        CheckpointError: that folder is not writable, or is none.
+    """
+    parent = Path(place).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"{parent} is not writable ({error.strerror}). Name an output folder elsewhere."
+        ) from error
+    return parent
 
 
 @contextmanager
@@ -115,7 +142,7 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
                 place.rmdir()
             partial.replace(place)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{place} could not be written: {error}. Nothing was left behind.") from error
+        raise CheckpointError(f"{place} could not be written: {error}. Nothing was left behind. {_ROOM}") from error
 
 
 def write_whole(file: str | os.PathLike[str], text: str) -> None:
@@ -124,12 +151,17 @@ def write_whole(file: str | os.PathLike[str], text: str) -> None:
     Args:
         file (`str`): in a folder that exists.
         text (`str`): what it is to hold.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
     place = Path(file)
     partial = place.with_name(f"{place.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(place)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise CheckpointError(f"{place} could not be written: {error}. {_ROOM}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

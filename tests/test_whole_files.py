@@ -130,6 +130,6 @@ def test_an_error_leaves_nothing_and_the_old_file_stays(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         write_whole(tmp_path / "plan.json", "new")
     assert left_in(tmp_path) == ["plan.json"] and (tmp_path / "plan.json").read_text(encoding="utf-8") == "old"
