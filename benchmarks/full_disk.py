@@ -39,10 +39,17 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=1.6, help="from one limit to the next")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--work", type=Path, help="an empty folder to work in; a temporary one where not given")
-    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--out", type=Path, help="JSON file of the results; of other kinds it keeps what it has")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         found = measure(Path(folder), args.kinds, args.factor)
+    if args.out and args.out.exists():
+        before = json.loads(args.out.read_text(encoding="utf-8"))
+        found["kinds"] = {**before["kinds"], **found["kinds"]}
+        for count in ("limits", "told"):
+            found[count] = sum(own[count] for own in found["kinds"].values())
+        found["broken"] += [line for line in before["broken"] if line.split(",")[0] not in args.kinds]
+        found["seconds"] = round(before["seconds"] + found["seconds"], 1)
     text = json.dumps(found, indent=1)
     print(text)
     if args.out:
@@ -56,14 +63,14 @@ def measure(folder: Path, kinds: list[str], factor: float) -> dict[str, Any]:
 
     Args:
         folder (`Path`): empty, to work in.
-        kinds (`list[str]`): of [`hf_adaprune`'s commands](KINDS).
+        kinds (`list[str]`): of [`KINDS`].
         factor (`float`): from one limit to the next.
 
     Returns:
         `dict[str, Any]`: counts by kind, in all, and everything that broke.
     """
     started = time.perf_counter()
-    inputs = prepared(folder)
+    inputs = prepared(folder, kinds)
     broken: list[str] = []
     found = {}
     for name in kinds:

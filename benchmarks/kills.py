@@ -90,10 +90,18 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="an empty folder to work in; a temporary one where not given")
-    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file of the results; of kinds that were not killed now it keeps what it has"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         found = measure(Path(folder), args.kinds, args.kills, args.seed)
+    if args.out and args.out.exists():
+        before = json.loads(args.out.read_text(encoding="utf-8"))
+        found["kinds"] = {**before["kinds"], **found["kinds"]}
+        found["kills"] = sum(own["kills"] for own in found["kinds"].values())
+        found["broken"] += [line for line in before["broken"] if line.split(":")[0] not in args.kinds]
+        found["seconds"] = round(before["seconds"] + found["seconds"], 1)
     text = json.dumps(found, indent=1)
     print(text)
     if args.out:
@@ -115,37 +123,44 @@ def measure(folder: Path, kinds: list[str], kills: int, seed: int) -> dict[str, 
         `dict[str, Any]`: counts by kind, in all, and everything that broke.
     """
     started = time.perf_counter()
-    inputs = prepared(folder)
+    inputs = prepared(folder, kinds)
     broken: list[str] = []
     found = {name: _Course(name, inputs, folder, seed, broken).run(kills) for name in kinds}
+    machine = {"commit": commit(), "versions": versions(), "cpu": processor(), "threads": 1}
+    found = {name: {**own, "seed": seed, "machine": machine} for name, own in found.items()}
     return {
         "kinds": found,
         "kills": sum(own["kills"] for own in found.values()),
         "broken": broken,
         "seconds": round(time.perf_counter() - started, 1),
-        "seed": seed,
-        "machine": {"commit": commit(), "versions": versions(), "cpu": processor(), "threads": 1},
     }
 
 
-def prepared(folder: Path) -> Path:
+def prepared(folder: Path, kinds: list[str]) -> Path:
     """Import everything that commands need, and make what they work on.
 
     Args:
         folder (`Path`): to write in.
+        kinds (`list[str]`): of [`KINDS`].
 
     Returns:
         `Path`: the folder of inputs.
     """
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     # A fork shares what is imported; the parent computes nothing, so it has no threads that a fork would lose.
-    import botorch  # noqa: F401
     import torch
 
-    from hf_adaprune import cli, recovery  # noqa: F401
+    from hf_adaprune import cli, pipeline, saving  # noqa: F401
+
+    if "search" in kinds:
+        import botorch  # noqa: F401
+    if "recover" in kinds:
+        from hf_adaprune import recovery  # noqa: F401
 
     torch.set_num_threads(1)
     inputs, log = folder / "inputs", folder / "log.txt"
+    if inputs.exists():
+        return inputs
     inputs.mkdir()
     if wait_for(fork(lambda: make_inputs(inputs), log))[0]:
         raise SystemExit(log.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .config import PruningConfig
 from .errors import CalibrationError, ConfigError, JournalError
 from .search_config import BUDGETS, OBJECTIVES, STRATEGIES, SearchConfig
+from .whole_files import check_writable
 
 if TYPE_CHECKING:
     from .search.journal import Journal
@@ -136,7 +137,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
         warm_start (`str`, *optional*): journal of another search.
 
     Raises:
-        ConfigError, CalibrationError, JournalError, MissingDependencyError: with what to do.
+        ConfigError, CalibrationError, CheckpointError, JournalError, MissingDependencyError: with what to do.
     """
     search = config.search
     assert search is not None
@@ -147,6 +148,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
             "`--selection` is missing: texts that the search chooses on, like those the model will read and other than "
             "the calibration texts, such as --selection my.txt (or python, of which each role reads another third)."
         )
+    check_writable(journal)
     if journal.exists() and not resume and journal.stat().st_size:
         raise JournalError(
             f"there is a journal at {journal}. Go on with it (--resume), or name another file (--journal FILE)."
