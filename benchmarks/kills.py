@@ -150,12 +150,10 @@ def prepared(folder: Path, kinds: list[str]) -> Path:
     # A fork shares what is imported; the parent computes nothing, so it has no threads that a fork would lose.
     import torch
 
-    from hf_adaprune import cli, pipeline, saving  # noqa: F401
+    from hf_adaprune import cli, recovery  # noqa: F401
 
     if "search" in kinds:
         import botorch  # noqa: F401
-    if "recover" in kinds:
-        from hf_adaprune import recovery  # noqa: F401
 
     torch.set_num_threads(1)
     inputs, log = folder / "inputs", folder / "log.txt"

@@ -27,7 +27,7 @@ SHORT = """
 import json, pathlib, sys
 from benchmarks import full_disk, kills
 folder = pathlib.Path(sys.argv[1])
-found = kills.measure(folder, ["prune", "save_pretrained"], 2, 0)
+found = kills.measure(folder, ["save_pretrained"], 4, 0)
 disk = full_disk.measure(folder, ["save_pretrained"], 200.0)
 (folder / "found.json").write_text(json.dumps([found, disk]))
 """
