@@ -6,7 +6,7 @@ A limit on the size of files stands for a full disk: the system then refuses to 
 at any call of any library. Limits from one byte upwards hit one write after the other, until the command succeeds. At
 every limit the command
 
-- ends well, with the result of a run without limit, or says in one line what to do, with exit code 2;
+- ends well, with the result of a run without limit, or says what to do, without a traceback, with exit code 2;
 - leaves no output folder unless it is whole, and nothing unfinished beside it or in the temporary folder;
 - succeeds when it is started again with room, with the same result; trials of a search that were journalled are kept.
 """
