@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_adaprune import PruningConfig, find_sites, masked
 from hf_adaprune.calibration import calibration_blocks
 from hf_adaprune.evaluation import perplexity
-from hf_adaprune.stages import cached_repairs, choose_repairs, decide
+from hf_adaprune.repairing import cached_repairs, choose_repairs
+from hf_adaprune.stages import decide
 
 
 def main(name: str, text: str) -> None:

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+
+from .errors import CheckpointError
 
 __all__ = ["ActivationStore", "Activations"]
 
@@ -77,7 +80,7 @@ class Activations:
         if isinstance(entry, torch.Tensor):
             self._entries[index] = _own(tensor)
         else:
-            save_file({"activations": _own(tensor)}, entry)
+            _write(_own(tensor), entry)
 
     def append(self, tensor: torch.Tensor) -> None:
         """Add an entry; it stays where it finds room."""
@@ -87,7 +90,7 @@ class Activations:
             return
         self._folder = self._folder or self.store.place()
         path = self._folder / f"{len(self._entries):06d}.safetensors"
-        save_file({"activations": tensor}, path)
+        _write(tensor, path)
         self._entries.append(path)
 
     def close(self) -> None:
@@ -98,6 +101,16 @@ class Activations:
             else:
                 entry.unlink(missing_ok=True)
         self._entries = []
+
+
+def _write(tensor: torch.Tensor, path: Path) -> None:
+    try:
+        save_file({"activations": tensor}, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"activations could not be written beside the output ({error}). Free some space, raise `activation_bytes`, "
+            "or give fewer calibration windows."
+        ) from error
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return data if isinstance(data, dict) else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is no checkpoint: its config.json cannot be read ({error}).") from error
 
 
@@ -138,7 +138,7 @@ def _evaluation_file(folder: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}. Measure again, or remove it.") from error
     if not isinstance(data, dict) or not isinstance(data.get("results", {}), dict):
         raise CheckpointError(f"{file} should hold what `hf-adaprune evaluate DIR --json` prints.")

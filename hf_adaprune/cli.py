@@ -7,6 +7,7 @@ that need them, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from .plan import PruningPlan
 __all__ = ["main"]
 
 BAD, INTERRUPTED = 2, 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments, words)
         except AdaPruneError as error:
             _complain(str(error))
+            return BAD
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            _complain(f"{error}. Free some space, or name a place that can be written.")
             return BAD
         except KeyboardInterrupt:
             _complain("interrupted.")

@@ -183,7 +183,7 @@ def _config_file(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no config at {path}. Check the path.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON file: {error}.") from error
     if not isinstance(data, dict) or not isinstance(data.get("config", {}), dict):
         raise ConfigError(f"{path} should hold a JSON object with fields of PruningConfig.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import AdaPruneError, ConfigError, MissingDependencyError, UnsupportedModelError
+from .whole_files import scratch_folder
 
 if TYPE_CHECKING:
     from .config import PruningConfig
@@ -121,8 +121,7 @@ class Loader:
                 "whole. Leave out --layer-by-layer, or save the dequantised model first."
             )
         # Beside the output, where there is room for a model: transformers writes the experts of most mixtures there.
-        name = f".{output.name}.converted-"
-        with tempfile.TemporaryDirectory(prefix=name, dir=output.absolute().parent) as folder:
+        with scratch_folder(output.absolute().parent, f".{output.name}.loaded") as folder:
             with self._told("the model"):
                 model = load_offloaded(self.name, sites, folder, self.device, dtype=self.dtype, **self.options)
             return prune_to_disk(model, tokenizer, config, output, **options)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .config import PruningConfig
 from .errors import CalibrationError, ConfigError, JournalError
 from .search_config import BUDGETS, OBJECTIVES, STRATEGIES, SearchConfig
-from .whole_files import whole_folder
+from .whole_files import check_writable, whole_folder
 
 if TYPE_CHECKING:
     from .searching import SearchResult
@@ -111,14 +111,14 @@ def read_space(given: str) -> dict[str, Any]:
         where = given
         try:
             text = Path(given).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"`--space` should be a JSON file, or JSON itself such as '{{\"repair.damping\": 0.02}}'. Cannot read "
                 f"{given}: {error}."
             ) from error
     try:
         space = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}.") from error
     if not isinstance(space, dict):
         raise ConfigError(f"{where} should hold a JSON object from fields to values or ranges.")
@@ -135,7 +135,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
         warm_start (`str`, *optional*): journal of another search.
 
     Raises:
-        ConfigError, CalibrationError, JournalError, MissingDependencyError: with what to do.
+        ConfigError, CalibrationError, CheckpointError, JournalError, MissingDependencyError: with what to do.
     """
     search = config.search
     assert search is not None
@@ -146,6 +146,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
             "`--selection` is missing: texts that the search chooses on, like those the model will read and other than "
             "the calibration texts, such as --selection my.txt (or python, of which each role reads another third)."
         )
+    check_writable(journal)
     if journal.exists() and not resume and journal.stat().st_size:
         raise JournalError(
             f"there is a journal at {journal}. Go on with it (--resume), or name another file (--journal FILE)."

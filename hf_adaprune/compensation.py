@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from .config import RepairConfig
-from .errors import CalibrationError
+from .errors import CalibrationError, StatisticsError
 from .moments import cholesky, covariance, ridge_diagonal, second_moments
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
@@ -77,6 +77,9 @@ def repair_plan(
 
     Returns:
         `dict[str, Repair]`: by site name; empty where the method is `none`.
+
+    Raises:
+        StatisticsError: a repair is not finite, or too large for the dtype of the weights; with the name of the site.
     """
     if config.method == "none" or statistics is None:
         return {}
@@ -94,7 +97,7 @@ def repair_plan(
             matrix, _, _ = second_moments(site, statistics, weights, dtype)
             weight = site.reader.weight.to(matrix.device, matrix.dtype)
             columns = site.column_index(kept).to(matrix.device)
-            repairs[name] = Repair(_regress(weight, matrix, columns, config).float().cpu())
+            repairs[name] = _fitting(site, Repair(_regress(weight, matrix, columns, config).float().cpu()))
         else:
             matrix, mean, _ = covariance(site, statistics, weights)
             repairs[name] = repair_from_moments(site, kept, Moments(matrix, mean), config)
@@ -108,6 +111,9 @@ def bias_repair(site: Site, kept: SitePlan, mean: torch.Tensor) -> Repair:
         site ([`Site`]): attention or MLP.
         kept ([`SitePlan`]): what stays.
         mean (`torch.Tensor`): mean input, `[columns]`.
+
+    Raises:
+        StatisticsError: the bias is not finite, or too large for the dtype of the weights.
     """
     weight = site.reader.weight.cpu().double()
     columns = site.column_index(kept)
@@ -116,7 +122,7 @@ def bias_repair(site: Site, kept: SitePlan, mean: torch.Tensor) -> Repair:
     bias = weight[:, removed] @ mean.cpu().double()[removed]
     if site.reader.bias is not None:
         bias = bias + site.reader.bias.detach().cpu().double()
-    return Repair(weight[:, columns].float(), bias.float())
+    return _fitting(site, Repair(weight[:, columns].float(), bias.float()))
 
 
 def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: RepairConfig) -> Repair:
@@ -130,21 +136,42 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
         kept ([`SitePlan`]): what stays.
         moments ([`Moments`]): of its inputs.
         config ([`RepairConfig`]): damping and intercept.
+
+    Raises:
+        StatisticsError: the moments are not finite, or the repair is not, or too large for the dtype of the weights.
     """
+    if not torch.isfinite(moments.covariance.diagonal(dim1=-2, dim2=-1)).all():
+        raise StatisticsError(
+            f"{site.name}: moments of the reader's inputs are not finite. Weights or activations overflow; load the "
+            "model in bfloat16 or float32 (float16 overflows on massive activations) and check its weights."
+        )
     if site.kind == "experts":
-        return _repair_experts(site, kept, moments, config)
+        return _fitting(site, _repair_experts(site, kept, moments, config))
     matrix, mean = moments.covariance, moments.mean
     weight = site.reader.weight.to(matrix.device).double()
     columns = site.column_index(kept).to(matrix.device)
     cross = moments.cross
     goal = mean if moments.target_mean is None else moments.target_mean
     if not config.intercept:
-        return Repair(_regress(weight, matrix, columns, config, cross, (mean, goal)).float().cpu())
+        return _fitting(site, Repair(_regress(weight, matrix, columns, config, cross, (mean, goal)).float().cpu()))
     new = _regress(weight, matrix, columns, config, cross)
     shift = weight @ goal - new @ mean[columns]
     if site.reader.bias is not None:
         shift = shift + site.reader.bias.detach().to(shift.device).to(shift.dtype)
-    return Repair(new.float().cpu(), shift.float().cpu())
+    return _fitting(site, Repair(new.float().cpu(), shift.float().cpu()))
+
+
+def _fitting(site: Site, repair: Repair) -> Repair:
+    """The repair, whose numbers the dtype of the weights can hold."""
+    highest = torch.finfo(site.reader.parameter.dtype).max
+    for values in (repair.weight, repair.bias):
+        # Not a number compares as false.
+        if values is not None and values.numel() and not float(values.abs().max()) <= highest:
+            raise StatisticsError(
+                f"{site.name}: the repair is not finite in {site.reader.parameter.dtype}. Raise repair.damping, load "
+                "the model in bfloat16 or float32, or set repair.method='none'."
+            )
+    return repair
 
 
 def _regress(

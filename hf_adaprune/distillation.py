@@ -84,7 +84,7 @@ class CachedTeacher:
                 shape = file.get_slice("tokens").get_shape()
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} holds no cached teacher. Make one with cache_teacher().") from error
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise CheckpointError(f"the cached teacher in {path} cannot be read: {error}. Remove it.") from error
         wrong = [
             name for name, kind in _FACTS.items() if type(facts) is not dict or not isinstance(facts.get(name), kind)

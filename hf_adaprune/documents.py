@@ -186,7 +186,7 @@ def json_rows(path: Path) -> Iterator[Any]:
                     return
                 if line.strip():
                     yield json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path}, line {max(number, 1)} should be one JSON object in UTF-8: {error}.") from error
 
 

@@ -213,7 +213,7 @@ def _check_shards(folder: Path) -> None:
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(name for name in named if Path(name).name != name or not (folder / name).is_file())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read: {error!r}. Save the model again.") from error
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names. Is the copy complete?")
@@ -243,7 +243,10 @@ def _public_copies(files: Mapping[str, Path | bytes]) -> Iterator[tuple[str, byt
     for name in (EVALUATION_NAME, "tokenizer_config.json"):
         file = files.get(name)
         if isinstance(file, Path):
-            data = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                data = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}. Write it again, or remove it.") from error
             if name == EVALUATION_NAME:
                 yield name, _json(public(data))
             elif isinstance(data, dict) and "name_or_path" in data:
@@ -317,7 +320,7 @@ def _public_journal(path: Path) -> bytes:
             break  # torn by a kill
         try:
             lines.append(json.dumps(public(json.loads(line)), separators=(",", ":")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise JournalError(f"{path}, line {number} is no event of a search: {error}.") from error
     return ("\n".join(lines) + "\n").encode()
 

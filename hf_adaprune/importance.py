@@ -107,10 +107,20 @@ def raw_scores(sites: ModelSites, kinds: Mapping[str, str], name: str, context: 
     """
     metric = METRICS[name]
     bar = transformers_logging.tqdm(sites, desc=f"scores, {name}", unit="site", total=len(sites))
-    raw = {site.name: metric.function(site, kinds[site.name], context).double() for site in bar}
-    for site_name, scores in raw.items():
-        if not torch.isfinite(scores).all():
-            raise StatisticsError(f"{site_name}: scores of metric {name!r} are not finite. Check the calibration text.")
+    raw = {}
+    for site in bar:
+        try:
+            raw[site.name] = metric.function(site, kinds[site.name], context).double()
+        except torch.linalg.LinAlgError as error:
+            raise StatisticsError(
+                f"{site.name}: metric {name!r} could not invert the moments ({error}). Raise `importance.damping`, or "
+                "give more calibration text."
+            ) from error
+        if not torch.isfinite(raw[site.name]).all():
+            raise StatisticsError(
+                f"{site.name}: scores of metric {name!r} are not finite. Weights or activations are too large to be "
+                "summed in float32; check the checkpoint, or choose another metric."
+            )
     return raw
 
 

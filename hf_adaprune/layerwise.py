@@ -21,7 +21,7 @@ from .activations import Activations, ActivationStore
 from .calibration import TokenBlocks
 from .compensation import Moments, Repair, check_enough_tokens, repair_from_moments
 from .config import RepairConfig
-from .errors import CalibrationError
+from .errors import CalibrationError, StatisticsError
 from .masking import masked
 from .offloading import check_layer, layer_weights
 from .plan import PruningPlan, SitePlan, split_site_name
@@ -108,6 +108,10 @@ def repairs_by_layer(
     Yields:
         `tuple`: a layer's number and its repairs by site name. The layer is still dense and in memory, until the next
         one is asked for.
+
+    Raises:
+        CalibrationError: too few tokens, or no window without padding.
+        StatisticsError: activations or a repair are not finite; with the name of the site or layer.
     """
     walk = _Walk(sites, blocks, domain_weights, store, with_dense=config.target_mix > 0)
     check_enough_tokens(sites, walk.tokens, config, dict(plan.changed()))
@@ -259,10 +263,20 @@ class _Walk:
 
     @torch.no_grad()
     def advance(self, number: int, hidden: Activations) -> None:
-        """Put the outputs of a layer in the place of its inputs."""
+        """Put the outputs of a layer in the place of its inputs.
+
+        Raises:
+            StatisticsError: they are not finite.
+        """
         device = next(self.sites.layers[number].parameters()).device
         for index, window in enumerate(hidden):
-            hidden[index] = self.call(number, window[None].to(device))[0]
+            after = self.call(number, window[None].to(device))[0]
+            if not torch.isfinite(after).all():
+                raise StatisticsError(
+                    f"layers.{number}: outputs are not finite while the layers are repaired one after the other. Load "
+                    "the model in bfloat16 or float32 and check its weights, or set repair.schedule='cached'."
+                )
+            hidden[index] = after
 
     @torch.no_grad()
     def moments(self, site: Site, before: PruningPlan, repairs: Mapping[str, Repair], mix: float) -> Moments:

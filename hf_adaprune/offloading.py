@@ -110,7 +110,8 @@ def check_finite(named: Iterable[tuple[str, nn.Parameter]]) -> None:
             )
         if not torch.isfinite(parameter.detach()).all():
             raise UnsupportedModelError(
-                f"{name} contains NaN or infinite weights. Load the checkpoint again, in bfloat16 or float32."
+                f"{name} contains NaN or infinite weights. Load the checkpoint again, in bfloat16 or float32; where "
+                "training made them, go on from an earlier checkpoint with a lower learning rate."
             )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures import Architecture
 from .budgets import check_budgets
 from .calibration import TokenBlocks
+from .clock import Clock
 from .config import PruningConfig, SearchConfig, Source, TextSource
 from .costs import Costs
 from .errors import ConfigError
@@ -26,6 +27,7 @@ from .model_config import MODEL_TAGS, PROVENANCE_KEY, known_architecture
 from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
+from .repairing import RepairReport, cached_repairs, choose_repairs
 from .run_artefacts import kept_blocks, model_bytes_digest, repair_name, run_facts
 from .run_folder import RunFolder, once_noted, open_run
 from .search_checks import check_search, search_needs
@@ -33,19 +35,10 @@ from .search_journal import check_journal, journal_lock
 from .search_stage import search_stage
 from .searching import SearchResult, shared_costs
 from .sites import ModelSites, find_sites
-from .stages import (
-    Clock,
-    RepairReport,
-    cached_repairs,
-    check_weights,
-    choose_repairs,
-    decide,
-    gather_texts,
-    layer_by_layer_config,
-    what_to_collect,
-)
+from .stages import check_weights, decide, gather_texts, layer_by_layer_config, what_to_collect
 from .statistics import Needs
 from .surgery import Follow, apply_plan, assign_layer
+from .whole_files import check_writable, scratch_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -259,6 +252,7 @@ def prune(
             )
         needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
     if plan_path is not None:
+        check_writable(plan_path)
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         run = _begin(stack, run_dir, sites, tokenizer, config, plan, workers, journal, resume, warm_start)
@@ -414,7 +408,7 @@ def decide_and_repair(
     """
     clock, workers = clock or Clock(), workers or Alone()
     costs = costs or shared_costs(sites, config, workers)
-    folder = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
+    folder = _room_for_moments(config)
     with folder as place:
         found: SearchResult | None = None
         if config.search is not None:
@@ -516,12 +510,18 @@ def search_plan(
         blocks, _, _ = kept_blocks(run, workers, partial(gather_texts, sites, tokenizer, unreported, True))
         assert blocks is not None
         clock.stop("texts")
-        on_disk = tempfile.TemporaryDirectory(prefix="hf_adaprune_") if config.gram_place == "disk" else nullcontext()
-        place = stack.enter_context(on_disk)
+        place = stack.enter_context(_room_for_moments(config))
         return search_stage(
             sites, tokenizer, config, blocks, None, needs, folder=place, costs=costs, clock=clock, workers=workers,
             run=run, journal=journal, resume=resume or _goes_on(run), warm_start=warm_start, objective=objective,
         ).found  # fmt: skip
+
+
+def _room_for_moments(config: PruningConfig) -> AbstractContextManager[Any]:
+    """The folder of Gram matrices on disk, or nothing."""
+    return (
+        scratch_folder(tempfile.gettempdir(), "hf_adaprune_moments") if config.gram_place == "disk" else nullcontext()
+    )
 
 
 def own_architecture(model: Any, given: Architecture | None) -> Architecture | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def collect_statistics(
             [`hf_adaprune.parallel.collect_together`].
 
     Raises:
-        StatisticsError: activations or gradients are not finite.
+        StatisticsError: activations, sums of their products, or gradients are not finite; with the name of the site
+            or layer where it begins.
     """
     workers = workers or Alone()
     recorder = workers.each(lambda: _Recorder(sites, blocks, needs, gradient_samples, gram_place, folder))
@@ -180,6 +182,7 @@ class _Recorder:
                 kept["output_gradients"] = torch.zeros(len(self.gradient_index), site.outputs)
             self.keep[site.name] = kept
         self.cosine = torch.zeros(samples, len(sites.layers)) if needs.cosine else None
+        self.broken = torch.zeros(samples)  # numbers behind the layers that are not finite, which no reader shows
         self.elements = Elements(sites, len(blocks.domains)) if needs.elements else None
         self.samples = torch.empty(0, dtype=torch.long)
         self.mask: torch.Tensor | None = None
@@ -226,6 +229,7 @@ class _Recorder:
         for site in self.sites:
             for _, tensor in sorted(self.keep[site.name].items()):
                 workers.add_up(tensor)
+        workers.add_up(self.broken)
         if self.cosine is not None:
             workers.add_up(self.cosine)
 
@@ -240,7 +244,10 @@ class _Recorder:
             inputs["attention_mask"] = self.mask.long()
         if not backward:
             with torch.no_grad():
-                model.base_model(**inputs)
+                wrong = ~torch.isfinite(model.base_model(**inputs)[0])
+            if self.mask is not None:
+                wrong &= self.mask.to(wrong.device)[..., None]
+            self.broken[indices] = wrong.flatten(1).sum(1).float().cpu()
             return
         with torch.enable_grad(), _narrow_saved_tensors(next(model.parameters()).dtype):
             logits = model(**inputs).logits
@@ -398,23 +405,44 @@ class _Recorder:
 
         return keep
 
-    def statistics(self) -> Statistics:
-        """What was kept, checked to be finite."""
-        found = {}
+    def check(self) -> None:
+        """Refuse numbers that are not finite, and name where they begin.
+
+        Activations spread upwards, gradients downwards. Products are finite where the squares on the diagonal of a Gram
+        matrix are.
+        """
         for site in self.sites:
             kept = self.keep[site.name]
+            for name in ("sums", "squares", "gram"):
+                if name in kept:
+                    values = kept[name].diagonal(dim1=-2, dim2=-1) if name == "gram" else kept[name]
+                    _refuse(site.name, {"gram": "Gram matrices"}.get(name, name), values)
+        if bool(self.broken.any()):
+            raise _not_finite(self._last_layer(), "outputs")
+        for site in reversed(self.sites.sites):
+            kept = self.keep[site.name]
             elements = self.elements.of(site) if self.elements is not None else {}
-            names = ("sums", "squares", "first_order", "output_gradients")
-            checked = {name.replace("_", " "): kept[name] for name in names if name in kept}
-            checked.update({f"element terms of {path}": terms for path, terms in elements.items()})
-            for name, values in checked.items():
-                if not torch.isfinite(values).all():
-                    raise StatisticsError(
-                        f"{site.name}: {name} are not finite. Weights or activations overflow; load "
-                        "the model in bfloat16 or float32 (float16 overflows on massive activations) and check its "
-                        "weights."
-                    )
-            found[site.name] = SiteStatistics(**kept, elements=elements)
+            for name in ("output_gradients", "first_order"):
+                if name in kept:
+                    _refuse(site.name, name.replace("_", " "), kept[name])
+            for path, terms in elements.items():
+                _refuse(site.name, f"element terms of {path}", terms)
+        for number, values in enumerate([] if self.cosine is None else self.cosine.T):
+            _refuse(f"layers.{number}", "cosines of input and output", values)
+
+    def _last_layer(self) -> str:
+        # One layer of a model is no longer counted from its first one.
+        if len(self.sites.layers) > 1:
+            return f"layers.{len(self.sites.layers) - 1}"
+        return f"layers.{max((site.layer for site in self.sites), default=0)}"
+
+    def statistics(self) -> Statistics:
+        """What was kept, checked to be finite."""
+        self.check()
+        found = {}
+        for site in self.sites:
+            elements = self.elements.of(site) if self.elements is not None else {}
+            found[site.name] = SiteStatistics(**self.keep[site.name], elements=elements)
         return Statistics(
             found,
             self.blocks.attention_mask.sum(1).float(),
@@ -426,6 +454,18 @@ class _Recorder:
             self.blocks.digest,
             self.storage,
         )
+
+
+def _refuse(place: str, what: str, values: torch.Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise _not_finite(place, what)
+
+
+def _not_finite(place: str, what: str) -> StatisticsError:
+    return StatisticsError(
+        f"{place}: {what} are not finite. Weights or activations overflow; load the model in bfloat16 or float32 "
+        "(float16 overflows on massive activations) and check its weights."
+    )
 
 
 def _spread(domain: torch.Tensor, count: int) -> torch.Tensor:
@@ -492,8 +532,17 @@ def _on_disk(shape: tuple[int, ...], folder: Path, name: str) -> torch.Tensor:
     header = json.dumps({"gram": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
     path = folder / f"{name}.safetensors"
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
+    try:
+        with path.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
+            if hasattr(os, "posix_fallocate"):  # a page without room would end the process when it is touched
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, 8 + len(header) + size)
+    except OSError as error:
+        raise StatisticsError(
+            f"{name}: no room for its Gram matrices, {size / 2**20:,.0f} MiB in {folder} ({error.strerror}). Free some "
+            "space, set TMPDIR to another disk, or hold them in memory (gram_place='cpu')."
+        ) from error
     mapped = np.memmap(path, dtype=np.float32, mode="r+", offset=8 + len(header), shape=shape)
     return torch.from_numpy(mapped)

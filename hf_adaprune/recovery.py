@@ -23,29 +23,30 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .calibration import TokenBlocks, packed_blocks, report_blocks
-from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source, TextSource
+from .calibration import TokenBlocks
+from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .distillation import DistillationTrainer, Windows, cache_teacher, vocabulary_of
-from .documents import Documents, input_device, read_source, refuse_overlap
-from .errors import CalibrationError, ConfigError, MissingDependencyError, UnsupportedModelError
+from .documents import input_device
+from .errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
-from .pipeline import PruningResult, Sizes
+from .pipeline import PruningResult, Sizes, as_sources
 from .plan import PruningPlan
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
 from .recovery_course import Checkpoints, Course, schedule_shape
+from .recovery_texts import report_texts, training_texts
 from .run_artefacts import bytes_digest, kept_blocks, text_digests, tokenizer_digest
 from .run_folder import RunFolder, once_noted, open_run
 from .saving import PLAN_NAME, quiet_global_values, save_pruned
 from .sites import find_sites
-from .stages import text_part
 from .surgery import cast_parameters
 from .training import AdaPrunerCallback
+from .whole_files import scratch_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["RecoveryResult", "check_student", "recover", "training_texts"]
+__all__ = ["RecoveryResult", "check_student", "recover"]
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def recover(
             run.bind(_facts(model, dense, tokenizer, config, sources, selection, report))
         train, held_out, _ = kept_blocks(run, Alone(), lambda: (*(read or texts()), {}))
         assert train is not None
-        reports = _reports(model, tokenizer, report)
+        reports = report_texts(model, tokenizer, report)
         evaluation = {
             source: {
                 "dense": _kept_perplexity(run, "dense", dense, blocks),
@@ -274,7 +275,7 @@ def _facts(
     """What a recovery is about: with any of it changed it cannot go on."""
     from . import __version__
 
-    own = CalibrationConfig(sources=_listed(sources), selection=_listed(selection), report=_listed(report))
+    own = CalibrationConfig(sources=as_sources(sources), selection=as_sources(selection), report=as_sources(report))
     named = PruningConfig(calibration=own)
     said = named.to_dict()["calibration"]
     return {
@@ -294,7 +295,11 @@ def _provenance(model: Any, pruning: Any) -> tuple[dict[str, Any], PruningPlan |
     folder = Path(pruning or getattr(model.config, "_name_or_path", "") or "-")
     if pruning is not None and not (folder / CONFIG_NAME).is_file():
         raise ConfigError(f"`pruning` should be the folder of a pruned checkpoint. {folder} holds no {CONFIG_NAME}.")
-    data = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) if (folder / CONFIG_NAME).is_file() else {}
+    try:
+        text = (folder / CONFIG_NAME).read_text(encoding="utf-8") if (folder / CONFIG_NAME).is_file() else "{}"
+        data = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{folder / CONFIG_NAME} cannot be read: {error}. Is the copy complete?") from error
     return data, PruningPlan.load(folder / PLAN_NAME) if (folder / PLAN_NAME).is_file() else None
 
 
@@ -319,102 +324,6 @@ def _layer_map(model: Any, dense: Any, plan: PruningPlan | None) -> dict[int, in
             "or set hidden_layers='last'."
         )
     return dict(enumerate(kept))
-
-
-def _listed(sources: Any) -> tuple[Source, ...]:
-    return (sources,) if isinstance(sources, (str, TextSource)) else tuple(sources)
-
-
-def training_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RecoveryConfig,
-    sources: Sequence[Source] | Source,
-    *,
-    selection: Sequence[Source] | Source = (),
-    report: Sequence[Source] | Source = (),
-) -> tuple[TokenBlocks, TokenBlocks | None]:
-    """Training windows and those held out, in `config.shares` of the sources.
-
-    Args:
-        model (`PreTrainedModel`): the student; `self` is sampled from it.
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
-        config ([`RecoveryConfig`]): how many windows, how long.
-        sources (`str`, [`TextSource`] or a list of them): training text.
-        selection (the same, *optional*): text that must not overlap with it.
-        report (the same, *optional*): more of it, on which perplexity is reported: dense, before and after.
-
-    Raises:
-        CalibrationError: too little text, or overlaps.
-        ConfigError: shares that do not fit the sources.
-    """
-    own = _listed(sources)
-    if not own:
-        raise CalibrationError("there is no training text. Name at least one source, for example a jsonl file.")
-    shares = config.shares or (1.0,) * len(own)
-    if len(shares) != len(own):
-        raise ConfigError(f"`shares` should have one number per source ({len(own)}). Found {len(shares)}.")
-    shares = tuple(share / sum(shares) for share in shares)
-    length = config.sequence_length
-    wanted = None if config.minutes is not None else -(-(config.tokens or DEFAULT_TOKENS) // length)
-    read: dict[str, list[Documents]] = {}
-    for role, named in (("training", own), ("selection", _listed(selection)), ("report", _listed(report))):
-        part = "calibration" if role == "training" else role
-        spoken = (wanted or config.held_out * 8) * length * 5 // 4
-        read[role] = [
-            read_source(
-                source, tokenizer=tokenizer, model=model, seed=config.seed, part=text_part(source, part),
-                self_tokens=spoken // len(own),
-            )
-            for source in named
-        ]  # fmt: skip
-    refuse_overlap(read)
-    parts: list[TokenBlocks] = []
-    for documents, share in zip(read["training"], shares, strict=True):
-        most = None if wanted is None else max(round(share * wanted), 1) + max(round(share * config.held_out), 1)
-        parts.append(
-            packed_blocks(
-                documents, tokenizer, sequence_length=length, samples=most, seed=config.seed,
-                vocab_size=vocabulary_of(model),
-            )
-        )  # fmt: skip
-    names = tuple(documents.name for documents in read["training"])
-    train: list[TokenBlocks] = []
-    held: list[TokenBlocks] = []
-    for blocks, share in zip(parts, shares, strict=True):
-        # The windows that come first do not depend on how long the training is.
-        aside = min(max(round(share * config.held_out), 1) if config.held_out else 0, len(blocks) // 4)
-        held.append(blocks.select(slice(0, aside)))
-        train.append(blocks.select(slice(aside, len(blocks))))
-    if wanted is None and config.shares:
-        # Without a number of tokens the source that is scarcest for its share says how much of the others is read.
-        pairs = list(zip(train, shares, strict=True))
-        room = min(len(own) / share for own, share in pairs if share)
-        train = [own.select(slice(0, max(int(share * room), 1))) for own, share in pairs]
-    held_out = _joined(held, names)
-    if config.held_out and not len(held_out):
-        raise CalibrationError(
-            "the training text has fewer than four windows, too few to hold one out. Give more text, shorter windows "
-            "(`sequence_length`), or set `held_out` to 0."
-        )
-    return _joined(train, names), held_out if len(held_out) else None
-
-
-def _reports(model: Any, tokenizer: PreTrainedTokenizerBase, report: Any) -> dict[str, TokenBlocks]:
-    own = CalibrationConfig()
-    found = {}
-    for source in _listed(report):
-        documents = read_source(source, tokenizer=tokenizer, model=model, part=text_part(source, "report"))
-        found[documents.name] = report_blocks(
-            documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length
-        )
-    return found
-
-
-def _joined(parts: Sequence[TokenBlocks], names: tuple[str, ...]) -> TokenBlocks:
-    domain = torch.cat([torch.full((len(part),), index) for index, part in enumerate(parts)])
-    ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "attention_mask"))
-    return TokenBlocks(ids, mask, domain, names)
 
 
 def _measure(model: Any, dense: Any, blocks: TokenBlocks) -> dict[str, Measurement]:
@@ -533,7 +442,7 @@ def _train(
         logger.info("there are %d tokens of training text; they are read %.1f times.", blocks.tokens, times)
     forked = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_adaprune_"))
+        folder = stack.enter_context(scratch_folder(tempfile.gettempdir(), "hf_adaprune_recovery"))
         stack.enter_context(torch.random.fork_rng(devices=forked))
         with _as_it_was(model, config):
             torch.manual_seed(config.seed)
@@ -551,7 +460,7 @@ def _train(
                 course = Course(config, steps, started, len(blocks))
                 saver = None if checkpoints is None else checkpoints(course)
                 arguments = TrainingArguments(
-                    output_dir=folder if saver is None else str(saver.folder),
+                    output_dir=str(folder) if saver is None else str(saver.folder),
                     max_steps=steps,
                     per_device_train_batch_size=config.batch_size,
                     gradient_accumulation_steps=config.gradient_accumulation,

@@ -338,7 +338,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}. Name another folder.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Is the download complete?") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} should hold a JSON object. Found {type(data).__name__}.")
@@ -353,7 +353,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
         return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is no safetensors file ({error}). Is the download complete?") from error
 
 

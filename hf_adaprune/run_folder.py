@@ -7,7 +7,6 @@ without its note an artefact does not exist, and one whose digest is another is 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import logging
@@ -36,7 +35,6 @@ T = TypeVar("T")
 FORMAT = 1
 _KIND = "run of hf_adaprune"  # what tells a folder of a run from others, which are never deleted
 _FACTS, _LOCK = "run.json", "lock"
-_TRANSIENT = ("partial", "activations", "converted")  # folders beside an output, for the time of a run
 _SPARE = 64 * 2**20  # bytes that stay free beside what is about to be written
 _DIGEST = 64  # characters of a sha256, which is not worth printing
 _held: dict[Path, tuple[int, int]] = {}  # lock files of this process: the thread that holds one, and how often
@@ -103,7 +101,7 @@ def _holder(place: Path) -> str:
 
 @contextlib.contextmanager
 def locked_output(target: str | os.PathLike[str]) -> Iterator[None]:
-    """Be the only run that writes an output folder, and clear away what one that was killed left beside it.
+    """Be the only run that writes an output folder.
 
     Args:
         target (`str`): the folder, which need not exist; folders above it are made.
@@ -116,10 +114,7 @@ def locked_output(target: str | os.PathLike[str]) -> Iterator[None]:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{place.parent} cannot be made ({error.strerror}). Choose another output.") from error
-    with locked(place.with_name(f".{place.name}.lock"), target) as is_first:
-        for kind in _TRANSIENT if is_first else ():
-            for left in place.parent.glob(f".{glob.escape(place.name)}.{kind}-*"):
-                shutil.rmtree(left, ignore_errors=True)
+    with locked(place.with_name(f".{place.name}.lock"), target):
         yield
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from .config import CONFIG_NAME
 from .errors import CheckpointError
 from .remote_code import add_remote_code, load_class, module_name
 from .run_folder import locked_output
-from .whole_files import whole_folder
+from .whole_files import check_writable, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,16 +50,7 @@ def check_output(output_dir: str | os.PathLike[str], needed_bytes: int = 0) -> P
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty. Name another output folder, or remove it first.")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"{parent} is not writable ({error.strerror}). Name an output folder elsewhere."
-        ) from error
+    parent = check_writable(target)
     free = shutil.disk_usage(parent).free
     if needed_bytes and free < needed_bytes + _SPARE:
         raise CheckpointError(

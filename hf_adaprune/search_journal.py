@@ -21,6 +21,7 @@ from .search_config import SPEEDS
 from .sites import ModelSites
 from .speeds import SpeedTable
 from .trials import Trials
+from .whole_files import check_writable
 from .workers import Alone
 
 __all__ = ["check_journal", "journal_lock", "keep_speeds", "model_digest", "start_journal", "warm_points"]
@@ -58,10 +59,13 @@ def check_journal(
         warm_start (`str`, *optional*): journal to start from.
 
     Raises:
+        CheckpointError: its folder is not writable.
         JournalError: it is there and `resume` is not set, it belongs to another config, or a file is no journal.
     """
     if warm_start is not None and not Journal.load(warm_start).measured():
         raise JournalError(f"{warm_start} has no measured trial to start from.")
+    if journal is not None:
+        check_writable(journal)
     if journal is None or not os.path.exists(journal) or not os.path.getsize(journal):
         return
     if not resume:

@@ -12,19 +12,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .calibration import TokenBlocks
+from .clock import Clock
 from .compensation import Repair, repair_plan
 from .config import PruningConfig
 from .costs import Costs
 from .masking import masked
 from .parallel import collect_together
 from .plan import PruningPlan
+from .repairing import cached_repairs, own_repair
 from .run_artefacts import kept_statistics
 from .run_folder import RunFolder
 from .search.journal import Journal, mean_value
 from .searching import SearchResult, find_best
 from .selection import measure_of
 from .sites import ModelSites
-from .stages import Clock, cached_repairs, decide, gather_texts, own_repair
+from .stages import decide, gather_texts
 from .statistics import Needs, Statistics
 from .trials import Measure
 from .workers import Alone

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging as transformers_logging
 
 from .budgets import check_budgets
+from .clock import Clock
 from .config import PruningConfig
 from .costs import Costs
 from .errors import ConfigError
@@ -24,7 +25,6 @@ from .search_config import SPEEDS
 from .search_journal import journal_lock, keep_speeds, start_journal, warm_points
 from .selection import measure_of
 from .sites import ModelSites
-from .stages import Clock
 from .statistics import Statistics
 from .trials import CachedScores, Measure, Trials
 from .workers import Alone

@@ -11,7 +11,6 @@ import copy
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from .activations import ActivationStore
 from .architectures import Architecture
 from .budgets import check_budgets
 from .calibration import TokenBlocks
+from .clock import Clock
 from .compensation import Repair, repair_plan
 from .config import PruningConfig, Source
 from .costs import Costs
@@ -41,16 +41,17 @@ from .pipeline import PruningResult, Sizes, as_sources, note_provenance, own_arc
 from .plan import PruningPlan
 from .public import base_model_name
 from .recording import collect_statistics, quiet_bars, quiet_model
+from .repairing import RepairReport, check_repairs, lowest, own_repair
 from .run_artefacts import bind_layer, bytes_digest, kept_blocks, kept_layer_scores, repair_name, run_facts
 from .run_folder import RunFolder, locked_output, open_run
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of
 from .sites import ModelSites, find_sites
-from .stages import Clock, RepairReport, check_repairs, decide_by, gather_texts, needs_text, own_repair, what_to_collect
+from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
 from .streaming import HiddenStream
 from .surgery import apply_plan, cut_layer
-from .whole_files import whole_folder
+from .whole_files import scratch_folder, whole_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -165,8 +166,7 @@ def prune_to_disk(
         stack.enter_context(locked_output(target))
 
         def folder(what: str) -> str:
-            name = f".{target.name}.{what}-"
-            return stack.enter_context(tempfile.TemporaryDirectory(prefix=name, dir=target.absolute().parent))
+            return str(stack.enter_context(scratch_folder(target.absolute().parent, f".{target.name}.{what}")))
 
         live: Any = model
         if isinstance(model, (str, os.PathLike)):
@@ -383,7 +383,7 @@ class _Run:
         losses = {key[1]: own.loss() for key, own in watched.items() if key[0] == "check"}
         if losses:
             logger.info("held-out loss: sequential %.4f, none %.4f", losses["repaired"], losses["pruned"])
-        if losses and losses["pruned"] < losses["repaired"]:
+        if losses and lowest(losses) == "pruned":
             logger.warning("the sequential repair was dropped, it did not lower the loss on held-out windows.")
             schedule = "none"
             writer.start_again()

@@ -345,6 +345,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
 
     def _cut(self, args: Any, state: Any, model: Any, optimizer: Any, tokenizer: Any, ratio: float) -> None:
         base = base_of(model)
+        check_weights(self._sites(base))  # training may have broken them since it began
         if self._blocks is None:
             raise CalibrationError("no calibration text was read before this cut. Please report this.")
         with merged(model), quiet_bars() if self.config.search is None else contextlib.nullcontext():

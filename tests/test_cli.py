@@ -18,7 +18,7 @@ from conftest import tiny_model
 from texts import calibration_make_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM
 
-from hf_adaprune import PruningConfig, PruningPlan, cli, parallel, pipeline, saving
+from hf_adaprune import PruningConfig, PruningPlan, cli, parallel, pipeline, saving, whole_files
 from hf_adaprune.cli import main
 from hf_adaprune.cli_arguments import build_config, command_line
 from hf_adaprune.search import loop
@@ -198,7 +198,7 @@ def test_output_is_checked_first(
     def read_only(**options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(saving.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(whole_files.tempfile, "TemporaryFile", read_only)
     assert "is not writable (Permission denied)" in refused(capsys, *prune_words(dense, work))
     assert left_in(work) == []
 

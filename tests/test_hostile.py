@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzzing
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plans import pruning_plans
 from safetensors.torch import load_file, save_file
 from test_hub import folder, hub, pruned, saved  # noqa: F401
 from test_pipeline import config_of
@@ -27,7 +27,6 @@ from hf_adaprune.cli import main
 from hf_adaprune.errors import AdaPruneError, CheckpointError, UnsupportedModelError
 from hf_adaprune.hub import check_checkpoint
 from hf_adaprune.reporting import describe
-from hf_adaprune.search.journal import Journal
 
 # See test_hub.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -230,15 +229,8 @@ def test_a_record_of_a_run_is_data(folder: Path) -> None:  # noqa: F811
     assert PruningConfig.from_pretrained(folder).calibration.sources == ("/etc/passwd",)
 
 
-# -- any JSON ---------------------------------------------------------------------------------------------------------
+# -- anything ---------------------------------------------------------------------------------------------------------
 
-NUMBERS = st.one_of(st.integers(), st.integers(-(10**40), 10**40), st.floats(), st.sampled_from([2**31, 2**63, 1e308]))
-SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=8), st.sampled_from(["python", "../x", "1"]))
-JSON = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
 QUICK = settings(
     max_examples=150,
     deadline=None,
@@ -247,121 +239,12 @@ QUICK = settings(
 )
 
 
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """Every place in JSON data."""
-    found = [path] if path else []
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, entry in entries:
-        found += places(entry, (*path, key))
-    return found
-
-
-@st.composite
-def spoiled(draw: st.DrawFn, data: Any) -> Any:
-    """Data with one or two places replaced by anything, taken out, or given another name."""
-    copy = json.loads(json.dumps(data))
-    for _ in range(draw(st.integers(1, 2))):
-        options = places(copy)
-        if not options:
-            break
-        *way, last = draw(st.sampled_from(options))
-        place = copy
-        for key in way:
-            place = place[key]
-        action = draw(st.sampled_from(["replace", "replace", "drop", "rename"]))
-        if action == "replace":
-            place[last] = draw(JSON)
-        elif action == "rename" and isinstance(place, dict):
-            place[draw(st.text(max_size=8))] = place.pop(last)
-        else:
-            del place[last]
-    return copy
-
-
-def reads(read: Callable[[], Any]) -> None:
-    """Either it can be read, or the error is one of this package's."""
-    try:
-        read()
-    except AdaPruneError as error:
-        assert str(error)
-
-
+@pytest.mark.parametrize("kind", fuzzing.KINDS)
 @QUICK
-@given(st.data())
-def test_any_json_is_a_plan_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    plan = data.draw(pruning_plans())
-    value = data.draw(st.one_of(JSON, spoiled(plan.to_dict())))
-    file = tmp_path_factory.getbasetemp() / "any_plan.json"
-    file.write_text(json.dumps(value))
-    reads(lambda: PruningPlan.load(file))
-    reads(lambda: describe(file))
-
-
-@QUICK
-@given(data=st.binary(max_size=60))
-def test_any_bytes_are_no_plan(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    file = tmp_path_factory.getbasetemp() / "any_bytes.json"
-    file.write_bytes(data)
-    reads(lambda: PruningPlan.load(file))
-    reads(lambda: Journal.load(file))
-    reads(lambda: PruningConfig.from_pretrained(file))
-
-
-@QUICK
-@given(st.data())
-def test_any_json_is_a_config_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    base = PruningConfig.recipe("default", search={}).to_dict()
-    value = data.draw(st.one_of(JSON, spoiled(base)))
-    file = tmp_path_factory.getbasetemp() / "any_config.json"
-    file.write_text(json.dumps(value))
-    reads(lambda: PruningConfig.from_pretrained(file))
-    if isinstance(value, dict):
-        reads(lambda: PruningConfig.from_dict(value))
-        reads(lambda: PruningConfig().with_changes(**value))
-
-
-HEADER = {
-    "kind": "search",
-    "format": 1,
-    "version": "0.1.0",
-    "config": {"search": {"trials": 2, "objective": "kl"}},
-    "space": {"dimensions": {}},
-    "logarithmic": True,
-    "windows": [2, 4, 2],
-}
-TRIAL = {
-    "kind": "trial",
-    "number": 0,
-    "strategy": "gp",
-    "point": {"repair.damping": 0.1, "allocation.profile": [0.0, 1.0]},
-    "key": "abc",
-    "rows": [[8.0, 1.5], [8.0, 2.5]],
-    "costs": {"ratio": 0.2},
-    "widths": {"layers.0.mlp": 3},
-    "seconds": 1.0,
-    "predicted": [0.0, 1.0],
-    "answered_by": None,
-    "error": "",
-}
-FINAL = {"kind": "final", "number": 0, "rows": [[8.0, 1.5]]}
-WINNER = {"kind": "winner", "number": 0}
-
-
-@QUICK
-@given(st.data())
-def test_any_json_is_a_journal_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    lines = [HEADER, TRIAL, {**TRIAL, "number": 1}, FINAL, WINNER]
-    place = data.draw(st.integers(0, len(lines) - 1))
-    lines[place] = data.draw(st.one_of(JSON, spoiled(lines[place])))
-    file = tmp_path_factory.getbasetemp() / "any_journal.jsonl"
-    file.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-
-    def use() -> None:
-        journal = Journal.load(file)
-        journal.best()
-        journal.winner()
-
-    reads(use)
+@given(data=st.data())
+def test_anything_is_read_or_refused(saved: Path, tmp_path: Path, kind: str, data: st.DataObject) -> None:  # noqa: F811
+    own = fuzzing.KINDS[kind]
+    assert sum(own.answers(tmp_path, data.draw(own.inputs(saved)), saved)) > 0
 
 
 def test_torch_is_not_asked_to_unpickle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

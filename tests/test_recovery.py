@@ -28,8 +28,8 @@ from hf_adaprune.errors import (
     MissingDependencyError,
     UnsupportedModelError,
 )
-from hf_adaprune.recovery import training_texts
 from hf_adaprune.recovery_course import schedule_shape
+from hf_adaprune.recovery_texts import training_texts
 from hf_adaprune.surgery import cast_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -227,19 +227,3 @@ def test_a_journal_is_locked(tmp_path: Path) -> None:
     with journal_lock(tmp_path / "new" / "j.jsonl"):
         assert [path.name for path in (tmp_path / "new").iterdir()] == [".j.jsonl.lock"]
     assert not any((tmp_path / "new").iterdir())
-
-
-def test_what_a_killed_run_left_beside_an_output_is_cleared_away(tmp_path: Path) -> None:
-    for name in (".out.partial-x1", ".out.converted-x2", ".out.activations-x3", ".other.partial-x4", ".out.mine-x5"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    with locked_output(tmp_path / "out"):
-        mine = tmp_path / ".out.partial-live"
-        mine.mkdir()
-        with locked_output(tmp_path / "out"):
-            assert mine.exists()  # of this very run
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".other.partial-x4",
-        ".out.mine-x5",
-        ".out.partial-live",
-    ]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_adaprune import PruningConfig, PruningPlan, prune, saving
+from hf_adaprune import PruningConfig, PruningPlan, prune, saving, whole_files
 from hf_adaprune.errors import CheckpointError
 
 
@@ -121,7 +121,7 @@ def test_a_full_folder_a_read_only_one_and_a_full_disk_are_refused(
     def refuses(**options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(saving.tempfile, "TemporaryFile", refuses)
+    monkeypatch.setattr(whole_files.tempfile, "TemporaryFile", refuses)
     with pytest.raises(CheckpointError, match=r"not writable \(Permission denied\)"):
         saving.check_output(tmp_path / "new")
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import AdaPruneError, CheckpointError, ConfigError, MissingDependencyError, UnsupportedModelError
+from ..whole_files import scratch_folder
 from .gguf_layout import Entry, Layout, layout_of
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 
@@ -181,24 +181,21 @@ def _kind(entry: Entry, wanted: str) -> str:
 
 def _write_whole(target: Path, overwrite: bool, write: Any) -> None:
     """Write beside the target and move there at the end."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target.absolute().parent} is not writable ({error.strerror}). Name another."
-        ) from error
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write(partial)
-        partial.chmod(0o644)
-        _check_target(target, overwrite)  # somebody else may have written meanwhile
-        partial.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"{target} could not be written: {error}. Nothing was left behind.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder(target.absolute().parent, f".{target.name}.partial"))
+        except OSError as error:
+            raise CheckpointError(
+                f"{target.absolute().parent} is not writable ({error.strerror}). Name another."
+            ) from error
+        try:
+            partial = folder / target.name
+            write(partial)
+            partial.chmod(0o644)
+            _check_target(target, overwrite)  # somebody else may have written meanwhile
+            partial.replace(target)
+        except OSError as error:
+            raise CheckpointError(f"{target} could not be written: {error}. Nothing was left behind.") from error
 
 
 def _write(place: Path, layout: Layout, vocabulary: Vocabulary, plan: list[_Planned], type: str, name: str) -> None:

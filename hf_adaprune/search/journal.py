@@ -199,7 +199,11 @@ class Journal:
         return journal
 
     def add(self, trial: Trial) -> None:
-        """Write a trial; it is on the disk when this returns."""
+        """Write a trial; it is on the disk when this returns.
+
+        Raises:
+            JournalError: it could not be written; the trials before it are on the disk.
+        """
         self.trials.append(trial)
         self._append({"kind": "trial", **asdict(trial)})
 
@@ -265,10 +269,16 @@ class Journal:
         if self.path is None:
             return
         line = json.dumps(record, separators=(",", ":"), allow_nan=True) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise JournalError(
+                f"{self.path} could not be written: {error}. What it holds is kept; free some space and go on with it "
+                "(resume=True, --resume)."
+            ) from error
 
     def _read(self, repair: bool) -> None:
         assert self.path is not None

@@ -1,0 +1,242 @@
+"""The repair of a plan as a stop of a run: which schedule, and whether it helps on windows that it has not seen."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from .calibration import TokenBlocks
+from .clock import Clock
+from .compensation import Moments, Repair, output_error, repair_plan
+from .config import PruningConfig, RepairConfig
+from .evaluation import per_window_loss
+from .layerwise import Kept, regional_weights, sequential_repairs
+from .masking import masked
+from .moments import covariance
+from .plan import PruningPlan
+from .recording import collect_statistics, quiet_bars, quiet_model
+from .run_artefacts import kept_repair, repair_name
+from .run_folder import RunFolder, once_noted
+from .sites import ModelSites, Site
+from .statistics import Needs, Statistics
+
+__all__ = ["RepairReport", "cached_repairs", "check_repairs", "choose_repairs", "is_repaired", "lowest", "own_repair"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did to one site (or block) on held-out calibration windows.
+
+    Args:
+        name (`str`): site or layer.
+        before, after (`float`): squared output error per token without and with the repair.
+        kept (`bool`): a repair that does not lower the error is dropped.
+    """
+
+    name: str
+    before: float
+    after: float
+    kept: bool
+
+
+_Repaired = tuple[dict[str, Repair], str, tuple[RepairReport, ...], dict[int, dict[str, torch.Tensor]]]
+
+
+def cached_repairs(
+    sites: ModelSites,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    config: PruningConfig,
+    run: RunFolder | None = None,
+) -> dict[str, Repair]:
+    """The repairs that the dense model's moments give, where the config's schedule asks for them.
+
+    A stop of its own, so that the statistics, by far the largest thing in memory, can be let go before the next one.
+
+    Args:
+        sites ([`ModelSites`]): the dense model.
+        plan ([`PruningPlan`]): which units stay.
+        statistics ([`Statistics`], *optional*): of the dense model; not needed for what `run` has.
+        config ([`PruningConfig`]): how.
+        run ([`RunFolder`], *optional*): keeps the repair of every site.
+    """
+    own = own_repair(config)
+    if not _is_cached(config) or (statistics is None and not is_repaired(run, plan, config)):
+        return {}
+    weights = None if statistics is None else statistics.sample_weights(config.calibration.domain_weights)
+    place = repair_name("cached", config, plan)
+    repairs: dict[str, Repair] = {}
+    for name, kept in transformers_logging.tqdm(list(plan.changed()), desc="repair", unit="site"):
+        one = PruningPlan(plan.model_type, plan.num_layers, {name: kept})
+
+        def make(one: PruningPlan = one) -> dict[str, Repair]:
+            assert weights is not None
+            with quiet_bars():
+                return repair_plan(sites, one, statistics, weights, own)
+
+        repairs.update(kept_repair(run, f"{place}/{name}", make))
+    return repairs
+
+
+def _is_cached(config: PruningConfig) -> bool:
+    own = own_repair(config)
+    return own.method != "none" and own.schedule != "sequential"
+
+
+def is_repaired(run: RunFolder | None, plan: PruningPlan, config: PruningConfig) -> bool:
+    """Whether nothing is left to do that needs statistics, because an earlier run kept every cached repair."""
+    if run is None:
+        return False
+    place = repair_name("cached", config, plan)
+    names = [name for name, _ in plan.changed()] if _is_cached(config) else []
+    return all(run.read(f"{place}/{name}") is not None for name in names)
+
+
+def own_repair(config: PruningConfig) -> RepairConfig:
+    """The repair that the rest of a config leaves possible."""
+    walks = config.layer_by_layer and config.repair.method == "least_squares"
+    schedule = "sequential" if walks else "cached" if config.repair.method == "bias" else config.repair.schedule
+    return replace(config.repair, intercept=config.repair.intercept and not config.uniform, schedule=schedule)
+
+
+def choose_repairs(
+    sites: ModelSites,
+    plan: PruningPlan,
+    cached: Mapping[str, Repair],
+    blocks: TokenBlocks | None,
+    held_out: TokenBlocks | None,
+    config: PruningConfig,
+    clock: Clock | None = None,
+    run: RunFolder | None = None,
+) -> _Repaired:
+    """Repair a plan by the config's schedule, and drop repairs that do not help on held-out windows.
+
+    Args:
+        sites ([`ModelSites`]): the dense model; untouched.
+        plan ([`PruningPlan`]): which units stay.
+        cached (`dict[str, Repair]`): the cached repairs.
+        blocks ([`TokenBlocks`], *optional*): the calibration windows.
+        held_out ([`TokenBlocks`], *optional*): windows that no repair has seen.
+        config ([`PruningConfig`]): how.
+        clock ([`Clock`], *optional*): counts seconds.
+        run ([`RunFolder`], *optional*): keeps the repairs of every layer, and what held-out windows said of them.
+
+    Returns:
+        `tuple`: repairs by site, the schedule they came from, reports, and weights of regionally optimised layers.
+    """
+    clock = clock or Clock()
+    own = own_repair(config)
+    if blocks is None:
+        return {}, "none", (), {}
+    place = partial(repair_name, config=config, plan=plan)
+    schedule = own.schedule if own.method != "none" else "none"
+    repairs = dict(cached)
+    if own.method == "least_squares" and schedule in ("sequential", "best"):
+        with quiet_model(sites.model):
+            kept = Kept(run, place("walked"))
+            walked = sequential_repairs(sites, plan, blocks, own, config.calibration.domain_weights, kept)
+        # A walk's repairs build on one another and on the pruned model's inputs, so they stay or go as a whole.
+        other = {"cached": repairs} if schedule == "best" else {"none": {}}
+        candidates = {"sequential": walked, **other}
+        schedule = once_noted(run, place("choice"), lambda: _better(sites, plan, candidates, held_out))
+        repairs = dict(candidates[schedule])
+        clock.stop("repair")
+    reports: tuple[RepairReport, ...] = ()
+    if held_out is not None and repairs and schedule == "cached":
+        checked, held = repairs, held_out
+        found = once_noted(
+            run, place("check"), lambda: list(map(vars, check_repairs(sites, plan, checked, held, config)))
+        )
+        reports = tuple(RepairReport(**report) for report in found)
+        repairs = {report.name: repairs[report.name] for report in reports if report.kept}
+        clock.stop("check repair")
+    blockwise: dict[int, dict[str, torch.Tensor]] = {}
+    if own.regional_steps > 0:
+        with quiet_model(sites.model):
+            blockwise, measured = regional_weights(
+                sites, plan, repairs, blocks, own, config.seed, Kept(run, place("regional"))
+            )
+        reports += tuple(RepairReport(name, before, after, after < before) for name, before, after in measured)
+        clock.stop("regional repair")
+    return repairs, schedule, reports, blockwise
+
+
+def _better(
+    sites: ModelSites, plan: PruningPlan, candidates: Mapping[str, dict[str, Repair]], held_out: TokenBlocks | None
+) -> str:
+    """Name of the candidate with the lowest loss on held-out windows; the first one where there are none."""
+    losses = dict.fromkeys(candidates, 0.0)
+    for name, repairs in candidates.items():
+        if held_out is None:
+            break
+        with masked(sites, plan, repairs):
+            sums = per_window_loss(sites.model, held_out).sum(0)
+        losses[name] = float(sums[0] / sums[1])
+    logger.info("held-out loss: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    best = lowest(losses)
+    if best == "none":
+        logger.warning("the sequential repair was dropped, it did not lower the loss on held-out windows.")
+    return best
+
+
+def lowest(losses: Mapping[str, float]) -> str:
+    """The name of the lowest loss, the first one of equals; one that is not a number is never lower than another."""
+    return min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+
+
+def _parts(sites: list[Site]) -> Iterator[list[Site]]:
+    """Sites in runs whose Gram matrices take a quarter of what all take: the check must not set the peak of memory."""
+    room = max(2**25, sum(site.columns**2 for site in sites) // 4)
+    part: list[Site] = []
+    for site in sites:
+        if part and sum(other.columns**2 for other in part) + site.columns**2 > room:
+            yield part
+            part = []
+        part.append(site)
+    if part:
+        yield part
+
+
+def check_repairs(
+    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], held_out: TokenBlocks, config: PruningConfig
+) -> tuple[RepairReport, ...]:
+    """Output errors with and without each repair, on moments of windows that no repair has seen.
+
+    Args:
+        sites ([`ModelSites`]): the dense model, or a layer of it.
+        plan ([`PruningPlan`]): which units stay.
+        repairs (`dict[str, Repair]`): by site.
+        held_out ([`TokenBlocks`]): the windows.
+        config ([`PruningConfig`]): where moments are held.
+    """
+    weights = torch.ones(len(held_out))
+    reports = []
+    for part in _parts([sites.by_name[name] for name in repairs]):
+        # A part is small, so its moments need no disk.
+        place = "model" if config.gram_place == "model" else "cpu"
+        statistics = collect_statistics(
+            replace(sites, sites=tuple(part)), held_out, Needs(gram=True), gram_place=place, description="check repair"
+        )
+        for site in part:
+            matrix, mean, _ = covariance(site, statistics, weights)
+            moments = Moments(matrix, mean)
+            before = output_error(site, plan.sites[site.name], moments, None)
+            after = output_error(site, plan.sites[site.name], moments, repairs[site.name])
+            reports.append(RepairReport(site.name, before, after, after < before))
+    dropped = [report.name for report in reports if not report.kept]
+    if dropped:
+        logger.warning(
+            "repairs of %d of %d sites were dropped, they did not lower the error on held-out windows: %s",
+            len(dropped),
+            len(reports),
+            ", ".join(dropped),
+        )
+    return tuple(reports)
