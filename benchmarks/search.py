@@ -39,6 +39,9 @@ from hf_adaprune.stages import gather_texts
 from hf_adaprune.trials import CachedScores, Measure, Trials
 
 
+KEPT = 0.5
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "report", "table", "cost"))
@@ -60,13 +63,22 @@ def arguments() -> argparse.Namespace:
 
 
 def config_of(args: argparse.Namespace, ratio: float, strategy: str, seed: int) -> PruningConfig:
-    """The config of a run: baselines are compared on the trials' own text, so that they need few finalists."""
+    """The config of a run: baselines are compared on the trials' own text, so that they need few finalists.
+
+    Strategies chain by `+` (`gp+evolution`); with `-kept` behind them no source falls below half of its weight.
+    """
+    names, kept = tuple(strategy.removesuffix("-kept").split("+")), strategy.endswith("-kept")
     calibration = {"sources": args.calibration, "selection": args.selection, "samples": args.samples}
     return PruningConfig.recipe(
         "default",
         pruning_ratio=ratio,
         calibration=calibration,
-        search={"trials": args.trials, "strategy": (strategy,), "finalists": 4 if strategy == "gp" else 1},
+        search={
+            "trials": args.trials,
+            "strategy": names,
+            "finalists": 4 if names[0] == "gp" else 1,
+            "space": {"calibration.domain_weights": {"kept": KEPT}} if kept else {},
+        },
         seed=seed,
     )
 

@@ -196,6 +196,43 @@ def test_any_coordinates_decode_into_the_space(values: list[float]) -> None:
     assert SPACE.decode(SPACE.encode(point)) == point
 
 
+KEPT = Space(
+    (
+        Simplex("calibration.domain_weights", DOMAINS, (4.0, 3.0, 2.0, 1.0), kept=0.5),
+        Simplex("importance.metrics", ("fisher", "wanda_sp", "first_order"), (1.0, 1.0, 0.0), named=True, kept=0.25),
+    ),
+    {},
+)
+
+
+@given(st.lists(st.floats(-4, 4), min_size=KEPT.width, max_size=KEPT.width))
+@settings(deadline=None, max_examples=150)
+def test_no_weight_falls_below_what_is_kept(values: list[float]) -> None:
+    point = KEPT.decode(torch.tensor(values, dtype=torch.float64))
+    assert_in_space(KEPT, point)
+    weights = point["calibration.domain_weights"]
+    assert all(own >= 0.5 * base - 1e-12 for own, base in zip(weights, (0.4, 0.3, 0.2, 0.1), strict=True))
+    assert min(point["importance.metrics"][name] for name in ("fisher", "wanda_sp")) >= 0.125 - 1e-12
+    assert KEPT.decode(KEPT.encode(point)) == point == as_journalled(point)
+    assert KEPT.default["calibration.domain_weights"] == pytest.approx((0.4, 0.3, 0.2, 0.1))
+
+
+def test_a_mixture_that_is_kept_is_asked_for_by_its_share() -> None:
+    space = space_of(space={"calibration.domain_weights": {"kept": 0.5}, "importance.metrics": {"kept": 0.25}})
+    kept = {d.path: d.kept for d in space.dimensions if isinstance(d, Simplex)}
+    assert kept == {"calibration.domain_weights": 0.5, "importance.metrics": 0.25}
+    plain = {d.path: d for d in space_of().dimensions if isinstance(d, Simplex)}
+    for dimension in space.dimensions:
+        if isinstance(dimension, Simplex):
+            assert (dimension.members, dimension.default) == (
+                plain[dimension.path].members,
+                plain[dimension.path].default,
+            )
+    for wrong in (1.0, -0.1, "half", True):
+        with pytest.raises(ConfigError, match=r"kept.*\[0, 1\)"):
+            space_of(space={"calibration.domain_weights": {"kept": wrong}})
+
+
 @given(cubes(space_of().width))
 @settings(deadline=None, max_examples=60)
 def test_every_draw_is_a_valid_config(cube: torch.Tensor) -> None:

@@ -124,12 +124,15 @@ class Simplex:
         members (`tuple[str, ...]`): what is weighted.
         default (`tuple[float, ...]`): the weights in trial 0.
         named (`bool`): the field is a mapping from members to weights; else a list of weights.
+        kept (`float`, *optional*, defaults to 0.0): share of the default that every point keeps: no weight falls below
+            that share of its default.
     """
 
     path: str
     members: tuple[str, ...]
     default: tuple[float, ...]
     named: bool = False
+    kept: float = 0.0
 
     @property
     def width(self) -> int:
@@ -148,21 +151,31 @@ class Simplex:
     def encode(self, value: Any) -> list[float]:
         """Coordinates of a value; weights are scaled to add up to 1, none are equal ones."""
         named = isinstance(value, Mapping)
-        weights = [float(value.get(m, 0.0)) for m in self.members] if named else [float(w) for w in value]
-        total = sum(weights)
-        return [weight / total for weight in weights] if total > 0 else [1 / self.width] * self.width
+        weights = _scaled([float(value.get(m, 0.0)) for m in self.members] if named else [float(w) for w in value])
+        if not self.kept or len(weights) != self.width:
+            return weights
+        own = zip(weights, _scaled(self.default), strict=True)
+        return _scaled([max((weight - self.kept * base) / (1 - self.kept), 0.0) for weight, base in own])
 
     def decode(self, coordinates: Sequence[float]) -> Any:
         """The value at coordinates."""
-        total = sum(max(entry, 0.0) for entry in coordinates)
-        shares = [max(entry, 0.0) / total for entry in coordinates] if total > 0 else [1 / self.width] * self.width
+        shares = _scaled([max(entry, 0.0) for entry in coordinates])
         # What an optimiser leaves at 1e-9 is zero: a metric at weight zero need not be computed.
-        shares = [share if share > 0.99 * SMALLEST_WEIGHT else 0.0 for share in shares]
+        shares = _scaled([share if share > 0.99 * SMALLEST_WEIGHT else 0.0 for share in shares])
         parts = [round(share / sum(shares) * 10**_DIGITS) for share in shares]
         # The largest takes what rounding left, so that weights add up to 1 and come back the same.
         parts[parts.index(max(parts))] += 10**_DIGITS - sum(parts)
         weights = [part / 10**_DIGITS for part in parts]
+        if self.kept:
+            own = zip(weights, _scaled(self.default), strict=True)
+            weights = [self.kept * base + (1 - self.kept) * weight for weight, base in own]
         return dict(zip(self.members, weights, strict=True)) if self.named else tuple(weights)
+
+
+def _scaled(weights: Sequence[float]) -> list[float]:
+    """Weights that add up to 1; equal ones where all are 0."""
+    total = sum(weights)
+    return [weight / total for weight in weights] if total > 0 else [1 / len(weights)] * len(weights)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -272,7 +272,7 @@ def default_space(config: PruningConfig, domains: Sequence[str], shares: Sequenc
     return space
 
 
-_SPECIFICATION = {"low", "high", "log", "whole", "size", "centred", "choices", "simplex"}
+_SPECIFICATION = {"low", "high", "log", "whole", "size", "centred", "choices", "simplex", "kept"}
 
 
 def _changed(space: Space, config: PruningConfig, path: str, given: Any, domains: Sequence[str]) -> Space:
@@ -291,12 +291,17 @@ def _dimension(
 ) -> Dimension:
     if "choices" in given:
         return _choice(path, given, current)
-    if "simplex" in given:
-        return _simplex(path, given, current, domains)
+    if "simplex" in given or "kept" in given:
+        members = known.members if isinstance(known, Simplex) else True
+        own = _simplex(path, {"simplex": members, **given}, current, domains)
+        # The weights of a config that names none are those of the known dimension.
+        return (
+            replace(own, default=known.default) if isinstance(known, Simplex) and known.members == own.members else own
+        )
     if isinstance(known, (Number, Vector)) and not given.get("size"):
         ranges = ("low", "high", "log", "whole", "centred")
-        own: dict[str, Any] = {name: value for name, value in vars(known).items() if name in ranges}
-        given = {**own, **given, "size": known.width if isinstance(known, Vector) else None}
+        ranged: dict[str, Any] = {name: value for name, value in vars(known).items() if name in ranges}
+        given = {**ranged, **given, "size": known.width if isinstance(known, Vector) else None}
     low: Any = given.get("low")
     high: Any = given.get("high")
     size: Any = given.get("size")
@@ -355,7 +360,12 @@ def _simplex(path: str, given: Mapping[str, Any], current: Any, domains: Sequenc
     if not named and current and len(current) != len(members):
         raise ConfigError(f"`search.space[{path!r}]` names {len(members)} weights, the config has {len(current)}.")
     default = tuple(current.get(member, 0.0) for member in members) if named else tuple(current)
-    return Simplex(path, members, default or (1.0,) * len(members), named)
+    kept = given.get("kept", 0.0)
+    if not (_is_number(kept) and 0 <= kept < 1):
+        raise ConfigError(
+            f"`search.space[{path!r}].kept` should be a share of the config's own weights in [0, 1). Found {kept!r}."
+        )
+    return Simplex(path, members, default or (1.0,) * len(members), named, float(kept))
 
 
 def _is_number(value: Any) -> bool:
