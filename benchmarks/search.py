@@ -38,7 +38,6 @@ from hf_adaprune.selection import measure_of
 from hf_adaprune.stages import gather_texts
 from hf_adaprune.trials import CachedScores, Measure, Trials
 
-
 KEPT = 0.5
 
 
