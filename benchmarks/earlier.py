@@ -114,13 +114,27 @@ def search_seeds(folder: Path) -> str:
     lines = []
     for ratio in sorted({name.split("_")[0] for name in rows}, key=float):
         plain = rows[f"{ratio}_default"]
-        own = {name: row for name, row in sorted(rows.items()) if name.startswith(f"{ratio}_gp")}
-        for text, title in texts.items():
-            changes = [100 * (row[text] / plain[text] - 1) for row in own.values()]
-            cells = [f"{row[text]:.2f} ({change:+.1f} %)" for row, change in zip(own.values(), changes, strict=True)]
-            first = f"{100 * float(ratio):.0f} % removed, {title}"
-            lines.append([first, f"{plain[text]:.2f}", ", ".join(cells), f"**{mean(changes):+.1f} %**"])
-    return _table(["perplexity", "`default`", "`gp`, seeds 0, 1, ...", "mean"], lines)
+        for strategy in ("gp", "gp-kept"):
+            own = [row for name, row in sorted(rows.items()) if name.startswith(f"{ratio}_{strategy}_")]
+            for text, title in texts.items() if own else ():
+                changes = [100 * (row[text] / plain[text] - 1) for row in own]
+                cells = [f"{row[text]:.2f} ({change:+.1f} %)" for row, change in zip(own, changes, strict=True)]
+                first = f"{100 * float(ratio):.0f} % removed, {title}, `{strategy}`"
+                lines.append([first, f"{plain[text]:.2f}", ", ".join(cells), f"**{mean(changes):+.1f} %**"])
+    return _table(["perplexity", "`default`", "seeds 0, 1, ...", "mean"], lines)
+
+
+def given_up(folder: Path) -> str:
+    """Winners on text that their selection speaks for, and on text that it does not."""
+    rows = json.loads((folder / "given_up.json").read_text())["rows"]
+    texts = [name for name in rows[0] if name != "model"]
+    lines = [["`default`", *(f"{rows[0][text]:.1f}" for text in texts)]]
+    for kept in (0.0, 0.25, 0.5):
+        own = [row for row in rows[1:] if row.get("kept", 0.0) == kept and "with" not in row]
+        cells = [", ".join(f"{row[text]:.1f}" for row in sorted(own, key=lambda row: row["model"])) for text in texts]
+        label = "winners of `gp`" if not kept else f"the same, {kept:g} of the weights kept"
+        lines.append([f"{label}, seeds 0, 1, 2", *cells])
+    return _table(["40 % removed, perplexity", *texts], lines)
 
 
 def predictor(folder: Path) -> str:
@@ -203,6 +217,7 @@ EARLIER: dict[str, Callable[[Path], str]] = {
     "search-report": search_report,
     "search-strategies": search_strategies,
     "search-seeds": search_seeds,
+    "given-up": given_up,
     "predictor": predictor,
     "forms": forms,
     "llama-cpp-speed": llama_cpp_speed,
