@@ -20,7 +20,7 @@ from .results import read_results
 __all__ = ["made", "markdown", "show_tables", "stale", "written"]
 
 README = HERE.parent / "README.md"
-MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(\n<!-- /table -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(\n?<!-- /table -->)", re.DOTALL)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -197,7 +197,7 @@ def written(text: str, folder: Path) -> str:
         table = made(match[2], folder)
         if table is None:
             raise SystemExit(f"there are no results for the table {match[2]!r}: python -m benchmarks run {match[2]}")
-        return match[1] + table + match[4]
+        return match[1] + table + "\n<!-- /table -->"
 
     return MARKED.sub(anew, text)
 

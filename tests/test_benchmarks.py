@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,9 @@ def test_a_stale_table_is_found_and_written_anew(
     assert other.read_text() != text and main(["table", "--check"]) == 1
     assert "recipes is stale" in capsys.readouterr().out
     assert main(["table", "--write"]) == 0 and other.read_text() == text and main(["table", "--check"]) == 0
+    emptied = re.sub(r"(<!-- table:recipes -->\n).*?\n(<!-- /table -->)", r"\1\2", text, flags=re.DOTALL)
+    other.write_text(emptied)  # an empty table takes nothing of what follows it
+    assert main(["table", "--write"]) == 0 and other.read_text() == text
     other.write_text("<!-- table:quality -->\n\n<!-- /table -->")
     with pytest.raises(SystemExit, match="no results for the table 'quality'"):
         main(["table", "--write", "--results", str(tmp_path)])
