@@ -76,7 +76,7 @@ def config_of(args: argparse.Namespace, ratio: float, strategy: str, seed: int) 
             "trials": args.trials,
             "strategy": names,
             "finalists": 4 if names[0] == "gp" else 1,
-            "space": {"calibration.domain_weights": {"kept": KEPT}} if kept else {},
+            "space": {"calibration.domain_weights": {"kept": KEPT if kept else 0.0}},
         },
         seed=seed,
     )

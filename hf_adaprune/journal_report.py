@@ -351,7 +351,7 @@ def _chosen(
     for dimension in space.dimensions:
         path = dimension.path
         if isinstance(dimension, Simplex) and path in first.point and path in chosen.point:
-            both = [dimension.encode(trial.point[path]) for trial in (first, chosen)]
+            both = [dimension.weights(trial.point[path]) for trial in (first, chosen)]
             mixtures[path] = dict(zip(dimension.members, zip(*both, strict=True), strict=True))
     # Ratios by site are widths in other words, which the picture draws.
     paths = [path for path in chosen.point if path not in mixtures and path != "allocation.ratios"]

@@ -35,9 +35,9 @@ class SearchConfig:
             text or list fixes a field (`{"repair.damping": 0.02}`), a mapping gives or adds a dimension:
             `{"low", "high"}` with `"log": true` or `"whole": true` (a number), also with `"size": n` (a vector) and
             `"centred": true` (its sum stays 0), `{"choices": [...]}`, or `{"simplex": [...]}` (weights that add up
-            to 1; the list names what is weighted). With `"kept"` a point keeps that share of the config's own weights:
-            `{"calibration.domain_weights": {"kept": 0.5}}` lets no source fall below half of its weight, so that text
-            which the selection does not speak for is not given up.
+            to 1; the list names what is weighted). With `"kept"` a point keeps that share of the
+            config's own weights: by default no calibration source falls below half of its weight, so that text which
+            the selection does not speak for is not given up; `{"calibration.domain_weights": {"kept": 0.0}}` lets it.
         objective (`str`, *optional*, defaults to `"kl"`): minimised on selection text: `kl` (to the dense model, over
             its 128 most likely next tokens and the rest as one), `loss`, `accuracy` (of multiple-choice rows, see
             `tasks`; 1 - accuracy is minimised) or `custom` (the function passed to `prune` or `search_plan`).

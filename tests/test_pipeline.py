@@ -141,17 +141,17 @@ def test_report_text_is_measured_before_and_after() -> None:
 
 
 def test_repairs_that_do_not_help_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_adaprune import stages
+    from hf_adaprune import repairing
     from hf_adaprune.compensation import Repair
 
-    real = stages.repair_plan
+    real = repairing.repair_plan
 
     def spoiled(*args: object, **kwargs: object) -> dict:
         repairs = real(*args, **kwargs)
         name = next(iter(repairs))
         return {**repairs, name: Repair(repairs[name].weight * 50)}
 
-    monkeypatch.setattr(stages, "repair_plan", spoiled)
+    monkeypatch.setattr(repairing, "repair_plan", spoiled)
     result = prune(tiny_model("llama"), tiny_tokenizer(), config_of())
     dropped = [report.name for report in result.repairs if not report.kept]
     assert dropped

@@ -149,13 +149,18 @@ class Simplex:
         return [(0.0, 1.0)] * self.width
 
     def encode(self, value: Any) -> list[float]:
-        """Coordinates of a value; weights are scaled to add up to 1, none are equal ones."""
-        named = isinstance(value, Mapping)
-        weights = _scaled([float(value.get(m, 0.0)) for m in self.members] if named else [float(w) for w in value])
+        """Coordinates of a value: its weights, as far as they go beyond what is kept."""
+        weights = self.weights(value)
         if not self.kept or len(weights) != self.width:
             return weights
         own = zip(weights, _scaled(self.default), strict=True)
         return _scaled([max((weight - self.kept * base) / (1 - self.kept), 0.0) for weight, base in own])
+
+    def weights(self, value: Any) -> list[float]:
+        """Weights of a value in the order of the members, scaled to add up to 1; none are equal ones."""
+        if isinstance(value, Mapping):
+            return _scaled([float(value.get(member, 0.0)) for member in self.members])
+        return _scaled([float(weight) for weight in value])
 
     def decode(self, coordinates: Sequence[float]) -> Any:
         """The value at coordinates."""
