@@ -87,13 +87,13 @@ def search_report(folder: Path) -> str:
 def search_strategies(folder: Path) -> str:
     """The best candidate so far against trial 0, by strategy and number of trials."""
     curves: dict[str, dict[str, list[float]]] = json.loads((folder / "search_curves.json").read_text())["curves"]
-    order = ("gp", "gp-anywhere", "tpe", "random", "sobol")
+    order = ("gp-kept", "gp", "gp-anywhere", "tpe", "random", "sobol")
     named = sorted((name.split() for name in curves), key=lambda pair: (float(pair[0]), order.index(pair[1])))
     lines = []
     for ratio, strategy in named:
         runs = curves[f"{ratio} {strategy}"]
         cells = [_change([curve[trials - 1] for curve in runs.values()]) for trials in (15, 30, 60)]
-        if strategy == "gp":
+        if strategy in ("gp", "gp-kept"):
             cells[-1] = f"**{cells[-1]}**"
         lines.append([f"{100 * float(ratio):.0f} %, `{strategy}`", str(len(runs)), *cells])
     return _table(["removed, strategy", "seeds", "15 trials", "30 trials", "60 trials"], lines)
@@ -114,7 +114,7 @@ def search_seeds(folder: Path) -> str:
     lines = []
     for ratio in sorted({name.split("_")[0] for name in rows}, key=float):
         plain = rows[f"{ratio}_default"]
-        for strategy in ("gp", "gp-kept"):
+        for strategy in ("gp-kept", "gp"):
             own = [row for name, row in sorted(rows.items()) if name.startswith(f"{ratio}_{strategy}_")]
             for text, title in texts.items() if own else ():
                 changes = [100 * (row[text] / plain[text] - 1) for row in own]

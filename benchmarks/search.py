@@ -211,7 +211,7 @@ def table(args: argparse.Namespace) -> None:
                 best = min(best, journal.estimate(trial).value)
             curve.append(best)
         curves.setdefault(f"{ratio} {strategy}", {})[seed] = curve
-        if strategy == "gp":
+        if strategy in ("gp", "gp-kept"):
             held, of = coverage([(t, journal.estimate(t).value) for t in journal.measured()])
             inside, total = inside + held, total + of
     result: dict[str, Any] = {"curves": curves, "coverage_80": [inside, total]}
@@ -226,7 +226,7 @@ def table(args: argparse.Namespace) -> None:
         print(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     for name, runs in curves.items():
         ratio, strategy = name.split()
-        if strategy == "gp":
+        if strategy in ("gp", "gp-kept"):
             continue
         for seed, curve in runs.items():
             gp = curves.get(f"{ratio} gp", {}).get(seed)
