@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .kills import KINDS, describe_work, difference_of, entries_of, fork, prepared, run_kind, wait_for
+from .kills import KINDS, describe_work, difference_of, entries_of, fork, prepared, run_kind, tell, wait_for
 from .machine import commit, processor, versions
 
 __all__ = ["measure"]
@@ -43,19 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         found = measure(Path(folder), args.kinds, args.factor)
-    if args.out and args.out.exists():
-        before = json.loads(args.out.read_text(encoding="utf-8"))
-        found["kinds"] = {**before["kinds"], **found["kinds"]}
-        for count in ("limits", "told"):
-            found[count] = sum(own[count] for own in found["kinds"].values())
-        found["broken"] += [line for line in before["broken"] if line.split(",")[0] not in args.kinds]
-        found["seconds"] = round(before["seconds"] + found["seconds"], 1)
-    text = json.dumps(found, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    if found["broken"]:
-        raise SystemExit(f"{len(found['broken'])} things broke")
+    tell(found, args.out, args.kinds, ("limits", "told"))
 
 
 def measure(folder: Path, kinds: list[str], factor: float) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -96,16 +97,32 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         found = measure(Path(folder), args.kinds, args.kills, args.seed)
-    if args.out and args.out.exists():
-        before = json.loads(args.out.read_text(encoding="utf-8"))
+    tell(found, args.out, args.kinds, ("kills",))
+
+
+def tell(found: dict[str, Any], out: Path | None, kinds: list[str], counts: tuple[str, ...]) -> None:
+    """Print and write counts by kind; a file keeps what it has of other kinds.
+
+    Args:
+        found (`dict[str, Any]`): `kinds`, `broken`, `seconds` and the counts.
+        out (`Path`, *optional*): the file.
+        kinds (`list[str]`): those of this run.
+        counts (`tuple[str, ...]`): what is summed over kinds.
+
+    Raises:
+        SystemExit: something broke.
+    """
+    if out and out.exists():
+        before = json.loads(out.read_text(encoding="utf-8"))
         found["kinds"] = {**before["kinds"], **found["kinds"]}
-        found["kills"] = sum(own["kills"] for own in found["kinds"].values())
-        found["broken"] += [line for line in before["broken"] if line.split(":")[0] not in args.kinds]
+        for count in counts:
+            found[count] = sum(own[count] for own in found["kinds"].values())
+        found["broken"] += [line for line in before["broken"] if re.split("[:,]", line)[0] not in kinds]
         found["seconds"] = round(before["seconds"] + found["seconds"], 1)
     text = json.dumps(found, indent=1)
     print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    if out:
+        out.write_text(text + "\n", encoding="utf-8")
     if found["broken"]:
         raise SystemExit(f"{len(found['broken'])} things broke")
 
