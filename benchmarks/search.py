@@ -29,6 +29,7 @@ from hf_adaprune.calibration import report_blocks
 from hf_adaprune.choices import multiple_choice, read_rows
 from hf_adaprune.compensation import repair_plan
 from hf_adaprune.evaluation import perplexity
+from hf_adaprune.measures import Measure
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.gaussian_process import coverage
 from hf_adaprune.search.journal import Journal
@@ -36,7 +37,7 @@ from hf_adaprune.search_checks import search_needs
 from hf_adaprune.searching import SearchResult, find_best
 from hf_adaprune.selection import measure_of
 from hf_adaprune.stages import gather_texts
-from hf_adaprune.trials import CachedScores, Measure, Trials
+from hf_adaprune.trials import CachedScores, Trials
 
 KEPT = 0.5
 

@@ -18,7 +18,8 @@ from .reporting import text_table
 from .search.dimensions import Choice, Dimension, Number, Simplex, Vector
 from .search.gaussian_process import coverage, fit_surrogate
 from .search.journal import Estimate, Journal, Trial, compare, mean_value
-from .search.loop import Slot, View, front
+from .search.loop import front
+from .search.problem import Slot, View
 from .search.space import Space
 from .search_config import SearchConfig
 

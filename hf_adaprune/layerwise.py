@@ -22,10 +22,10 @@ from .calibration import TokenBlocks
 from .compensation import Moments, Repair, check_enough_tokens, repair_from_moments
 from .config import RepairConfig
 from .errors import CalibrationError, StatisticsError
+from .gram_sums import exact_products
 from .masking import masked
 from .offloading import check_layer, layer_weights
 from .plan import PruningPlan, SitePlan, split_site_name
-from .recording import exact_products
 from .run_artefacts import kept_repair, read_repair
 from .run_folder import RunFolder
 from .sites import ModelSites, Site

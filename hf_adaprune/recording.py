@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -23,11 +20,12 @@ from .documents import eval_mode
 from .elements import Elements
 from .errors import StatisticsError
 from .experts import ExpertTap, tapped_experts
+from .gram_sums import GramSums
 from .sites import ModelSites, Site
 from .statistics import SEGMENT, Needs, SiteStatistics, Statistics
 from .workers import Alone
 
-__all__ = ["collect_statistics", "exact_products", "quiet_bars", "quiet_model"]
+__all__ = ["collect_statistics", "quiet_bars", "quiet_model"]
 
 _FORWARD_TOKENS = 2048  # per batch: large enough for efficient products, small beside the Gram matrices
 _LOGIT_ROWS = 64  # positions whose float32 logits exist at the same time
@@ -78,6 +76,7 @@ def collect_statistics(
                     recorder.elements.close_domain(sweep.domain, workers)
     workers.each(recorder.make_whole)
     recorder.add_up(workers)
+    workers.each(recorder.round_sums)
     return recorder.statistics()
 
 
@@ -104,26 +103,6 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter, ask in asks.items():
                 parameter.requires_grad_(ask)
-
-
-@contextlib.contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products of values that came from bfloat16 use bfloat16 units: the products are exact either way.
-
-    Products of other values are taken in full float32, whatever the caller (or an outer context) allows. To be opened
-    around products only, never around a model: a rotary embedding needs all bits of its positions.
-    """
-    modules: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cuda)
-    backends = [module.matmul for module in modules]
-    before = [backend.fp32_precision for backend in backends]
-    fast = dtype == torch.bfloat16
-    backends[0].fp32_precision = "bf16" if fast else "ieee"
-    backends[1].fp32_precision = "tf32" if fast else "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 @dataclass(frozen=True)
@@ -168,6 +147,7 @@ class _Recorder:
             self.folder = tempfile.mkdtemp(prefix="pass_", dir=folder)
         samples = len(blocks)
         self.keep: dict[str, dict[str, torch.Tensor]] = {}
+        self.grams: dict[str, GramSums] = {}
         for site in sites:
             shape = (samples, site.groups) if site.kind == "experts" else (samples,)
             kept = {
@@ -222,16 +202,23 @@ class _Recorder:
         """A process that had no windows has zeros to add."""
         if self.needs.gram:
             for site in self.sites:
-                self._grams(site)
+                self._gram(site)
 
     def add_up(self, workers: Alone) -> None:
         """Sums over samples become those of all processes; what one keeps per sample is zero on the others."""
         for site in self.sites:
             for _, tensor in sorted(self.keep[site.name].items()):
                 workers.add_up(tensor)
+            if site.name in self.grams:
+                self.grams[site.name].add_up(workers)
         workers.add_up(self.broken)
         if self.cosine is not None:
             workers.add_up(self.cosine)
+
+    def round_sums(self) -> None:
+        """Gram matrices as they are kept, one site after the other, so that few are there twice."""
+        for name in list(self.grams):
+            self.keep[name]["gram"] = self.grams.pop(name).whole()
 
     def run(self, indices: torch.Tensor, backward: bool) -> None:
         model, device = self.sites.model, self.sites.device
@@ -300,21 +287,19 @@ class _Recorder:
                 kept["squares"][self.samples] = values.square().sum(1).cpu()
             kept["counts"][self.samples] = self.blocks.attention_mask[self.samples].sum(1).float()
             if self.needs.gram:
-                _add_product(self._gram(site), values.flatten(0, 1), args[0].dtype)
+                self._gram(site).add((self._domain(),), values.flatten(0, 1), args[0].dtype)
 
         return hook
 
-    def _gram(self, site: Site) -> torch.Tensor:
-        """The Gram matrix that the windows at hand add to."""
-        return self._grams(site)[int(self.blocks.domain[self.samples[0]]) if self.needs.per_domain else 0]
+    def _domain(self) -> int:
+        """Which Gram matrix the windows at hand add to."""
+        return int(self.blocks.domain[self.samples[0]]) if self.needs.per_domain else 0
 
-    def _grams(self, site: Site) -> torch.Tensor:
-        kept = self.keep[site.name]
-        if "gram" not in kept:
+    def _gram(self, site: Site) -> GramSums:
+        if site.name not in self.grams:
             domains = len(self.blocks.domains) if self.needs.per_domain else 1
-            matrices = (site.groups, site.group_size) if site.kind == "experts" else (site.columns,)
-            kept["gram"] = _allocate((domains, *matrices, matrices[-1]), self.gram_place, self.folder, site)
-        return kept["gram"]
+            self.grams[site.name] = GramSums(site, domains, self.gram_place, self.folder)
+        return self.grams[site.name]
 
     def _gradient_rows(self) -> list[int]:
         return [self.position[int(sample)] for sample in self.samples]
@@ -387,7 +372,7 @@ class _Recorder:
             kept["counts"][self.samples, expert] = served.cpu()
             if self.needs.gram:
                 # Channels times gates are no bfloat16 numbers, so these products are taken in full float32.
-                _add_product(self._gram(site)[expert], values, torch.float32)
+                self._gram(site).add((self._domain(), expert), values, torch.float32)
             return channels, None
 
         return tap
@@ -479,12 +464,6 @@ def _on_gradient(tensor: torch.Tensor, keep: Callable[[torch.Tensor], None]) -> 
         tensor.register_hook(lambda gradient: keep(gradient.detach()))
 
 
-def _add_product(gram: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> None:
-    with exact_products(dtype):
-        product = rows.T @ rows
-    gram += product.to(gram.device)
-
-
 def _narrow_saved_tensors(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """In a half-precision model, keep what backward needs of float32 (norms compute in it) in bfloat16.
 
@@ -517,32 +496,3 @@ def _loss_gradient(logits: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor
                 part *= scored[sample, start:stop, None]
             gradient[sample, start:stop] = part
     return gradient
-
-
-def _allocate(shape: tuple[int, ...], place: str, folder: str | Path | None, site: Site) -> torch.Tensor:
-    if place == "disk":
-        return _on_disk(shape, Path(folder or "."), site.name)
-    return torch.zeros(shape, device=site.reader.parameter.device if place == "model" else "cpu")
-
-
-def _on_disk(shape: tuple[int, ...], folder: Path, name: str) -> torch.Tensor:
-    """A float32 tensor of zeros that is the body of a safetensors file, mapped into memory page by page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    size = int(np.prod(shape)) * 4
-    header = json.dumps({"gram": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}}).encode()
-    header += b" " * (-len(header) % 8)
-    path = folder / f"{name}.safetensors"
-    try:
-        with path.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + size)
-            if hasattr(os, "posix_fallocate"):  # a page without room would end the process when it is touched
-                file.flush()
-                os.posix_fallocate(file.fileno(), 0, 8 + len(header) + size)
-    except OSError as error:
-        raise StatisticsError(
-            f"{name}: no room for its Gram matrices, {size / 2**20:,.0f} MiB in {folder} ({error.strerror}). Free some "
-            "space, set TMPDIR to another disk, or hold them in memory (gram_place='cpu')."
-        ) from error
-    mapped = np.memmap(path, dtype=np.float32, mode="r+", offset=8 + len(header), shape=shape)
-    return torch.from_numpy(mapped)

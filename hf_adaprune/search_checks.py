@@ -11,7 +11,7 @@ from .config import PruningConfig
 from .errors import ConfigError
 from .metrics import METRICS
 from .search.dimensions import Choice, Simplex
-from .search.loop import View
+from .search.problem import View
 from .search.space import default_space
 from .search_config import REFINING
 from .stages import what_to_collect

@@ -17,6 +17,7 @@ from .compensation import Repair, repair_plan
 from .config import PruningConfig
 from .costs import Costs
 from .masking import masked
+from .measures import Measure
 from .parallel import collect_together
 from .plan import PruningPlan
 from .repairing import cached_repairs, own_repair
@@ -28,7 +29,6 @@ from .selection import measure_of
 from .sites import ModelSites
 from .stages import decide, gather_texts
 from .statistics import Needs, Statistics
-from .trials import Measure
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def search_stage(
 
     statistics = kept_statistics(run, sites, blocks, needs, workers, collect, folder=folder, **how)
     clock.stop("statistics")
-    measure = workers.each(lambda: measure_of(sites, tokenizer, config, objective))
+    measure = measure_of(sites, tokenizer, config, objective, workers)
     clock.stop("selection text")
     found = find_best(
         sites, tokenizer, config, statistics, costs=costs, workers=workers, clock=clock, measure=measure, **options

@@ -16,6 +16,7 @@ from .clock import Clock
 from .config import PruningConfig
 from .costs import Costs
 from .errors import ConfigError
+from .measures import Measure
 from .plan import PruningPlan
 from .search.journal import Journal, Trial, mean_value
 from .search.loop import Progress, front, run_search
@@ -26,7 +27,7 @@ from .search_journal import journal_lock, keep_speeds, start_journal, warm_point
 from .selection import measure_of
 from .sites import ModelSites
 from .statistics import Statistics
-from .trials import CachedScores, Measure, Trials
+from .trials import CachedScores, Trials
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def find_best(
     check_budgets(sites, _highest(config), costs)
     space = default_space(config, statistics.domains, statistics.shares)
     warm = workers.lead(lambda: warm_points(warm_start, space)) if warm_start is not None else []
-    measure = measure or workers.each(lambda: measure_of(sites, tokenizer, config, objective))
+    measure = measure or measure_of(sites, tokenizer, config, objective, workers)
     trials = Trials(sites, config, space, statistics, measure, costs, scores)
     with ExitStack() as stack:
         if journal is not None:

@@ -14,9 +14,10 @@ from .choices import read_rows
 from .config import PruningConfig
 from .documents import read_source
 from .errors import CalibrationError, ConfigError
+from .measures import Measure, custom_measure, row_measure, window_measure
 from .sites import ModelSites
 from .stages import text_part
-from .trials import Measure, custom_measure, row_measure, window_measure
+from .workers import Alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,6 +93,7 @@ def measure_of(
     tokenizer: PreTrainedTokenizerBase | None,
     config: PruningConfig,
     objective: Callable[[Any], Any] | None = None,
+    workers: Alone | None = None,
 ) -> Measure:
     """What a config's search minimises; the dense model's top tokens are read now.
 
@@ -100,12 +102,13 @@ def measure_of(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed by every objective but `custom`.
         config ([`PruningConfig`]): with its search.
         objective (`Callable`, *optional*): function of the model, instead of the config's objective.
+        workers ([`Alone`], *optional*): processes that share the windows of the dense model; all of them call this.
 
     Raises:
         CalibrationError: no selection text, or no tokenizer.
         ConfigError: the objective is missing or returns something else than numbers.
     """
-    search = config.search
+    search, workers = config.search, workers or Alone()
     assert search is not None
     if objective is not None or search.objective == "custom":
         if objective is None:
@@ -115,11 +118,11 @@ def measure_of(
     if search.objective == "accuracy":
         if tokenizer is None:
             raise CalibrationError("multiple-choice rows need a tokenizer. Pass tokenizer=.")
-        rows = [row for path in search.tasks for row in read_rows(path)]
+        rows = workers.each(lambda: [row for path in search.tasks for row in read_rows(path)])
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
         windows = max(1, math.ceil(len(rows) * 0.6))
         first = max(1, round(windows * share))
         return row_measure(sites.model, tokenizer, [rows[index] for index in order], first=first, windows=windows)
-    blocks, windows = selection_blocks(sites, tokenizer, config)
+    blocks, windows = workers.each(lambda: selection_blocks(sites, tokenizer, config))
     first = max(1, round(windows * share))
-    return window_measure(sites, blocks, search.objective, first=first, windows=windows)
+    return window_measure(sites, blocks, search.objective, first=first, windows=windows, workers=workers)

@@ -5,42 +5,37 @@ No backward pass, no calibration pass and no reload: what a trial costs beside i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .budgets import allocate_within, even_scores, nested_plans
-from .calibration import TokenBlocks
-from .choices import ChoiceRow, per_row_errors
 from .compensation import Repair, repair_plan
 from .config import ImportanceConfig, PruningConfig
 from .costs import Costs
-from .errors import CalibrationError, ConfigError
-from .evaluation import (
-    per_window_loss,
-    per_window_top_kl,
-    top_tokens,
-)
+from .errors import BudgetError, CalibrationError, ConfigError
 from .importance import Scores, mix_scores, raw_scores, scored_kinds
 from .masking import masked
+from .measures import Measure
 from .metrics import METRICS, Context, block_influence
 from .offers import offers_of
 from .plan import PruningPlan
 from .recording import quiet_bars
 from .search.journal import Rows
-from .search.loop import Candidate, Slot
+from .search.problem import Candidate, Slot
 from .search.space import Space
 from .sites import ModelSites
 from .statistics import Statistics, mean_cosine
+from .workers import Alone
 
-__all__ = ["CachedScores", "Measure", "Trials", "custom_measure", "row_measure", "window_measure"]
+__all__ = ["CachedScores", "Trials"]
 
 CLOSE = 1e-4  # weights of a point have six digits, and what they differ by from the center costs no metric anew
-BATCH_TOKENS = 2048  # of a forward: more gains nothing on a CPU, fewer leave its cores waiting
 
 
 class CachedScores:
@@ -79,9 +74,36 @@ class CachedScores:
         influence = block_influence(self._context(config, own)) if config.metrics.get("block_influence") else None
         return mix_scores(self.sites, self.kinds, raw, config, influence)
 
+    def prepare(self, asked: Sequence[tuple[ImportanceConfig, tuple[float, ...]]], workers: Alone) -> None:
+        """Compute what scores are mixed from and is not there yet, every process for its share of the sites.
+
+        Args:
+            asked (sequence of `tuple`): metrics, and weights of the domains.
+            workers ([`Alone`]): the processes; all of them call this with the same.
+        """
+        missing: dict[Any, ImportanceConfig] = {}
+        for config, weights in asked:
+            anchors = self._anchors(_normalized(weights or self.statistics.shares))
+            for name, weight in config.metrics.items():
+                if weight > 0 and _interpolated(name):
+                    keys = [_key(name, anchor, config) for anchor, _ in anchors]
+                    missing.update({key: config for key in keys if key not in self._raw})
+
+        def compute() -> list[dict[str, torch.Tensor]]:
+            found = []
+            for turn, ((name, anchor, _), config) in enumerate(missing.items()):
+                own = self.sites.sites[(workers.rank + turn) % workers.count :: workers.count]
+                part = replace(self.sites, sites=own)
+                found.append(raw_scores(part, self.kinds, name, self._context(config, anchor)))
+            return found
+
+        shares = workers.gather([workers.each(compute)])
+        for number, key in enumerate(missing):
+            together = {site: values for share in shares for site, values in share[number].items()}
+            self._raw[key] = {site.name: together[site.name] for site in self.sites}
+
     def _metric(self, name: str, config: ImportanceConfig, weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
-        metric = METRICS[name]
-        if not (metric.linear or metric.needs.gram):
+        if not _interpolated(name):
             return raw_scores(self.sites, self.kinds, name, self._context(config, weights))
         mixed: dict[str, torch.Tensor] = {}
         for anchor, share in self._anchors(weights):
@@ -103,9 +125,7 @@ class CachedScores:
         return found
 
     def _anchor(self, name: str, config: ImportanceConfig, weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
-        metric = METRICS[name]
-        ridge = (config.damping, config.damping_scale) if metric.needs.gram else ()
-        key = (name, weights, ridge)
+        key = _key(name, weights, config)
         if key not in self._raw:
             self._raw[key] = raw_scores(self.sites, self.kinds, name, self._context(config, weights))
         return self._raw[key]
@@ -115,95 +135,13 @@ class CachedScores:
         return Context(self.statistics, spread, config.reduction, config.damping, config.damping_scale, self.seed)
 
 
-@dataclass(frozen=True, eq=False)
-class Measure:
-    """What a search minimises, cut into windows that can be measured one after the other.
-
-    Args:
-        rows (`Callable`): `(start, stop)` to rows `(count, sum)` of these windows, with the model as it is then.
-        first (`int`): windows that every trial sees.
-        windows (`int`): windows that a promising one sees.
-        fresh (`int`): windows after these, for the last measurement.
-        logarithmic (`bool`): whether values are compared by their logarithms.
-        digest (`str`): of the texts, for the journal.
-        blocks ([`TokenBlocks`], *optional*): the windows, where they are text.
-    """
-
-    rows: Callable[[int, int], list[tuple[float, float]]]
-    first: int
-    windows: int
-    fresh: int
-    logarithmic: bool
-    digest: str
-    blocks: TokenBlocks | None = None
+def _interpolated(name: str) -> bool:
+    return METRICS[name].linear or METRICS[name].needs.gram
 
 
-def window_measure(sites: ModelSites, blocks: TokenBlocks, objective: str, *, first: int, windows: int) -> Measure:
-    """KL to the dense model, or loss, on selection windows.
-
-    Args:
-        sites ([`ModelSites`]): the dense model; its top tokens are read now.
-        blocks ([`TokenBlocks`]): windows of the trials, then the fresh ones.
-        objective (`str`): `kl` or `loss`.
-        first (`int`): see [`Measure`].
-        windows (`int`): see [`Measure`].
-    """
-    model = sites.model
-    batch = max(1, BATCH_TOKENS // blocks.input_ids.shape[1])
-    dense = top_tokens(model, blocks, batch_size=batch) if objective == "kl" else None
-
-    def rows(start: int, stop: int) -> list[tuple[float, float]]:
-        part = blocks.select(slice(start, stop))
-        if dense is not None:
-            own = replace(dense, tokens=dense.tokens[start:stop], log_probabilities=dense.log_probabilities[start:stop])
-            sums = per_window_top_kl(model, own, part, batch)
-        else:
-            sums = per_window_loss(model, part, batch)
-        return [(count, value) for value, count in sums.tolist()]
-
-    return Measure(rows, first, windows, len(blocks) - windows, True, blocks.digest, blocks)
-
-
-def row_measure(model: Any, tokenizer: Any, rows: Sequence[ChoiceRow], *, first: int, windows: int) -> Measure:
-    """One minus the accuracy (by log-likelihood over the choice's length) on multiple-choice rows.
-
-    Args:
-        model (`PreTrainedModel`): the model.
-        tokenizer: its tokenizer.
-        rows (sequence of `ChoiceRow`): rows of the trials, then the fresh ones.
-        first (`int`): see [`Measure`].
-        windows (`int`): see [`Measure`].
-    """
-    digest = hashlib.sha256(repr([(row.context, row.choices, row.label) for row in rows]).encode()).hexdigest()
-
-    def measure(start: int, stop: int) -> list[tuple[float, float]]:
-        return [(1.0, error) for error in per_row_errors(model, tokenizer, rows[start:stop])]
-
-    return Measure(measure, first, windows, len(rows) - windows, False, digest)
-
-
-def custom_measure(model: Any, objective: Callable[[Any], Any]) -> Measure:
-    """A function of the model that the caller brings.
-
-    Args:
-        model (`PreTrainedModel`): handed to the function, behaving as the candidate.
-        objective (`Callable`): returns a number to minimise, or one number per sample (always the same samples), from
-            which the noise is estimated.
-
-    Raises:
-        ConfigError: it returns something else, or numbers that are not finite.
-    """
-
-    def measure(start: int, stop: int) -> list[tuple[float, float]]:
-        with torch.inference_mode():
-            found = objective(model)
-        values = torch.as_tensor(found, dtype=torch.float64).flatten().tolist()
-        if not values or not all(value == value and abs(value) != float("inf") for value in values):
-            raise ConfigError(f"the objective should return a finite number or several. Found {found!r}.")
-        return [(1.0, value) for value in values]
-
-    name = getattr(objective, "__qualname__", type(objective).__name__)
-    return Measure(measure, 1, 1, 0, False, f"custom:{name}")
+def _key(name: str, weights: tuple[float, ...], config: ImportanceConfig) -> tuple[Any, ...]:
+    """What numbers of a metric hang on."""
+    return name, weights, (config.damping, config.damping_scale) if METRICS[name].needs.gram else ()
 
 
 @dataclass(eq=False)
@@ -241,6 +179,7 @@ class Trials:
     ) -> None:
         self.sites, self.config, self.space, self.statistics, self.own = sites, config, space, statistics, measure
         self.first, self.windows, self.fresh = measure.first, measure.windows, measure.fresh
+        self.batch = measure.batch
         self.logarithmic = measure.logarithmic
         center = config.calibration.domain_weights
         empty = [name for name, share in zip(statistics.domains, statistics.shares, strict=True) if not share]
@@ -265,6 +204,15 @@ class Trials:
             )
             for offer in offers_of(sites, even_scores(sites, config), config)
         )
+
+    def prepare(self, points: Sequence[Mapping[str, Any]], workers: Alone) -> None:
+        """Compute the scores that candidates are mixed from, each process those of some sites."""
+        asked = []
+        for point in points:
+            with contextlib.suppress(BudgetError, ConfigError):  # the trial says what is wrong
+                asked.append(self.config_of(point))
+        with quiet_bars():
+            self.scores.prepare([(own.importance, own.calibration.domain_weights) for own in asked], workers)
 
     def config_of(self, point: Mapping[str, Any]) -> PruningConfig:
         """The config that a point stands for, without its search."""

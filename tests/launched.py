@@ -18,7 +18,7 @@ import torch
 from conftest import tiny_model
 from texts import calibration_make_tokenizer, calibration_prose, random_blocks
 
-from hf_adaprune import PruningConfig, TextSource, find_sites, parallel, prune, recording, search_plan
+from hf_adaprune import PruningConfig, TextSource, find_sites, measures, parallel, prune, recording, search_plan
 from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.parallel import Processes, collect_together, processes
 from hf_adaprune.recording import collect_statistics
@@ -28,6 +28,7 @@ from hf_adaprune.workers import Alone
 EVERYTHING = Needs(gram=True, gradients=True, elements=True, cosine=True, squares=True, per_domain=True)
 TRIALS = 8
 FORWARD_TOKENS = 22  # two windows
+BATCH_TOKENS = 32  # one window of a trial, so that processes can share a trial
 PROSE = [calibration_prose(seed, 60) for seed in range(60)]
 
 
@@ -113,7 +114,7 @@ class Odd(Exception):
 
 
 def main(folder: Path) -> None:
-    recording._FORWARD_TOKENS = FORWARD_TOKENS
+    recording._FORWARD_TOKENS, measures.BATCH_TOKENS = FORWARD_TOKENS, BATCH_TOKENS
     workers = processes()
     assert isinstance(workers, Processes)
     saw: dict[str, Any] = {"count": workers.count}

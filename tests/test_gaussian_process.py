@@ -23,7 +23,8 @@ from hf_adaprune.search.gaussian_process import (
     widening,
 )
 from hf_adaprune.search.journal import Journal, Rows, Trial
-from hf_adaprune.search.loop import Candidate, View, cost_axis, front, run_search
+from hf_adaprune.search.loop import front, run_search
+from hf_adaprune.search.problem import Candidate, View, cost_axis
 from hf_adaprune.search.space import Space, default_space
 from hf_adaprune.search_config import SearchConfig
 

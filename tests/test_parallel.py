@@ -20,9 +20,9 @@ import pytest
 import torch
 from texts import calibration_make_tokenizer, random_blocks
 
-from hf_adaprune import recording, search_plan
+from hf_adaprune import measures, recording, search_plan
 from hf_adaprune.parallel import collect_together, processes
-from hf_adaprune.search.journal import Journal, mean_value
+from hf_adaprune.search.journal import Journal
 from hf_adaprune.workers import Alone
 
 SECONDS = 120  # a launch takes ten; more is a hang
@@ -95,7 +95,7 @@ def test_statistics_are_those_of_one_process(
         found = saw[rank]["statistics"][name]
         assert found.keys() == alone.keys()
         for part, value in alone.items():
-            if " gram" in part or " elements" in part:
+            if " elements" in part:
                 torch.testing.assert_close(found[part], value, rtol=1e-5, atol=1e-5)
                 summed += 1
             elif isinstance(value, torch.Tensor):
@@ -104,7 +104,7 @@ def test_statistics_are_those_of_one_process(
                 assert found[part] == value
             other = saw[0]["statistics"][name][part]
             assert torch.equal(found[part], other) if isinstance(value, torch.Tensor) else found[part] == other
-    assert summed > 12
+    assert summed >= 12
 
 
 def test_both_processes_carry_out_the_same_plan(saw: list[dict[str, Any]], folder: Path) -> None:
@@ -120,13 +120,15 @@ def test_the_journal_is_complete_and_in_order(saw: list[dict[str, Any]], folder:
         assert own["trials"] == [replace(trial, seconds=0.0, elapsed=0.0) for trial in journal.trials]
 
 
-def test_trials_are_those_of_one_process(saw: list[dict[str, Any]]) -> None:
+def test_trials_are_those_of_one_process(saw: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "_FORWARD_TOKENS", launched.FORWARD_TOKENS)
+    monkeypatch.setattr(measures, "BATCH_TOKENS", launched.BATCH_TOKENS)
     tokenizer = calibration_make_tokenizer(eos_token="</s>")
     alone = search_plan(launched.text_model(), tokenizer, launched.search_config())
     assert [trial.point for trial in alone.journal.trials] == [trial.point for trial in saw[0]["trials"]]
     for one, other in zip(alone.journal.trials, saw[0]["trials"], strict=True):
-        assert one.windows == other.windows
-        assert mean_value(other.rows) == pytest.approx(mean_value(one.rows), rel=1e-3)
+        assert (one.key, one.windows) == (other.key, other.windows)
+        assert other.rows == one.rows
     assert alone.plan.digest == saw[0]["whole"][0]
 
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +28,11 @@ from hf_adaprune.search import loop
 from hf_adaprune.search.baselines import propose_random, propose_sobol, propose_tpe
 from hf_adaprune.search.dimensions import Choice, Number, Simplex, Vector
 from hf_adaprune.search.journal import Final, Journal, Trial, compare, mean_value
-from hf_adaprune.search.loop import Candidate, Progress, Proposal, View, cost_axis, finalists, front, run_search
+from hf_adaprune.search.loop import Progress, finalists, front, run_search
+from hf_adaprune.search.measuring import divide
+from hf_adaprune.search.problem import Candidate, Proposal, View, cost_axis
 from hf_adaprune.search.space import Space, apply_fields, default_space, field_of
+from hf_adaprune.workers import Alone
 
 DOMAINS = ("code", "prose", "chat", "maths")
 
@@ -637,7 +641,7 @@ LOOP_SPACE = Space(
 class Bowl:
     """A quadratic over the space, with noise per window that hangs on the model alone; its lowest value is 1."""
 
-    first, windows, fresh, logarithmic, slots = 4, 12, 8, True, ()
+    first, windows, fresh, batch, logarithmic, slots = 4, 12, 8, 3, True, ()
 
     def __init__(self, grid: float = 0.0, broken: Callable[[Mapping[str, Any]], bool] = lambda point: False) -> None:
         self.grid, self.broken = grid, broken
@@ -667,6 +671,34 @@ class Bowl:
             rows.append((100.0, 100.0 * hard * self.value(candidate.payload) * math.exp(noise)))
         return tuple(rows)
 
+    def prepare(self, points: Sequence[Mapping[str, Any]], workers: Alone) -> None:
+        workers.gather([len(points)])
+
+
+class Threads(Alone):
+    """One of several processes, as far as the loop can tell."""
+
+    def __init__(self, rank: int, said: list[Any], meeting: threading.Barrier) -> None:
+        self.rank, self.count, self.said, self.meeting = rank, len(said), said, meeting
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        self.said[self.rank] = list(values)
+        self.meeting.wait()
+        found = [value for own in self.said for value in own]
+        self.meeting.wait()
+        return found
+
+    def share(self, value: Any) -> Any:
+        return self.gather([value])[0]
+
+    def lead(self, make: Callable[[], Any]) -> Any:
+        return self.share(make() if self.rank == 0 else None)
+
+    def each(self, make: Callable[[], Any]) -> Any:
+        made = make()
+        self.meeting.wait()
+        return made
+
 
 def step_down(view: View, count: int) -> list[Proposal]:
     """A strategy that looks at what was measured: a step from the best so far."""
@@ -687,11 +719,14 @@ STRATEGIES = {"random": propose_random, "sobol": propose_sobol, "gp": step_down}
 
 def search(
     journal: Journal | None = None, problem: Bowl | None = None, seed: int = 0, *, warm: Sequence[Any] = (),
-    live: Callable[[Progress], None] | None = None, space: Space = LOOP_SPACE, **fields: Any,
+    live: Callable[[Progress], None] | None = None, space: Space = LOOP_SPACE, workers: Alone | None = None,
+    **fields: Any,
 ) -> Journal:  # fmt: skip
     config = SearchConfig(**{"trials": 14, "strategy": ("sobol:5", "gp"), "finalists": 3, **fields})
     journal = Journal.start(None, HEADER) if journal is None else journal
-    return run_search(problem or Bowl(), space, config, journal, STRATEGIES, seed=seed, warm=warm, live=live)
+    return run_search(
+        problem or Bowl(), space, config, journal, STRATEGIES, seed=seed, warm=warm, live=live, workers=workers
+    )
 
 
 def apart_from_seconds(journal: Journal) -> tuple:
@@ -934,6 +969,70 @@ def test_minutes_count_over_all_runs_of_a_journal(tmp_path: Path, monkeypatch: p
     longer = run(8.0)
     assert longer.trials[: len(spent)] == first.trials and 8 <= longer.elapsed / 60 <= 9.5
     assert len(spent) < len(longer.trials) < 12
+
+
+@pytest.mark.parametrize("pareto", [None, "parameters"])
+@pytest.mark.parametrize("grid", [0.0, 1.0])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_any_number_of_processes_find_the_trials_of_one(count: int, grid: float, pareto: str | None) -> None:
+    """Where as many are proposed at a time, since a proposal knows the trials before its round."""
+
+    def problem() -> Bowl:
+        return Bowl(grid, lambda point: point["repair.damping"] > 0.5)
+
+    asked: dict[str, Any] = {"trials": 23, "batch": 7, "pareto": pareto}
+    alone = problem()
+    one = search(problem=alone, **asked)
+    own = [problem() for _ in range(count)]
+    said, meeting = [None] * count, threading.Barrier(count, timeout=60)
+    journals: dict[int, Journal] = {}
+
+    def walk(rank: int) -> None:
+        try:
+            journals[rank] = search(problem=own[rank], workers=Threads(rank, said, meeting), **asked)
+        except BaseException:
+            meeting.abort()
+            raise
+
+    threads = [threading.Thread(target=walk, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(count):
+        assert apart_from_seconds(journals[rank]) == apart_from_seconds(one)
+
+    def windows(problem: Bowl) -> set[tuple[str, int]]:
+        return {(key, window) for key, start, stop in problem.calls for window in range(start, stop)}
+
+    measured = [sum(stop - start for _, start, stop in problem.calls) for problem in own]
+    assert sum(measured) == sum(stop - start for _, start, stop in alone.calls), "measured twice, or not at all"
+    assert set().union(*map(windows, own)) == windows(alone)
+    if count < 5:  # seven candidates do not go round five processes
+        assert max(measured) < 1.5 * sum(measured) / count, "one of them waits for the others"
+
+
+@given(
+    going=st.sets(st.integers(0, 30)), start=st.integers(0, 9), length=st.integers(1, 40), batch=st.integers(1, 9),
+    count=st.integers(1, 9),
+)  # fmt: skip
+def test_every_window_has_one_process_and_batches_stay_whole(
+    going: set[int], start: int, length: int, batch: int, count: int
+) -> None:
+    problem = Bowl()
+    problem.batch = batch  # type: ignore[misc]
+    stop = start + length
+    shares = divide(dict.fromkeys(going, start), stop, problem, count)
+    pieces = sorted(piece for share in shares for piece in share)
+    assert len(shares) == count
+    assert [(index, window) for index, a, b in pieces for window in range(a, b)] == [
+        (index, window) for index in sorted(going) for window in range(start, stop)
+    ]
+    assert all((own - start) % batch == 0 and own < end for _, own, end in pieces)
+    work = [sum(end - own for _, own, end in share) for share in shares]
+    assert max(work) - min(work) < (len(going) % count + 1) * batch + (batch if len(going) % count else 0)
+    if len(going) % count == 0:
+        assert max(work) == min(work)
 
 
 def test_the_live_line_hears_of_every_trial() -> None:

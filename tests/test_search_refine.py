@@ -25,8 +25,9 @@ from hf_adaprune.search.baselines import propose_random
 from hf_adaprune.search.dimensions import Number
 from hf_adaprune.search.evolution import propose_evolution
 from hf_adaprune.search.journal import Journal, Trial
-from hf_adaprune.search.loop import Candidate, Proposal, Slot, View, run_search
+from hf_adaprune.search.loop import run_search
 from hf_adaprune.search.predictor import predictor_quality, propose_predictor
+from hf_adaprune.search.problem import Candidate, Proposal, Slot, View
 from hf_adaprune.search.shares import Sharing, sharing_of
 from hf_adaprune.search.space import Space
 from hf_adaprune.search_config import SearchConfig

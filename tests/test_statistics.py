@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, MIXTURES, logits_of, tiny_model, tokens
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from texts import random_blocks
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaprune import recording
+from hf_adaprune import gram_sums, recording
 from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.errors import StatisticsError
 from hf_adaprune.experts import tapped_experts
-from hf_adaprune.recording import collect_statistics, exact_products
+from hf_adaprune.gram_sums import GramSums, exact_products
+from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, Site, find_sites
 from hf_adaprune.statistics import Needs, Statistics
 from hf_adaprune.tracing import watched_inputs
@@ -210,12 +213,49 @@ def test_domains_add_up_and_disk_equals_cpu(family: str, tmp_path: Path) -> None
     for site in sites:
         pooled, split = whole.sites[site.name].gram, parts.sites[site.name].gram
         torch.testing.assert_close(split.sum(0), pooled[0], atol=1e-3, rtol=1e-5)
+        assert torch.equal(split, split.mT)
         assert torch.equal(disk.sites[site.name].gram, split)
         written = next(tmp_path.glob(f"pass_*/{site.name}.safetensors"))
         assert torch.equal(load_file(written)["gram"], split)
+    assert not list(tmp_path.glob("pass_*/*.sums.*")), "what matrices were summed in is left on the disk"
     alone = collect_statistics(sites, blocks.select(torch.where(blocks.domain == 1)[0]), Needs(gram=True))
     name = sites.sites[-1].name
     torch.testing.assert_close(parts.sites[name].gram[1], alone.sites[name].gram[0], atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("strip", [3, 16, 192])
+@given(seed=st.integers(0, 10**6), processes=st.integers(1, 4), spread=st.floats(0, 3))
+def test_sums_are_equal_in_any_order_and_split_in_any_way(
+    family: str, strip: int, seed: int, processes: int, spread: float
+) -> None:
+    """To the last bit: Gram matrices decide plans, and no plan may hang on the number of processes."""
+    site = find_sites(tiny_model(family)).sites[-1]
+    random = torch.Generator().manual_seed(seed)
+    columns = site.group_size if site.kind == "experts" else site.columns
+    scales = 10 ** (spread * torch.randn(columns, generator=random))
+    batches = [torch.randn(7, columns, generator=random) * scales for _ in range(6)]
+    at = (1, 0) if site.kind == "experts" else (1,)
+
+    def summed(order: Sequence[int]) -> GramSums:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gram_sums, "STRIP", strip)
+            sums = GramSums(site, 2, "cpu")
+        for number in order:
+            sums.add(at, batches[number], torch.float32)
+        return sums
+
+    one = summed(range(6)).whole()
+    order = torch.randperm(6, generator=random).tolist()
+    parts = [summed(order[rank::processes]) for rank in range(processes)]
+    for part in parts[1:]:
+        for total, own in zip(parts[0].strips, part.strips, strict=True):
+            total += own
+    assert torch.equal(parts[0].whole(), one)
+    assert torch.equal(one, one.mT) and not one[0].any()
+    exact = sum(batch.double().T @ batch.double() for batch in batches)
+    error = (one[at].double() - exact).abs()
+    assert bool((error <= 1e-5 * (exact.diag().sqrt()[:, None] * exact.diag().sqrt())).all())
 
 
 def state_of(model: PreTrainedModel) -> tuple:

@@ -25,6 +25,7 @@ from hf_adaprune.errors import CalibrationError, ConfigError, JournalError
 from hf_adaprune.evaluation import per_window_loss
 from hf_adaprune.importance import Scores, score_units
 from hf_adaprune.masking import masked
+from hf_adaprune.measures import Measure, custom_measure, row_measure, window_measure
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.journal import Journal, mean_value
 from hf_adaprune.search.space import METRICS as SEARCHED
@@ -36,7 +37,7 @@ from hf_adaprune.selection import selection_blocks
 from hf_adaprune.sites import ModelSites
 from hf_adaprune.stages import gather_texts, needs_text
 from hf_adaprune.statistics import Needs, Statistics
-from hf_adaprune.trials import CachedScores, Measure, Trials, custom_measure, row_measure, window_measure
+from hf_adaprune.trials import CachedScores, Trials
 
 UNITS = ("channel", "kv_group")
 WINDOW = 16

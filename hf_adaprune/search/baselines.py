@@ -11,7 +11,7 @@ import torch
 
 from ..errors import MissingDependencyError
 from .dimensions import Choice
-from .loop import Proposal, View
+from .problem import Proposal, View
 
 __all__ = ["need_optuna", "propose_random", "propose_sobol", "propose_tpe"]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .loop import Proposal, View
+from .problem import Proposal, View
 from .shares import LARGEST, Pair, Sharing, pairs_of, sharing_of
 
 __all__ = ["propose_evolution"]

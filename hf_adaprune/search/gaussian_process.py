@@ -18,7 +18,7 @@ import torch
 from .baselines import propose_sobol
 from .dimensions import Choice
 from .journal import Trial
-from .loop import Proposal, View, cost_axis
+from .problem import Proposal, View, cost_axis
 from .space import Space
 
 __all__ = ["compress", "coverage", "fit_surrogate", "propose_gp"]

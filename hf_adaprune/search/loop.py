@@ -7,161 +7,23 @@ proposes, each measures its share, all hear of every result.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
 
-from ..errors import BudgetError, ConfigError, JournalError
+from ..errors import ConfigError, JournalError
 from ..search_config import SearchConfig
 from ..workers import Alone
-from .journal import Final, Journal, Rows, Trial, compare, mean_value
+from .journal import Final, Journal, Trial, mean_value
+from .measuring import groups, measure_trials, measure_windows
+from .problem import Problem, Proposal, Strategy, View, cost_axis
 from .space import Point, Space
 
-__all__ = [
-    "Alone",
-    "Candidate",
-    "Problem",
-    "Progress",
-    "Proposal",
-    "Slot",
-    "Strategy",
-    "View",
-    "cost_axis",
-    "finalists",
-    "front",
-    "run_search",
-]
+__all__ = ["Progress", "finalists", "front", "run_search"]
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-# A candidate sees the rest of the text unless it is behind the best by more than so many standard errors of the paired
-# difference on the first windows.
-PATIENCE = 1.0
 WARM_POINTS = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """What a problem makes of a point, before anything is measured.
-
-    Args:
-        key (`str`): equal for candidates that are the same model.
-        costs (`dict[str, float]`): `ratio`, `parameters` ...
-        widths (`dict[str, int]`): units kept, by site that loses some; 0 where its whole layer goes.
-        payload (`Any`): the problem's own.
-    """
-
-    key: str
-    costs: Mapping[str, float]
-    widths: Mapping[str, int]
-    payload: Any = None
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A site as the strategies that refine an allocation see it.
-
-    Args:
-        name (`str`): of the site.
-        layer (`int`): its layer.
-        kind (`str`): `attention`, `mlp` or `experts`.
-        units (`int`): how many units it has.
-        cost (`int`): parameters of one.
-    """
-
-    name: str
-    layer: int
-    kind: str
-    units: int
-    cost: int
-
-
-class Problem(Protocol):
-    """What is searched: from points to measurements. Windows count from 0; fresh ones follow those of the trials."""
-
-    first: int
-    windows: int
-    fresh: int
-    logarithmic: bool
-    slots: tuple[Slot, ...]
-
-    def candidate(self, point: Mapping[str, Any]) -> Candidate:
-        """The candidate of a point; raises BudgetError or ConfigError where there is none."""
-
-    def measure(self, candidate: Candidate, start: int, stop: int) -> Rows:
-        """Measure windows `[start, stop)`."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A point to try.
-
-    Args:
-        point (`dict[str, Any]`): fields by path.
-        predicted (`tuple[float, float]`, *optional*): mean and standard deviation expected of the difference to trial
-            0.
-    """
-
-    point: Point
-    predicted: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class View:
-    """What a strategy may look at.
-
-    Args:
-        space ([`Space`]): what varies.
-        trials (`tuple[Trial, ...]`): so far, failed ones too.
-        config ([`SearchConfig`]): of the search.
-        slots (`tuple[Slot, ...]`): sites, for strategies that refine an allocation.
-        seed (`int`): of the search.
-        number (`int`): of the next trial.
-        done (`int`): trials that this strategy has had.
-        share (`int`): trials that it gets in all.
-        logarithmic (`bool`): whether objectives are compared by logarithms.
-        cost (`str`, *optional*): the cost of the other axis of a Pareto search.
-    """
-
-    space: Space
-    trials: tuple[Trial, ...]
-    config: SearchConfig
-    slots: tuple[Slot, ...]
-    seed: int
-    number: int
-    done: int
-    share: int
-    logarithmic: bool
-    cost: str | None = None
-
-    def observations(self) -> list[tuple[Trial, float, float]]:
-        """Measured trials with their difference to trial 0 and its standard error."""
-        known = [trial for trial in self.trials if trial.rows]
-        found = []
-        for trial in known:
-            estimate = compare(trial.rows, known[0].rows, self.logarithmic)
-            found.append((trial, estimate.value, estimate.error))
-        return found
-
-    def best(self) -> Trial | None:
-        """The best of the trials that saw the most windows."""
-        observed = self.observations()
-        most = max((trial.windows for trial, _, _ in observed), default=0)
-        full = [
-            (value, trial.number, trial)
-            for trial, value, _ in observed
-            if trial.windows == most and not math.isnan(value)
-        ]
-        return min(full)[2] if full else None
-
-
-Strategy = Callable[[View, int], Sequence[Proposal]]
 
 
 @dataclass(frozen=True)
@@ -271,25 +133,31 @@ def _round(run: _Run, name: str, first: int, share: int, start: int, stop: int) 
         run.problem.logarithmic, run.config.pareto,
     )  # fmt: skip
     proposals = run.workers.lead(lambda: _propose(run, name, view, stop - start))
-    todo = list(range(max(start, len(run.journal.trials)), stop))
-    for chunk in range(0, len(todo), run.workers.count):
-        mine = todo[chunk : chunk + run.workers.count][run.workers.rank : run.workers.rank + 1]
-        making = [partial(_trial, run, name, number, proposals[number - start], before) for number in mine]
-        _write_down(run, _together(run.workers, making))
+    todo = [
+        Trial(number, _name(run, name, number), proposals[number - start].point, "",
+              predicted=proposals[number - start].predicted)
+        for number in range(max(start, len(run.journal.trials)), stop)
+    ]  # fmt: skip
+    for group in groups(todo, run.workers):
+        # In a Pareto search sizes differ, so there is no single best to be behind of.
+        always = run.config.pareto is not None
+        _write_down(run, measure_trials(run.problem, group, before, run.workers, always=always))
+
+
+def _name(run: _Run, strategy: str, number: int) -> str:
+    return "default" if number == 0 else "warm" if number <= len(run.warm) else strategy
 
 
 def _write_down(run: _Run, trials: Sequence[Trial]) -> None:
+    elapsed = run.workers.share(run.elapsed)
+    trials = [replace(trial, elapsed=elapsed) for trial in trials]
+
     def write() -> None:
-        for trial in sorted(trials, key=lambda t: t.number):
+        for trial in trials:
             run.journal.add(trial)
             _tell(run, trial)
 
     run.workers.each(write)
-
-
-def _together(workers: Alone, making: Sequence[Callable[[], T]]) -> list[T]:
-    """What all processes make, on all; where one of them fails, all do."""
-    return workers.gather(workers.each(lambda: [make() for make in making]))
 
 
 def _propose(run: _Run, name: str, view: View, count: int) -> list[Proposal]:
@@ -302,44 +170,6 @@ def _propose(run: _Run, name: str, view: View, count: int) -> list[Proposal]:
     if len(proposals) != count:
         raise ConfigError(f"strategy {name!r} proposed {len(proposals)} candidates, {count} were asked for.")
     return proposals
-
-
-def _trial(run: _Run, name: str, number: int, proposal: Proposal, before: Sequence[Trial]) -> Trial:
-    started = time.monotonic()
-    name = "default" if number == 0 else "warm" if number <= len(run.warm) else name
-    trial = _measured(run, Trial(number, name, proposal.point, "", predicted=proposal.predicted), before)
-    return replace(trial, seconds=time.monotonic() - started, elapsed=run.elapsed)
-
-
-def _measured(run: _Run, trial: Trial, before: Sequence[Trial]) -> Trial:
-    try:
-        candidate = run.problem.candidate(trial.point)
-    except (BudgetError, ConfigError) as error:
-        if trial.number == 0:
-            raise
-        logger.info("trial %d has no candidate: %s", trial.number, error)
-        return replace(trial, error=str(error))
-    trial = replace(trial, key=candidate.key, costs=dict(candidate.costs), widths=dict(candidate.widths))
-    known = next((other for other in before if other.key == candidate.key and other.rows), None)
-    if known is not None:
-        return replace(trial, rows=known.rows, answered_by=known.number)
-    first, windows = min(run.problem.first, run.problem.windows), run.problem.windows
-    rows = run.problem.measure(candidate, 0, first if trial.number else windows)
-    if trial.number and first < windows and _promising(run, rows, before):
-        rows = (*rows, *run.problem.measure(candidate, first, windows))
-    return replace(trial, rows=rows)
-
-
-def _promising(run: _Run, rows: Rows, before: Sequence[Trial]) -> bool:
-    """Whether a candidate could still beat the best on the rest of the text."""
-    if run.config.pareto is not None:
-        return True  # sizes differ, so there is no single best to be behind of
-    full = [trial for trial in before if trial.windows >= run.problem.windows]
-    best = min(full, key=lambda t: compare(t.rows, before[0].rows, run.problem.logarithmic).value, default=None)
-    if best is None or not math.isfinite(mean_value(rows)):
-        return best is None
-    behind = compare(rows, best.rows, run.problem.logarithmic)
-    return not behind.value > PATIENCE * behind.error  # an unknown error stops nothing
 
 
 def _tell(run: _Run, trial: Trial) -> None:
@@ -399,12 +229,6 @@ def _spread(journal: Journal, first: Trial, others: Sequence[Trial], count: int,
     return [trial for trial in others if trial.number in line]
 
 
-def cost_axis(trial: Trial, cost: str) -> float:
-    """A cost as something to minimise: `ratio` and speeds are better when higher."""
-    higher = cost == "ratio" or cost.endswith("_per_second")
-    return -trial.costs[cost] if higher else trial.costs[cost]
-
-
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
@@ -428,9 +252,8 @@ def _run_finals(run: _Run) -> None:
     done = {final.number for final in journal.finals}
     start, stop = run.problem.windows, run.problem.windows + run.problem.fresh
     todo = [trial for trial in chosen if trial.number not in done] if stop > start else []
-    for chunk in range(0, len(todo), run.workers.count):
-        own = todo[chunk : chunk + run.workers.count][run.workers.rank : run.workers.rank + 1]
-        finals = _together(run.workers, [partial(_final, run, trial, start, stop) for trial in own])
+    for group in groups(todo, run.workers):
+        finals = measure_windows(run.problem, group, start, stop, run.workers)
         run.workers.each(partial(_write_finals, journal, finals))
     if stop > start:
         scored = [(mean_value(final.rows), final.number) for final in journal.finals]
@@ -444,9 +267,5 @@ def _run_finals(run: _Run) -> None:
 
 
 def _write_finals(journal: Journal, finals: Sequence[Final]) -> None:
-    for final in sorted(finals, key=lambda f: f.number):
+    for final in finals:
         journal.add_final(final)
-
-
-def _final(run: _Run, trial: Trial, start: int, stop: int) -> Final:
-    return Final(trial.number, run.problem.measure(run.problem.candidate(trial.point), start, stop))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .journal import Trial
-from .loop import Proposal, Slot, View
+from .problem import Proposal, Slot, View
 from .shares import Pair, Sharing, alike, pairs_of, sharing_of
 
 __all__ = ["predictor_importance", "predictor_quality", "propose_predictor"]

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from .journal import Trial, compare
-from .loop import Slot, View
+from .problem import Slot, View
 from .space import Point
 
 __all__ = ["Pair", "Sharing", "alike", "pairs_of", "sharing_of"]
