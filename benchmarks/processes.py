@@ -95,7 +95,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "identical": {
             **same,
-            "all": all(same.values()) and grams < 1e-4 and max(values) < 1e-3,
+            "all": all(same.values()) and grams == 0 and max(values) == 0,
             "gram_largest_relative_difference": grams,
             "trial_values_largest_relative_difference": max(values),
         },

@@ -137,7 +137,7 @@ def main() -> None:
             if args.save:
                 trained.save_pretrained(Path(args.save) / asked.replace(":", "_"))
         row["decoder_parameters"] = find_sites(model).decoder_parameters
-        row["after"] = evaluate(model)
+        row["after"] = evaluate(model) if tokens else row["before"]
         results["rows"].append(row)
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(row), flush=True)
