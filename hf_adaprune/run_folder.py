@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError
 
 from .errors import AdaPruneError, CheckpointError, RunError
+from .locks import drop_lock, take_lock
 from .whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -57,8 +58,6 @@ def locked(place: Path, what: str | os.PathLike[str], error: type[AdaPruneError]
     Raises:
         RunError: another run holds the lock.
     """
-    from filelock import FileLock, Timeout
-
     place = place.absolute()
     own = threading.get_ident()
     thread, times = _held.get(place, (own, 0))
@@ -69,15 +68,12 @@ def locked(place: Path, what: str | os.PathLike[str], error: type[AdaPruneError]
         finally:
             _held[place] = own, times
         return
-    lock = FileLock(place, timeout=0)
     try:
-        lock.acquire()
-    except Timeout as refused:
-        raise error(
-            f"another run{_holder(place)} is writing to {what}. Wait for it, or choose another output."
-        ) from refused
+        lock = take_lock(place)
     except OSError as failure:
         raise error(f"{place} cannot be written ({failure.strerror}). Choose another output.") from failure
+    if lock is None:
+        raise error(f"another run{_holder(place)} is writing to {what}. Wait for it, or choose another output.")
     _held[place] = own, 1
     try:
         with contextlib.suppress(OSError):  # for the message above alone
@@ -85,10 +81,7 @@ def locked(place: Path, what: str | os.PathLike[str], error: type[AdaPruneError]
         yield True
     finally:
         del _held[place]
-        # While the lock is held: whoever opened the file meanwhile finds it without a name, and opens a new one.
-        with contextlib.suppress(OSError):
-            place.unlink()
-        lock.release()
+        drop_lock(lock)
 
 
 def _holder(place: Path) -> str:

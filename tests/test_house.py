@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_adaprune"
 # From the ground up. A file may import, when it is loaded, only from files before it.
 ORDER = [
     "errors",
+    "locks",
     "whole_files",
     "run_folder",
     "public",
@@ -119,6 +120,7 @@ ORDER = [
 ]
 WITHOUT_TORCH = (
     "errors",
+    "locks",
     "whole_files",
     "public",
     "parts",
