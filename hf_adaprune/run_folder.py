@@ -27,7 +27,7 @@ from .whole_files import write_whole
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunFolder", "digest_of_file", "locked", "locked_output", "once", "once_noted", "open_run"]
+__all__ = ["SPARE_BYTES", "RunFolder", "digest_of_file", "locked", "locked_output", "once", "once_noted", "open_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 FORMAT = 1
 _KIND = "run of hf_adaprune"  # what tells a folder of a run from others, which are never deleted
 _FACTS, _LOCK = "run.json", "lock"
-_SPARE = 64 * 2**20  # bytes that stay free beside what is about to be written
+SPARE_BYTES = 64 * 2**20  # that stay free beside what is about to be written
 _DIGEST = 64  # characters of a sha256, which is not worth printing
 _held: dict[Path, tuple[int, int]] = {}  # lock files of this process: the thread that holds one, and how often
 
@@ -232,11 +232,11 @@ class RunFolder:
             CheckpointError: with both numbers.
         """
         free = shutil.disk_usage(self.place).free
-        if self.writes and free < needed + _SPARE:
+        if self.writes and free < needed + SPARE_BYTES:
             raise CheckpointError(
                 f"{self.place.absolute()} has {free / 2**20:,.0f} MiB free, {what} need up to "
-                f"{(needed + _SPARE) / 2**20:,.0f} MiB there. Free some space, name a folder on another disk (run_dir, "
-                "--run-dir), or keep nothing for a restart (run_dir=None, --no-run-dir)."
+                f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB there. Free some space, name a folder on another disk "
+                "(run_dir, --run-dir), or keep nothing for a restart (run_dir=None, --no-run-dir)."
             )
 
     def folder(self, name: str) -> Path:

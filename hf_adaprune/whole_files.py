@@ -26,7 +26,7 @@ from .locks import drop_lock, take_lock
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["check_writable", "scratch_folder", "whole_folder", "write_whole"]
+__all__ = ["check_writable", "folder_above", "scratch_folder", "whole_folder", "write_whole"]
 
 _ROOM = "Free some space, or name another place."
 _LOCK = ".lock"
@@ -44,9 +44,7 @@ def check_writable(place: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: that folder is not writable, or is none.
     """
-    parent = Path(place).absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = folder_above(place)
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -54,6 +52,18 @@ def check_writable(place: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"{parent} is not writable ({error.strerror}). Name an output folder elsewhere."
         ) from error
+    return parent
+
+
+def folder_above(place: str | os.PathLike[str]) -> Path:
+    """The nearest folder above a file or folder that exists.
+
+    Args:
+        place (`str`): need not exist, nor the folders above it.
+    """
+    parent = Path(place).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
     return parent
 
 
