@@ -230,7 +230,7 @@ def _find_plans(
     **options: Any,
 ) -> None:
     """Search, and write the plans of all sizes; nothing is pruned."""
-    from .pipeline import search_plan
+    from .search_stage import search_plan
 
     assert config.search is not None
     tokenizer = _tokenizer(loader, needed=True)

@@ -36,8 +36,9 @@ from .importance import Scores
 from .layer_scores import forward_only_config, layer_part, score_layers
 from .layerwise import Kept, part_of_plan, repairs_by_layer
 from .masking import masked
+from .model_config import own_architecture
 from .offloading import check_finite, check_layer, layer_weights, load_offloaded, other_weights
-from .pipeline import PruningResult, Sizes, as_sources, note_provenance, own_architecture
+from .pipeline import PruningResult, Sizes, as_sources, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
 from .recording import collect_statistics, quiet_bars, quiet_model

@@ -76,6 +76,7 @@ ORDER = [
     "selection",
     "search_checks",
     "search_journal",
+    "run_start",
     "searching",
     "parallel",
     "search_stage",
