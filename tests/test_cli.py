@@ -501,13 +501,19 @@ def test_a_search_can_be_estimated(dense: Path, work: Path, capsys: pytest.Captu
     assert left_in(work) == []
 
 
+def stopped_search(dense: Path, work: Path, *more: str) -> list[str]:
+    """The words of a search that was interrupted when its trials were done."""
+    words = search_words(dense, work, "--trials", "3", "--strategy", "random", *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_run_finals", interrupted)
+        assert main(words) == 130
+    return words
+
+
 def test_an_interrupted_search_goes_on(
     dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = search_words(dense, work, "--trials", "3", "--strategy", "random")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_run_finals", interrupted)
-        assert main(words) == 130
+    words = stopped_search(dense, work)
     journal = work / "out.journal.jsonl"
     trials = journal.read_text()
     again = shlex.split(capsys.readouterr().err.split("to go on: hf-adaprune ")[1].splitlines()[0])
@@ -532,25 +538,15 @@ def test_an_interrupted_search_goes_on(
     assert journal.exists()
 
 
-def test_a_search_begins_afresh(
-    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = search_words(dense, work, "--trials", "3", "--strategy", "random")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_run_finals", interrupted)
-        assert main(words) == 130
+def test_a_search_begins_afresh(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = stopped_search(dense, work)
     assert "seed" in refused(capsys, *words, "--seed", "7")
     assert main([*words, "--seed", "7", "--fresh"]) == 0
     assert left_in(work) == ["out", "out.journal.jsonl"]
 
 
-def test_an_interrupted_search_without_a_folder(
-    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = search_words(dense, work, "--trials", "3", "--strategy", "random", "--no-run-dir")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_run_finals", interrupted)
-        assert main(words) == 130
+def test_an_interrupted_search_without_a_folder(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = stopped_search(dense, work, "--no-run-dir")
     again = shlex.split(capsys.readouterr().err.split("to go on: hf-adaprune ")[1].splitlines()[0])
     assert left_in(work) == ["out.journal.jsonl"] and again == [*words, "--resume"]
     assert main(again) == 0
