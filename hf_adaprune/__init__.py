@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from .loading import result_of
     from .masking import masked
     from .metrics import METRICS
-    from .pipeline import PruningResult, prune, search_plan
+    from .pipeline import PruningResult, prune
     from .plan import PruningPlan, SitePlan
     from .recovery import RecoveryResult, recover
     from .recovery_config import LoraSettings, RecoveryConfig
     from .saving import save_pruned
+    from .search_stage import search_plan
     from .searching import SearchResult
     from .sites import find_sites
     from .streamed import StreamedResult, prune_to_disk
@@ -80,7 +81,7 @@ _WHERE = {
     "recover": "recovery",
     "result_of": "loading",
     "save_pruned": "saving",
-    "search_plan": "pipeline",
+    "search_plan": "search_stage",
     "stage_shares": "cut_schedule",
 }
 

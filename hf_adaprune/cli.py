@@ -23,7 +23,7 @@ from .cli_arguments import build_config, command_line
 from .cli_model import Loader, layers_of
 from .cli_publish import run_export
 from .cli_recover import run_recover
-from .cli_run import begin_afresh, goes_on, kept_beside
+from .cli_run import begin_afresh, disk_rooms, disk_table, goes_on, kept_beside, run_place
 from .cli_search import carry_out, check_request, plans_table, search_table, write_plans
 from .config import PruningConfig
 from .errors import AdaPruneError, ConfigError
@@ -190,15 +190,19 @@ def _prepare_and_run(
         sites.check(plan)
     if config.layer_by_layer:
         config = forward_only_config(config)
-    expected = estimate(sites, config)
+    expected = estimate(sites, config, is_kept=run_place(arguments) is not None)
     if output is not None:
         check_output(output, expected.after.bytes)
+    rooms = disk_rooms(arguments, Path("pruned") if output is None else output, expected)
     if arguments.dry_run:
-        _answer(arguments, expected.to_dict(), f"{size_table(expected.before, expected.after)}\n\n{expected}")
+        parts = [size_table(expected.before, expected.after), str(expected), disk_table(rooms) if rooms else ""]
+        data = {**expected.to_dict(), "disks": [room.to_dict() for room in rooms]}
+        _answer(arguments, data, "\n\n".join(part for part in parts if part))
         return
     assert output is not None
     if not arguments.quiet:
-        _complain(f"about {expected.seconds:.0f} s and {expected.peak_bytes / 2**20:,.0f} MiB of memory.")
+        kept = f", {expected.run_bytes / 2**20:,.0f} MiB of disk for a restart" if rooms else ""
+        _complain(f"about {expected.seconds:.0f} s, {expected.peak_bytes / 2**20:,.0f} MiB of memory{kept}.")
     with kept_beside(arguments, words, output, _complain, _is_first()) as run_dir:
         options: dict[str, Any] = {"run_dir": run_dir}
         if journal is not None:
@@ -226,7 +230,7 @@ def _find_plans(
     **options: Any,
 ) -> None:
     """Search, and write the plans of all sizes; nothing is pruned."""
-    from .pipeline import search_plan
+    from .search_stage import search_plan
 
     assert config.search is not None
     tokenizer = _tokenizer(loader, needed=True)

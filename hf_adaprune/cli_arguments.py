@@ -145,7 +145,11 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
     add("--layer-by-layer", action="store_true", default=None, help="hold one layer of the model in memory at a time")
     add("--seed", type=int, metavar="N", help="of everything drawn at random")
     add_run_arguments(prune)
-    add("--dry-run", action="store_true", help="check everything and estimate size, memory and time; write nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check everything and estimate size, memory, disk and time; write nothing",
+    )
 
 
 def build_config(arguments: argparse.Namespace) -> PruningConfig:

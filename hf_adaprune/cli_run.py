@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import AdaPruneError, ConfigError, RunError
+from .whole_files import folder_above
 
-__all__ = ["add_run_arguments", "begin_afresh", "goes_on", "kept_beside", "run_place"]
+if TYPE_CHECKING:
+    from .estimate import Estimate
+
+__all__ = [
+    "DiskRoom", "add_run_arguments", "begin_afresh", "disk_rooms", "disk_table", "goes_on", "kept_beside", "run_place"
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 AFRESH = "--fresh"
 
@@ -49,6 +60,93 @@ def run_place(arguments: argparse.Namespace) -> Path | None:
         return Path(arguments.run_dir)
     output = Path(arguments.output or "pruned")
     return output.with_name(f"{output.name}.run")
+
+
+@dataclass(frozen=True)
+class DiskRoom:
+    """What a command needs of a disk, and what there is.
+
+    Args:
+        folder (`str`): on the disk.
+        holds (`tuple[str, ...]`): what will be written there.
+        needed_bytes (`int`): what it takes, all at the same time; less what an earlier run left.
+        free_bytes (`int`): what is free.
+    """
+
+    folder: str
+    holds: tuple[str, ...]
+    needed_bytes: int
+    free_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {**asdict(self), "holds": list(self.holds)}
+
+
+def disk_rooms(arguments: argparse.Namespace, output: Path, expected: Estimate) -> tuple[DiskRoom, ...]:
+    """The disks of an output and of the folder of its run, with a warning for those that lack room.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command.
+        output (`Path`): what the command writes.
+        expected ([`Estimate`]): what is written.
+
+    Returns:
+        `tuple[DiskRoom, ...]`: one or two; none where nothing is kept for a restart.
+    """
+    from .run_folder import SPARE_BYTES, RunFolder
+
+    run = run_place(arguments)
+    if run is None:
+        return ()
+    there = _bytes_in(run) if not arguments.fresh and RunFolder(run).resumed else 0
+    needed = {output: expected.output_bytes, run: max(0, expected.run_bytes - there)}
+    disks: dict[int, list[Path]] = {}
+    folders: dict[int, Path] = {}
+    for place in needed:
+        folder = place.absolute() if place.is_dir() else folder_above(place)
+        disk = folder.stat().st_dev
+        folders.setdefault(disk, folder)
+        disks.setdefault(disk, []).append(place)
+    rooms = []
+    for disk, places in disks.items():
+        free = shutil.disk_usage(folders[disk]).free
+        holds = tuple(map(str, places))
+        rooms.append(DiskRoom(str(folders[disk]), holds, sum(needed[place] for place in places), free))
+    for room in rooms:
+        if room.free_bytes < room.needed_bytes + SPARE_BYTES:
+            logger.warning(
+                "%s has %s MiB free, %s will need about %s MiB there. Free some space, or name other disks (--output, "
+                "--run-dir; --no-run-dir keeps nothing for a restart).",
+                room.folder,
+                f"{room.free_bytes / 2**20:,.0f}",
+                " and ".join(room.holds),
+                f"{(room.needed_bytes + SPARE_BYTES) / 2**20:,.0f}",
+            )
+    return tuple(rooms)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    with suppress(OSError):  # a run that is going on there writes and removes; its lock tells of it later
+        for file in folder.rglob("*"):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def disk_table(rooms: Sequence[DiskRoom]) -> str:
+    """What will be needed of every disk, and what is free.
+
+    Args:
+        rooms (sequence of [`DiskRoom`]): from [`disk_rooms`].
+    """
+    from .reporting import text_table
+
+    rows = [
+        (" and ".join(room.holds), f"{room.needed_bytes / 2**20:,.0f} MiB", f"{room.free_bytes / 2**20:,.0f} MiB")
+        for room in rooms
+    ]
+    return text_table(("disk of", "needed, about", "free"), rows)
 
 
 def goes_on(arguments: argparse.Namespace, journal: Path) -> bool:

@@ -16,7 +16,9 @@ import torch
 from .config import PruningConfig
 from .pipeline import Sizes
 from .plan import PruningPlan
+from .repairing import own_repair
 from .reporting import text_table
+from .run_artefacts import statistics_bytes
 from .search_checks import search_needs
 from .search_config import SPEEDS
 from .sites import ModelSites, Site, find_sites
@@ -28,6 +30,7 @@ __all__ = [
     "Speed",
     "activation_bytes",
     "bound_skeleton",
+    "disk_by_layer",
     "estimate",
     "measure_speed",
     "peak_by_layer",
@@ -39,6 +42,7 @@ MODEL_SHARE = 0.3
 # What `gp` takes to propose a trial once it fits a model: 0.5 to 1 s was measured, the more the longer the journal is.
 PROPOSAL_SECONDS = 0.75
 _WIDE = 4  # bytes of a float32, which statistics are
+_TOKEN_BYTES = 9  # of a token that is kept: its id and its place in the mask
 _FORWARD_TOKENS = 2048  # of a batch of the instrumented pass
 
 
@@ -73,6 +77,9 @@ class Estimate:
         proposal_seconds (`float`): of the proposals of `gp`, from one measurement, not of this machine; those of the
             surrogate `saas` take about ten times as long, those of other strategies hardly any time.
         seconds (`float`): of the whole run, proposals included, loading apart.
+        output_bytes (`int`): of disk, at most, while the output is written.
+        run_bytes (`int`): of disk, about, that the folder takes which a run goes on from after a kill: windows,
+            statistics and repairs. 0 where nothing is kept.
     """
 
     before: Sizes
@@ -86,6 +93,8 @@ class Estimate:
     search_flops: float
     proposal_seconds: float
     seconds: float
+    output_bytes: int
+    run_bytes: int = 0
 
     @property
     def pruning_ratio(self) -> float:
@@ -107,7 +116,9 @@ class Estimate:
             ("time, about", f"{minutes} min {seconds:02d} s"),
         ]
         if self.search_flops:
-            rows.insert(3, ("of it the search, at most", f"{self.search_flops / 1e12:,.2f} TFLOP"))
+            rows.insert(-1, ("of it the search, at most", f"{self.search_flops / 1e12:,.2f} TFLOP"))
+        if self.run_bytes:
+            rows.insert(2, ("disk for a restart, about", f"{self.run_bytes / 2**20:,.0f} MiB"))
         if self.proposal_seconds:
             rows.append(("of it proposals, roughly", f"{self.proposal_seconds:,.0f} s"))
         return text_table(("this run will take", ""), rows)
@@ -153,13 +164,16 @@ def _product_speed(dtype: torch.dtype, seconds: float) -> float:
     return 2 * size**3 * done / (time.perf_counter() - started)
 
 
-def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = None) -> Estimate:
+def estimate(
+    sites: ModelSites, config: PruningConfig, speed: Speed | None = None, *, is_kept: bool = False
+) -> Estimate:
     """Estimate what pruning a model takes and leaves.
 
     Args:
         sites ([`ModelSites`]): the model, live or from [`bound_skeleton`].
         config ([`PruningConfig`]): what to do.
         speed ([`Speed`], *optional*): of the machine; measured for 0.2 s where not given.
+        is_kept (`bool`, *optional*, defaults to `False`): whether the run has a folder (`run_dir`).
 
     Returns:
         [`Estimate`]: of a run on the CPU; sizes hold everywhere. With `layer_by_layer` it is of [`prune_to_disk`].
@@ -173,7 +187,7 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
     after = Sizes(before.decoder - removed, before.total - removed, before.bytes - removed * dtype.itemsize)
     needs = what_to_collect(config, None) or Needs()
     if config.search is not None:
-        needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
+        needs = search_needs(config, _domains(config))
     measures = what_to_collect(config, None) is not None
     speed = measure_speed(dtype) if speed is None else speed
     own = config.calibration
@@ -200,7 +214,9 @@ def estimate(sites: ModelSites, config: PruningConfig, speed: Speed | None = Non
     else:
         peak = _peak_bytes(sites, config, needs, before, after, gram if config.gram_place != "disk" else 0)
     flops = (float(calibration + walked), float(solving), float(report), float(reading + trying))
-    return Estimate(before, after, config.gram_place, gram, peak, *flops, proposing, seconds)
+    written = sum(disk_by_layer(sites, config)) if config.layer_by_layer else after.bytes
+    kept = _run_bytes(sites, config, needs, after) if is_kept else 0
+    return Estimate(before, after, config.gram_place, gram, peak, *flops, proposing, seconds, written, kept)
 
 
 def _foreseeable(config: PruningConfig) -> PruningConfig:
@@ -260,9 +276,16 @@ def _gram_elements(sites: ModelSites) -> int:
     return sum(s.groups * s.group_size**2 if s.kind == "experts" else s.columns**2 for s in sites)
 
 
+def _domains(config: PruningConfig) -> int:
+    return config.calibration.clusters or len(config.calibration.sources)
+
+
+def _is_per_domain(config: PruningConfig, needs: Needs) -> bool:
+    return needs.per_domain or bool(config.calibration.domain_weights)
+
+
 def _gram_bytes(sites: ModelSites, config: PruningConfig, needs: Needs) -> int:
-    sources = len(config.calibration.sources)
-    domains = sources if needs.per_domain or config.calibration.domain_weights else 1
+    domains = _domains(config) if _is_per_domain(config, needs) else 1
     if config.repair.method == "least_squares" and config.layer_by_layer:
         widest = max((site.columns**2 for site in sites if site.kind != "experts"), default=0)
         return widest * _WIDE * (1 + (config.repair.target_mix > 0))  # of one site, and its cross moments
@@ -343,6 +366,41 @@ def activation_bytes(sites: ModelSites, config: PruningConfig) -> int:
     return int(max(scoring, writing) * hidden * _item_size(sites))
 
 
+def disk_by_layer(sites: ModelSites, config: PruningConfig) -> tuple[int, int]:
+    """Bytes of disk that [`prune_to_disk`] takes at most: of weights, and of activations that do not fit in memory.
+
+    Args:
+        sites ([`ModelSites`]): the model, on the meta device too.
+        config ([`PruningConfig`]): its windows and memory for activations.
+    """
+    # What transformers converts (experts) is written once more when the checkpoint is loaded again.
+    converts = any(site.kind == "experts" for site in sites)
+    spilled = max(0, activation_bytes(sites, config) - config.activation_bytes)
+    return Sizes.of(sites).bytes * (1 + converts), spilled
+
+
+def _run_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, after: Sizes) -> int:
+    """What is kept for a restart: windows, what was measured of every site, and repairs of all its columns at most."""
+    own, repair = config.calibration, own_repair(config)
+    refits = repair.method == "least_squares"
+    measures = config.search is not None or what_to_collect(config, None) is not None
+    samples = own.samples if measures or refits or repair.regional_steps > 0 else 0
+    tokens = samples * own.sequence_length + len(own.report) * own.evaluation_tokens
+    kept = tokens * _TOKEN_BYTES
+    if config.layer_by_layer:
+        # Of every column at most: a score by every metric and one of all, in float64; its mean input, twice.
+        metrics = sum(weight > 0 for weight in config.importance.metrics.values())
+        numbers = (metrics + 1) * 8 + 2 * _WIDE
+        kept += config.allocation.steps * numbers * sum(site.columns for site in sites) * measures
+    elif measures:
+        needs = replace(needs, per_domain=_is_per_domain(config, needs))
+        kept += statistics_bytes(sites, samples, own.sequence_length, _domains(config), needs, own.gradient_samples)
+    walks = refits and repair.schedule != "cached"
+    cached = repair.method != "none" and repair.schedule != "sequential" and not config.layer_by_layer
+    kept += (walks + cached) * _WIDE * sum(site.columns * site.outputs for site in sites)
+    return kept + (after.decoder * _WIDE if repair.regional_steps > 0 else 0)
+
+
 def peak_by_layer(sites: ModelSites, config: PruningConfig, shard_bytes: int = 500_000_000) -> int:
     """Main memory at the peak of [`prune_to_disk`] on the CPU, Python included: stated before the run, and held.
 
@@ -361,7 +419,7 @@ def peak_by_layer(sites: ModelSites, config: PruningConfig, shard_bytes: int = 5
     widest = max((site.columns for site in sites if site.kind != "experts"), default=0)
     stacked = max((site.groups * site.group_size**2 for site in sites if site.kind == "experts"), default=0)
     grams = max(sum(site.columns**2 for site in own_sites) for own_sites in _by_layer(sites))
-    domains = len(own.sources) if needs.per_domain or own.domain_weights else 1
+    domains = _domains(config) if _is_per_domain(config, needs) else 1
     # Float64 matrices that exist at once, as bytes per element of the widest Gram matrix: covariance, its second
     # moments, the part that stays and its factor; scores by optimal brain surgery also hold an inverse.
     solving = max(40 * widest**2, (_WIDE + 8) * stacked) if walks or checks else 0

@@ -25,6 +25,7 @@ __all__ = [
     "PROVENANCE_KEY",
     "drop_config_layers",
     "known_architecture",
+    "own_architecture",
     "provenance_of",
     "update_config",
 ]
@@ -216,6 +217,12 @@ def known_architecture(config: Any, own: Architecture | None = None) -> Architec
                 "checkpoint whole, and from a source that you trust?"
             ) from error
     return architecture_for(config.model_type, candidates)
+
+
+def own_architecture(model: Any, given: Architecture | None) -> Architecture | None:
+    """The architecture of a model that is not built in: the caller's, or the one its checkpoint carries."""
+    provenance = getattr(getattr(model, "config", None), "__dict__", {}).get(PROVENANCE_KEY) or {}
+    return known_architecture(model.config, given) if given or provenance.get("architecture") else None
 
 
 def skipped_sublayers(layer: Any) -> list[str]:

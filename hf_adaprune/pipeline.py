@@ -7,9 +7,8 @@ Every recipe is a config on this one way.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,26 +18,26 @@ from .architectures import Architecture
 from .budgets import check_budgets
 from .calibration import TokenBlocks
 from .clock import Clock
-from .config import PruningConfig, SearchConfig, Source, TextSource
+from .config import PruningConfig, Source, TextSource
 from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
-from .model_config import MODEL_TAGS, PROVENANCE_KEY, known_architecture
+from .model_config import MODEL_TAGS, PROVENANCE_KEY, own_architecture
 from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
 from .repairing import RepairReport, cached_repairs, choose_repairs
-from .run_artefacts import kept_blocks, model_bytes_digest, repair_name, run_facts
-from .run_folder import RunFolder, once_noted, open_run
+from .run_artefacts import kept_blocks, repair_name
+from .run_folder import RunFolder, once_noted
+from .run_start import begin_run, is_resumed, room_for_moments
 from .search_checks import check_search, search_needs
-from .search_journal import check_journal, journal_lock
 from .search_stage import search_stage
 from .searching import SearchResult, shared_costs
 from .sites import ModelSites, find_sites
 from .stages import check_weights, decide, gather_texts, layer_by_layer_config, what_to_collect
 from .statistics import Needs
 from .surgery import Follow, apply_plan, assign_layer
-from .whole_files import check_writable, scratch_folder
+from .whole_files import check_writable
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -55,9 +54,7 @@ __all__ = [
     "carry_out",
     "decide_and_repair",
     "note_provenance",
-    "own_architecture",
     "prune",
-    "search_plan",
 ]
 
 
@@ -193,7 +190,7 @@ def prune(
         plan_path (`str`, *optional*): the plan is written here as soon as it is decided, so that an interrupted run can
             go on with `plan=PruningPlan.load(plan_path)`.
         architecture ([`Architecture`], *optional*): of a family that is not built in.
-        journal (`str`, *optional*): file in which a search writes every trial; see [`search_plan`] for it and the next.
+        journal (`str`, *optional*): file in which a search writes every trial; see [`hf_adaprune.search_plan`].
         resume (`bool`, *optional*, defaults to `False`): go on with that journal.
         warm_start (`str`, *optional*): journal of another search to start from.
         objective (`Callable`, *optional*): function of the model that a search minimises.
@@ -255,8 +252,8 @@ def prune(
         check_writable(plan_path)
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        run = _begin(stack, run_dir, sites, tokenizer, config, plan, workers, journal, resume, warm_start)
-        resume = resume or _goes_on(run)
+        run = begin_run(stack, run_dir, sites, tokenizer, config, plan, workers, journal, resume, warm_start)
+        resume = resume or is_resumed(run)
         clock.stop("find sites")
 
         read = partial(gather_texts, sites, tokenizer, config, needs is not None)
@@ -296,47 +293,6 @@ def prune(
         made.search,
         base_model_name(model),
     )
-
-
-def _begin(
-    stack: ExitStack,
-    run_dir: str | os.PathLike[str] | None,
-    sites: ModelSites,
-    tokenizer: Any,
-    config: PruningConfig,
-    plan: PruningPlan | None,
-    workers: Alone,
-    journal: str | os.PathLike[str] | None,
-    resume: bool,
-    warm_start: str | os.PathLike[str] | None,
-) -> RunFolder | None:
-    """Lock what the run writes to, refuse inputs that an earlier run did not have, and a journal of another search."""
-    if workers.count == 1 and os.environ.get("RANK", "0") != "0":
-        run_dir = None  # one of several processes that each prune their own copy: the first one keeps
-    opened: list[RunFolder | None] = []
-
-    def lead() -> None:
-        opened.append(stack.enter_context(open_run(run_dir)))
-        run = opened[0]
-        facts: dict[str, Any] = {}
-        if run is not None:
-            facts["weights of the model"] = model_bytes_digest(sites)
-            facts["journal"] = None if journal is None else str(Path(journal).absolute())
-            run.bind(run_facts(sites, tokenizer, config, plan, **facts))
-        if config.search is not None and journal is not None:
-            stack.enter_context(journal_lock(journal))
-        if config.search is not None:
-            check_journal(config, journal, resume or _goes_on(run), warm_start)
-
-    workers.lead(lead)
-    if workers.rank:
-        opened.append(stack.enter_context(open_run(run_dir, writes=False)))
-    return opened[0]
-
-
-def _goes_on(run: RunFolder | None) -> bool:
-    """Whether a journal that is there is the run's own: the folder names it, and was there before."""
-    return run is not None and run.resumed
 
 
 def _perplexity(run: RunFolder | None, which: str, model: Any, blocks: TokenBlocks) -> Measurement:
@@ -401,14 +357,14 @@ def decide_and_repair(
             windows.
         plan_path (`str`, *optional*): where the plan is written as soon as it is decided.
         run ([`RunFolder`], *optional*): keeps everything for a restart.
-        **options: see [`search_plan`].
+        **options: see [`hf_adaprune.search_plan`].
 
     Returns:
         [`Decision`]
     """
     clock, workers = clock or Clock(), workers or Alone()
     costs = costs or shared_costs(sites, config, workers)
-    folder = _room_for_moments(config)
+    folder = room_for_moments(config)
     with folder as place:
         found: SearchResult | None = None
         if config.search is not None:
@@ -450,84 +406,6 @@ def carry_out(sites: ModelSites, made: Decision, follow: Follow | None = None) -
     for number, state in made.blockwise.items():
         assign_layer(cut.layers[made.plan.kept_layers().index(number)], state)
     return cut
-
-
-def search_plan(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    config: PruningConfig | None = None,
-    *,
-    journal: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    warm_start: str | os.PathLike[str] | None = None,
-    objective: Callable[[Any], Any] | None = None,
-    architecture: Architecture | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-) -> SearchResult:
-    """Search for the best way to prune a model, which stays as it is.
-
-    A trial is scored, allocated and repaired from statistics that are collected once, and measured by one forward on
-    selection text. Under `accelerate launch` the processes share the calibration windows and the trials: all of them
-    have to call it, each with the whole model on its device, and all get the same result. The first one writes the
-    journal.
-
-    Args:
-        model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
-        config ([`PruningConfig`], *optional*): where the search starts, with its [`SearchConfig`]; the recipe `default`
-            and 60 trials where not given. Name `calibration.selection` texts.
-        journal (`str`, *optional*): file in which every trial is written when it is done; a kill loses at most the
-            running one.
-        resume (`bool`, *optional*, defaults to `False`): go on with that journal, to the same trials as without a stop.
-        warm_start (`str`, *optional*): journal of another search (of a smaller model, or another ratio) over the same
-            space; its best points are tried first.
-        objective (`Callable`, *optional*): function of the model that returns a number to minimise, or one per sample.
-        architecture ([`Architecture`], *optional*): of a family that is not built in.
-        run_dir (`str`, *optional*): folder in which windows and statistics are kept for a restart, as [`prune`] does;
-            with it the journal is gone on with by the same call.
-
-    Returns:
-        [`SearchResult`]: carry its plan out with `prune(model, tokenizer, result.config, plan=result.plan)`.
-
-    Raises:
-        UnsupportedModelError: the model cannot be pruned.
-        ConfigError, BudgetError, CalibrationError, JournalError: before any trial.
-        RunError, CheckpointError: `run_dir` is of a run with other inputs or in use, or its disk lacks room.
-    """
-    clock = Clock()
-    config = PruningConfig.recipe("default", search=SearchConfig()) if config is None else config
-    config = config.with_changes(search={}) if config.search is None else config
-    sites = find_sites(model, own_architecture(model, architecture))
-    check_weights(sites)
-    workers = processes()
-    costs = shared_costs(sites, config, workers)
-    check_budgets(sites, config, costs)
-    check_search(config)
-    needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
-    unreported = config.with_changes(calibration={"report": ()})
-    with ExitStack() as stack:
-        run = _begin(stack, run_dir, sites, tokenizer, unreported, None, workers, journal, resume, warm_start)
-        blocks, _, _ = kept_blocks(run, workers, partial(gather_texts, sites, tokenizer, unreported, True))
-        assert blocks is not None
-        clock.stop("texts")
-        place = stack.enter_context(_room_for_moments(config))
-        return search_stage(
-            sites, tokenizer, config, blocks, None, needs, folder=place, costs=costs, clock=clock, workers=workers,
-            run=run, journal=journal, resume=resume or _goes_on(run), warm_start=warm_start, objective=objective,
-        ).found  # fmt: skip
-
-
-def _room_for_moments(config: PruningConfig) -> AbstractContextManager[Any]:
-    """The folder of Gram matrices on disk, or nothing."""
-    return (
-        scratch_folder(tempfile.gettempdir(), "hf_adaprune_moments") if config.gram_place == "disk" else nullcontext()
-    )
-
-
-def own_architecture(model: Any, given: Architecture | None) -> Architecture | None:
-    """The architecture of a model that is not built in: the caller's, or the one its checkpoint carries."""
-    provenance = getattr(getattr(model, "config", None), "__dict__", {}).get(PROVENANCE_KEY) or {}
-    return known_architecture(model.config, given) if given or provenance.get("architecture") else None
 
 
 def as_sources(given: Any) -> tuple[Source, ...]:

@@ -17,6 +17,7 @@ from .calibration import TokenBlocks
 from .compensation import Repair
 from .config import PruningConfig, Source
 from .documents import PYTHON_SOURCES
+from .elements import ELEMENT_TERMS
 from .errors import RunError
 from .importance import Scores
 from .plan import PruningPlan
@@ -212,24 +213,29 @@ def _unpacked_blocks(tensors: Mapping[str, torch.Tensor], data: Any, name: str) 
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 
-def statistics_bytes(sites: ModelSites, blocks: TokenBlocks, needs: Needs, gradient_samples: int) -> int:
-    """Bytes of the statistics of a pass, but for element-wise terms, which are small.
+def statistics_bytes(
+    sites: ModelSites, samples: int, sequence_length: int, domains: int, needs: Needs, gradient_samples: int
+) -> int:
+    """Bytes of the statistics of a pass.
 
     Args:
-        sites ([`ModelSites`]): the model.
-        blocks ([`TokenBlocks`]): the windows.
+        sites ([`ModelSites`]): the model, on the meta device too.
+        samples (`int`): windows.
+        sequence_length (`int`): tokens of a window.
+        domains (`int`): of the windows.
         needs ([`Needs`]): what is kept.
         gradient_samples (`int`): windows with gradients.
     """
-    samples = len(blocks)
-    domains = len(blocks.domains) if needs.per_domain else 1
-    segments = -(-blocks.input_ids.shape[1] // SEGMENT)
+    grams = (domains if needs.per_domain else 1) * needs.gram
+    terms = domains * len(ELEMENT_TERMS) * needs.elements
+    segments = -(-sequence_length // SEGMENT)
     graded = min(gradient_samples, samples) if needs.gradients else 0
     total = 0
     for site in sites:
         matrix = site.groups * site.group_size**2 if site.kind == "experts" else site.columns**2
-        total += samples * site.columns * (1 + needs.squares) + domains * matrix * needs.gram
+        total += samples * site.columns * (1 + needs.squares) + grams * matrix
         total += graded * (segments * site.columns + site.outputs)
+        total += terms * (site.columns + sum(own.weight.numel() // own.weight.shape[-1] for own in site.writers))
     return total * _WIDE
 
 
@@ -272,7 +278,9 @@ def kept_statistics(
         return found
     del found
     own = run
-    workers.lead(lambda: own.check_space(statistics_bytes(sites, blocks, needs, gradient_samples), "the statistics"))
+    samples, length = blocks.input_ids.shape
+    size = statistics_bytes(sites, samples, length, len(blocks.domains), needs, gradient_samples)
+    workers.lead(lambda: own.check_space(size, "the statistics"))
     # Of several processes the first one keeps; the others' matrices on disk are of no further use.
     moments = str(run.folder("moments")) if gram_place == "disk" and run.writes else folder
     made = collect(moments)

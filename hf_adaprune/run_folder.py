@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError
 
 from .errors import AdaPruneError, CheckpointError, RunError
+from .locks import drop_lock, take_lock
 from .whole_files import write_whole
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunFolder", "digest_of_file", "locked", "locked_output", "once", "once_noted", "open_run"]
+__all__ = ["SPARE_BYTES", "RunFolder", "digest_of_file", "locked", "locked_output", "once", "once_noted", "open_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ T = TypeVar("T")
 FORMAT = 1
 _KIND = "run of hf_adaprune"  # what tells a folder of a run from others, which are never deleted
 _FACTS, _LOCK = "run.json", "lock"
-_SPARE = 64 * 2**20  # bytes that stay free beside what is about to be written
+SPARE_BYTES = 64 * 2**20  # that stay free beside what is about to be written
 _DIGEST = 64  # characters of a sha256, which is not worth printing
 _held: dict[Path, tuple[int, int]] = {}  # lock files of this process: the thread that holds one, and how often
 
@@ -57,8 +58,6 @@ def locked(place: Path, what: str | os.PathLike[str], error: type[AdaPruneError]
     Raises:
         RunError: another run holds the lock.
     """
-    from filelock import FileLock, Timeout
-
     place = place.absolute()
     own = threading.get_ident()
     thread, times = _held.get(place, (own, 0))
@@ -69,15 +68,12 @@ def locked(place: Path, what: str | os.PathLike[str], error: type[AdaPruneError]
         finally:
             _held[place] = own, times
         return
-    lock = FileLock(place, timeout=0)
     try:
-        lock.acquire()
-    except Timeout as refused:
-        raise error(
-            f"another run{_holder(place)} is writing to {what}. Wait for it, or choose another output."
-        ) from refused
+        lock = take_lock(place)
     except OSError as failure:
         raise error(f"{place} cannot be written ({failure.strerror}). Choose another output.") from failure
+    if lock is None:
+        raise error(f"another run{_holder(place)} is writing to {what}. Wait for it, or choose another output.")
     _held[place] = own, 1
     try:
         with contextlib.suppress(OSError):  # for the message above alone
@@ -85,10 +81,7 @@ def locked(place: Path, what: str | os.PathLike[str], error: type[AdaPruneError]
         yield True
     finally:
         del _held[place]
-        # While the lock is held: whoever opened the file meanwhile finds it without a name, and opens a new one.
-        with contextlib.suppress(OSError):
-            place.unlink()
-        lock.release()
+        drop_lock(lock)
 
 
 def _holder(place: Path) -> str:
@@ -239,11 +232,11 @@ class RunFolder:
             CheckpointError: with both numbers.
         """
         free = shutil.disk_usage(self.place).free
-        if self.writes and free < needed + _SPARE:
+        if self.writes and free < needed + SPARE_BYTES:
             raise CheckpointError(
                 f"{self.place.absolute()} has {free / 2**20:,.0f} MiB free, {what} need up to "
-                f"{(needed + _SPARE) / 2**20:,.0f} MiB there. Free some space, name a folder on another disk (run_dir, "
-                "--run-dir), or keep nothing for a restart (run_dir=None, --no-run-dir)."
+                f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB there. Free some space, name a folder on another disk "
+                "(run_dir, --run-dir), or keep nothing for a restart (run_dir=None, --no-run-dir)."
             )
 
     def folder(self, name: str) -> Path:

@@ -21,7 +21,7 @@ import torch
 from .config import CONFIG_NAME
 from .errors import CheckpointError
 from .remote_code import add_remote_code, load_class, module_name
-from .run_folder import locked_output
+from .run_folder import SPARE_BYTES, locked_output
 from .whole_files import check_writable, whole_folder
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ __all__ = ["check_output", "check_round_trip", "quiet_global_values", "save_prun
 
 PLAN_NAME = "pruning_plan.json"
 _PROBE = "A tokenizer that reloads gives 1,234 equal ids: naïve, 日本語.\n\tdone"
-_SPARE = 64 * 2**20  # bytes beside the weights: tokenizer, configs, and room for the file system
 
 
 def check_output(output_dir: str | os.PathLike[str], needed_bytes: int = 0) -> Path:
@@ -52,10 +51,10 @@ def check_output(output_dir: str | os.PathLike[str], needed_bytes: int = 0) -> P
         raise CheckpointError(f"{target} exists and is not empty. Name another output folder, or remove it first.")
     parent = check_writable(target)
     free = shutil.disk_usage(parent).free
-    if needed_bytes and free < needed_bytes + _SPARE:
+    if needed_bytes and free < needed_bytes + SPARE_BYTES:
         raise CheckpointError(
             f"{parent} has {free / 2**20:,.0f} MiB free, the checkpoint needs about "
-            f"{(needed_bytes + _SPARE) / 2**20:,.0f} MiB. Free some space or name another disk."
+            f"{(needed_bytes + SPARE_BYTES) / 2**20:,.0f} MiB. Free some space or name another disk."
         )
     return target
 

@@ -1,4 +1,4 @@
-"""A search as a stop of a run: statistics, trials, and windows drawn anew in the mixture that was found.
+"""A search, on its own or as a stop of a run: statistics, trials, and windows drawn anew in the mixture found.
 
 Trials weight the windows of one pool, of which every source has an equal share: a winner that trusts two of four
 sources is measured on half of the pool. Drawn by its weights, as many windows all count.
@@ -6,38 +6,110 @@ sources is measured on half of the pool. Drawn by its weights, as many windows a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .architectures import Architecture
+from .budgets import check_budgets
 from .calibration import TokenBlocks
 from .clock import Clock
 from .compensation import Repair, repair_plan
-from .config import PruningConfig
+from .config import PruningConfig, SearchConfig
 from .costs import Costs
 from .masking import masked
 from .measures import Measure
-from .parallel import collect_together
+from .model_config import own_architecture
+from .parallel import collect_together, processes
 from .plan import PruningPlan
 from .repairing import cached_repairs, own_repair
-from .run_artefacts import kept_statistics
+from .run_artefacts import kept_blocks, kept_statistics
 from .run_folder import RunFolder
+from .run_start import begin_run, is_resumed, room_for_moments
 from .search.journal import Journal, mean_value
-from .searching import SearchResult, find_best
+from .search_checks import check_search, search_needs
+from .searching import SearchResult, find_best, shared_costs
 from .selection import measure_of
-from .sites import ModelSites
-from .stages import decide, gather_texts
+from .sites import ModelSites, find_sites
+from .stages import check_weights, decide, gather_texts
 from .statistics import Needs, Statistics
 from .workers import Alone
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Redrawn", "Searched", "mixture_drawn", "redraw", "search_stage"]
+__all__ = ["Redrawn", "Searched", "mixture_drawn", "redraw", "search_plan", "search_stage"]
 
 # A pool of which nine tenths count as much as equal windows would is left as it is.
 EFFECTIVE = 0.9
+
+
+def search_plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: PruningConfig | None = None,
+    *,
+    journal: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    warm_start: str | os.PathLike[str] | None = None,
+    objective: Callable[[Any], Any] | None = None,
+    architecture: Architecture | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+) -> SearchResult:
+    """Search for the best way to prune a model, which stays as it is.
+
+    A trial is scored, allocated and repaired from statistics that are collected once, and measured by one forward on
+    selection text. Under `accelerate launch` the processes share the calibration windows and the trials: all of them
+    have to call it, each with the whole model on its device, and all get the same result. The first one writes the
+    journal.
+
+    Args:
+        model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
+        config ([`PruningConfig`], *optional*): where the search starts, with its [`SearchConfig`]; the recipe `default`
+            and 60 trials where not given. Name `calibration.selection` texts.
+        journal (`str`, *optional*): file in which every trial is written when it is done; a kill loses at most the
+            running one.
+        resume (`bool`, *optional*, defaults to `False`): go on with that journal, to the same trials as without a stop.
+        warm_start (`str`, *optional*): journal of another search (of a smaller model, or another ratio) over the same
+            space; its best points are tried first.
+        objective (`Callable`, *optional*): function of the model that returns a number to minimise, or one per sample.
+        architecture ([`Architecture`], *optional*): of a family that is not built in.
+        run_dir (`str`, *optional*): folder in which windows and statistics are kept for a restart, as by
+            [`hf_adaprune.prune`]; with it the journal is gone on with by the same call.
+
+    Returns:
+        [`SearchResult`]: carry its plan out with `prune(model, tokenizer, result.config, plan=result.plan)`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be pruned.
+        ConfigError, BudgetError, CalibrationError, JournalError: before any trial.
+        RunError, CheckpointError: `run_dir` is of a run with other inputs or in use, or its disk lacks room.
+    """
+    clock = Clock()
+    config = PruningConfig.recipe("default", search=SearchConfig()) if config is None else config
+    config = config.with_changes(search={}) if config.search is None else config
+    sites = find_sites(model, own_architecture(model, architecture))
+    check_weights(sites)
+    workers = processes()
+    costs = shared_costs(sites, config, workers)
+    check_budgets(sites, config, costs)
+    check_search(config)
+    needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
+    unreported = config.with_changes(calibration={"report": ()})
+    with ExitStack() as stack:
+        run = begin_run(stack, run_dir, sites, tokenizer, unreported, None, workers, journal, resume, warm_start)
+        blocks, _, _ = kept_blocks(run, workers, partial(gather_texts, sites, tokenizer, unreported, True))
+        assert blocks is not None
+        clock.stop("texts")
+        place = stack.enter_context(room_for_moments(config))
+        return search_stage(
+            sites, tokenizer, config, blocks, None, needs, folder=place, costs=costs, clock=clock, workers=workers,
+            run=run, journal=journal, resume=resume or is_resumed(run), warm_start=warm_start, objective=objective,
+        ).found  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

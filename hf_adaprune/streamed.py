@@ -30,20 +30,21 @@ from .compensation import Repair, repair_plan
 from .config import PruningConfig, Source
 from .costs import Costs
 from .errors import CheckpointError, ConfigError
-from .estimate import activation_bytes, bound_skeleton, peak_by_layer
+from .estimate import bound_skeleton, disk_by_layer, peak_by_layer
 from .evaluation import Measurement, mean_over_windows, per_window_loss, perplexity, run_layers
 from .importance import Scores
 from .layer_scores import forward_only_config, layer_part, score_layers
 from .layerwise import Kept, part_of_plan, repairs_by_layer
 from .masking import masked
+from .model_config import own_architecture
 from .offloading import check_finite, check_layer, layer_weights, load_offloaded, other_weights
-from .pipeline import PruningResult, Sizes, as_sources, note_provenance, own_architecture
+from .pipeline import PruningResult, Sizes, as_sources, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
 from .recording import collect_statistics, quiet_bars, quiet_model
 from .repairing import RepairReport, check_repairs, lowest, own_repair
 from .run_artefacts import bind_layer, bytes_digest, kept_blocks, kept_layer_scores, repair_name, run_facts
-from .run_folder import RunFolder, locked_output, open_run
+from .run_folder import SPARE_BYTES, RunFolder, locked_output, open_run
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of
 from .sites import ModelSites, find_sites
@@ -62,7 +63,6 @@ __all__ = ["SHARD_SIZE", "StreamedResult", "prune_to_disk"]
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = "500MB"  # tensors wait in memory until a shard is full
-_SPARE = 64 * 2**20  # bytes of disk beside weights and activations
 
 Layers = Generator[tuple[int, dict[str, Repair]], None, None]
 
@@ -253,10 +253,8 @@ class _Run:
 
     def check_disk(self) -> None:
         """Refuse a disk without room for the checkpoint and for activations that do not fit in memory."""
-        spilled = max(0, activation_bytes(self.dense, self.config) - self.config.activation_bytes)
-        # What transformers converts (experts) is written once more when the checkpoint is loaded again.
-        converts = any(site.kind == "experts" for site in self.dense)
-        needed = self.before.bytes * (1 + converts) + spilled + _SPARE
+        written, spilled = disk_by_layer(self.dense, self.config)
+        needed = written + spilled + SPARE_BYTES
         free = shutil.disk_usage(self.target.absolute().parent).free
         if free < needed:
             raise CheckpointError(

@@ -1,7 +1,8 @@
 """Files and folders that appear when they are whole: written beside their place, and moved there at the end.
 
-A process that is killed cannot tidy up. Its unfinished folders go when the next run makes one of the same name: while a
-process lives it holds a lock on its own, which the system takes back when it dies.
+A process that is killed cannot tidy up. Its unfinished folders go when the next run makes one of the same name: beside
+each lies the file of a lock, which its process holds while it lives. No folder is ever without one, so one that is
+(where the file system has no locks) is left alone.
 """
 
 from __future__ import annotations
@@ -9,24 +10,26 @@ from __future__ import annotations
 import os
 import platform
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
+from .locks import drop_lock, take_lock
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there, and what a killed process left stays
-    fcntl = None  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
-__all__ = ["check_writable", "scratch_folder", "whole_folder", "write_whole"]
+__all__ = ["check_writable", "folder_above", "scratch_folder", "whole_folder", "write_whole"]
 
 _ROOM = "Free some space, or name another place."
+_LOCK = ".lock"
 
 
 def check_writable(place: str | os.PathLike[str]) -> Path:
@@ -41,9 +44,7 @@ def check_writable(place: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: that folder is not writable, or is none.
     """
-    parent = Path(place).absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = folder_above(place)
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -51,6 +52,18 @@ def check_writable(place: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"{parent} is not writable ({error.strerror}). Name an output folder elsewhere."
         ) from error
+    return parent
+
+
+def folder_above(place: str | os.PathLike[str]) -> Path:
+    """The nearest folder above a file or folder that exists.
+
+    Args:
+        place (`str`): need not exist, nor the folders above it.
+    """
+    parent = Path(place).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
     return parent
 
 
@@ -67,56 +80,58 @@ def scratch_folder(parent: str | os.PathLike[str], name: str) -> Iterator[Path]:
     """
     # Locks of other machines may not be seen on a shared disk, so folders of this one alone are looked at.
     prefix = f"{name}-{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
-    for other in Path(parent).iterdir():
-        if other.name.startswith(prefix):
-            _remove_abandoned(other)
+    for place in Path(parent).iterdir():
+        if place.name.startswith(prefix) and place.suffix == _LOCK:
+            _remove_abandoned(place)
     folder, lock = _locked_folder(Path(parent), prefix)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        _remove(folder, lock)
 
 
-def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, BaseFileLock | None]:
     """A new folder, and the lock that says that its process lives; `None` where the file system has no locks."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        if fcntl is None:
-            return folder, None
+        folder = parent / f"{prefix}{secrets.token_hex(8)}"
+        place = folder.with_name(f"{folder.name}{_LOCK}")
+        lock = None
         try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # another process took it for abandoned before it was locked
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            continue  # as above
+            lock = take_lock(place)
+            if lock is None:
+                continue  # another process took the file for left over before it was locked
         except OSError:
-            os.close(lock)
-            return folder, None
-        if folder.exists():
-            return folder, lock
-        os.close(lock)
+            with suppress(OSError):
+                place.unlink(missing_ok=True)
+        try:
+            folder.mkdir(mode=0o700)
+        except BaseException:
+            if lock is not None:
+                drop_lock(lock)
+            raise
+        return folder, lock
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove a folder whose process is dead. Where that cannot be known it stays."""
-    if fcntl is None or folder.is_symlink() or not folder.is_dir():
-        return
+def _remove_abandoned(place: Path) -> None:
+    """Remove a folder whose process is dead, given the file of its lock. Where that cannot be known it stays."""
     try:
-        lock = os.open(folder, os.O_RDONLY)
+        lock = take_lock(place)
     except OSError:
         return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is not None:
+        _remove(place.with_suffix(""), lock)
+
+
+def _remove(folder: Path, lock: BaseFileLock | None) -> None:
+    """Remove a folder with its lock. Links and files of its name stay."""
+    if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        pass  # its process lives, or there are no locks
-    finally:
-        os.close(lock)
+    if lock is None:
+        return
+    if folder.is_dir() and not folder.is_symlink():
+        lock.release()  # not all of it could be removed: the lock's file stays, so that the next run tries again
+    else:
+        drop_lock(lock)
 
 
 @contextmanager

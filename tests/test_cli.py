@@ -18,7 +18,7 @@ from conftest import tiny_model
 from texts import calibration_make_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM
 
-from hf_adaprune import PruningConfig, PruningPlan, cli, parallel, pipeline, saving, whole_files
+from hf_adaprune import PruningConfig, PruningPlan, cli, cli_run, parallel, pipeline, saving, whole_files
 from hf_adaprune.cli import main
 from hf_adaprune.cli_arguments import build_config, command_line
 from hf_adaprune.search import loop
@@ -128,8 +128,77 @@ def test_dry_run_writes_nothing(dense: Path, work: Path, capsys: pytest.CaptureF
     expected = json.loads(capsys.readouterr().out)
     assert expected["after"]["decoder"] < expected["before"]["decoder"] and expected["gram_bytes"] > 0
     assert main(["prune", str(dense), "--dry-run"]) == 0
-    assert "peak memory" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "peak memory" in out and "disk for a restart, about" in out and "pruned and pruned.run" in out
+    assert main(["prune", str(dense), "--dry-run", "--no-run-dir"]) == 0
+    assert "peak memory" in (out := capsys.readouterr().out) and "disk" not in out
     assert sorted(work.rglob("*")) == before
+
+
+def test_disk_is_stated_and_its_lack_told_before_the_work(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "elsewhere").mkdir()
+    words = [word for word in prune_words(dense, work, "--dry-run") if word != "--quiet"]
+    found: dict[str, dict] = {}
+    ways = {"beside": [], "nowhere": ["--no-run-dir"], "elsewhere": ["--run-dir", str(work / "elsewhere" / "run")]}
+
+    def told(free: int) -> str:
+        usage = namedtuple("usage", "total used free")
+        with monkeypatch.context() as patch:
+            patch.setattr(cli_run.shutil, "disk_usage", lambda path: usage(10**12, 0, free))
+            for name, more in ways.items():
+                assert main([*words, *more, "--json"]) == 0
+                out, err = capsys.readouterr()
+                found[name] = json.loads(out)
+                assert ("MiB free" in err) is (free < 2**27 and name != "nowhere")
+        return err
+
+    assert told(10**9) == ""
+    (room,) = found["beside"]["disks"]
+    kept, output = found["beside"]["run_bytes"], found["beside"]["output_bytes"]
+    assert room["holds"] == [str(work / "out"), str(work / "out.run")] and room["folder"] == str(work)
+    assert room["needed_bytes"] == kept + output and room["free_bytes"] == 10**9
+    assert kept > found["beside"]["gram_bytes"] and output == found["beside"]["after"]["bytes"]
+    assert found["nowhere"]["disks"] == [] and found["nowhere"]["run_bytes"] == 0
+    # Room for the output, which is refused without, and not for what is kept beside it.
+    err = told(output + 2**26)
+    assert re.search(r"has 64 MiB free, .*out and .*run will need about 6\d MiB there\. Free .*--run-dir", err), err
+    assert left_in(work) == ["elsewhere"]
+
+
+def test_two_disks_are_stated_one_by_one(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == work.stat().st_dev:
+        pytest.skip("there is no second disk")
+    words = prune_words(dense, work, "--dry-run", "--run-dir", str(other / "hf_adaprune" / "run"))
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [room["needed_bytes"] for room in found["disks"]] == [found["output_bytes"], found["run_bytes"]]
+    assert [room["folder"] for room in found["disks"]] == [str(work), str(other)]
+    assert main(words) == 0
+    assert len(re.findall(r"^/.* MiB +[\d,]+ MiB$", capsys.readouterr().out, re.MULTILINE)) == 2
+
+
+def test_what_an_earlier_run_left_is_there_already(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needed(*more: str) -> int:
+        capsys.readouterr()
+        assert main([*prune_words(dense, work), "--dry-run", "--json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["disks"][0]["needed_bytes"] - found["output_bytes"]
+
+    whole = needed()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "carry_out", interrupted)
+        assert main(prune_words(dense, work)) == 130
+    assert needed() < whole / 2 and needed("--fresh") == whole
+    (work / "mine").mkdir()
+    (work / "mine" / "thesis").write_bytes(bytes(whole))
+    assert needed("--run-dir", str(work / "mine")) == whole
 
 
 def test_options_override_the_file_and_the_file_the_recipe(tmp_path: Path) -> None:
@@ -432,13 +501,19 @@ def test_a_search_can_be_estimated(dense: Path, work: Path, capsys: pytest.Captu
     assert left_in(work) == []
 
 
+def stopped_search(dense: Path, work: Path, *more: str) -> list[str]:
+    """The words of a search that was interrupted when its trials were done."""
+    words = search_words(dense, work, "--trials", "3", "--strategy", "random", *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_run_finals", interrupted)
+        assert main(words) == 130
+    return words
+
+
 def test_an_interrupted_search_goes_on(
     dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = search_words(dense, work, "--trials", "3", "--strategy", "random")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_run_finals", interrupted)
-        assert main(words) == 130
+    words = stopped_search(dense, work)
     journal = work / "out.journal.jsonl"
     trials = journal.read_text()
     again = shlex.split(capsys.readouterr().err.split("to go on: hf-adaprune ")[1].splitlines()[0])
@@ -463,25 +538,15 @@ def test_an_interrupted_search_goes_on(
     assert journal.exists()
 
 
-def test_a_search_begins_afresh(
-    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = search_words(dense, work, "--trials", "3", "--strategy", "random")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_run_finals", interrupted)
-        assert main(words) == 130
+def test_a_search_begins_afresh(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = stopped_search(dense, work)
     assert "seed" in refused(capsys, *words, "--seed", "7")
     assert main([*words, "--seed", "7", "--fresh"]) == 0
     assert left_in(work) == ["out", "out.journal.jsonl"]
 
 
-def test_an_interrupted_search_without_a_folder(
-    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = search_words(dense, work, "--trials", "3", "--strategy", "random", "--no-run-dir")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_run_finals", interrupted)
-        assert main(words) == 130
+def test_an_interrupted_search_without_a_folder(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = stopped_search(dense, work, "--no-run-dir")
     again = shlex.split(capsys.readouterr().err.split("to go on: hf-adaprune ")[1].splitlines()[0])
     assert left_in(work) == ["out.journal.jsonl"] and again == [*words, "--resume"]
     assert main(again) == 0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from texts import calibration_make_tokenizer, calibration_prose
 
-from hf_adaprune import PruningConfig, TextSource, find_sites, prune
+from hf_adaprune import PruningConfig, TextSource, find_sites, prune, prune_to_disk, search_plan
 from hf_adaprune.errors import BudgetError, UnsupportedModelError
 from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, bound_skeleton, estimate, measure_speed
+from hf_adaprune.layer_scores import forward_only_config
 from hf_adaprune.stages import even_plan
 
 SPEED = Speed(1e9, 1e8)
@@ -56,6 +59,67 @@ def test_gram_matrices_count_where_they_live() -> None:
     assert estimate(sites, PruningConfig.recipe("magnitude"), SPEED).gram_bytes == 0
     two = {"sources": ("python:prose", "python:code"), "domain_weights": (1.0, 2.0)}
     assert estimate(sites, config.with_changes(calibration=two), SPEED).gram_bytes == 2 * here.gram_bytes
+
+
+KEPT = [
+    ("default", {}),
+    ("default", {"gram_place": "disk"}),
+    ("default", {"repair": {"schedule": "sequential"}}),
+    ("default", {"repair": {"schedule": "best"}}),
+    ("default", {"calibration": {"clusters": 3, "domain_weights": (1.0, 2.0, 1.0)}}),
+    ("flap", {}),
+    ("llm-pruner", {"protected_layers": ()}),
+    ("magnitude", {}),
+    ("flap", {"repair": {"method": "least_squares", "regional_steps": 1}}),
+]
+
+
+def kept_config(recipe: str, **changes: object) -> PruningConfig:
+    text, report = TextSource("text", [calibration_prose(1, 8000)]), TextSource("report", [calibration_prose(2, 600)])
+    own = {"sources": (text,), "samples": 32, "sequence_length": 64, "gradient_samples": 8}
+    own |= {"report": (report,), "evaluation_tokens": 256, "evaluation_length": 64}
+    return PruningConfig.recipe(recipe, calibration=own).with_changes(**changes)
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the tensors in all files of a folder; notes and headers are small, whatever they are of."""
+    files = [file.read_bytes() for file in folder.rglob("*.safetensors")]
+    return sum(len(data) - 8 - int.from_bytes(data[:8], "little") for data in files)
+
+
+@pytest.mark.parametrize(("recipe", "changes"), KEPT)
+def test_the_disk_of_a_run_is_stated(recipe: str, changes: dict, tmp_path: Path) -> None:
+    model, config = tiny_model("llama", **WIDE, vocab_size=330), kept_config(recipe, **changes)
+    expected = estimate(find_sites(model), config, SPEED, is_kept=True)
+    assert estimate(find_sites(model), config, SPEED).run_bytes == 0
+    assert expected.output_bytes == expected.after.bytes
+    prune(model, calibration_make_tokenizer(eos_token="<eos>"), config, run_dir=tmp_path / "run")
+    # Held-out windows are counted as calibration, and repairs with the columns that went.
+    assert 0.95 < expected.run_bytes / tensor_bytes(tmp_path / "run") < 1.3
+
+
+@pytest.mark.parametrize("recipe", ["default", "flap"])
+def test_the_disk_of_a_walk_is_stated(recipe: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", **WIDE, vocab_size=330)
+    model.save_pretrained(tmp_path / "dense")
+    config = forward_only_config(kept_config(recipe, layer_by_layer=True, activation_bytes=2**18))
+    expected = estimate(bound_skeleton(model.config), config, SPEED, is_kept=True)
+    assert expected.output_bytes > expected.before.bytes
+    tokenizer = calibration_make_tokenizer(eos_token="<eos>")
+    prune_to_disk(str(tmp_path / "dense"), tokenizer, config, tmp_path / "out", run_dir=tmp_path / "run")
+    assert 0.95 < expected.run_bytes / tensor_bytes(tmp_path / "run") < 1.6  # nearly all of it is repairs
+
+
+def test_the_disk_of_a_search_is_stated(tmp_path: Path) -> None:
+    model = tiny_model("llama", **WIDE, vocab_size=330)
+    sources = tuple(TextSource(f"text {number}", [calibration_prose(number, 8000)]) for number in (1, 4))
+    search = {"trials": 3, "strategy": "random", "selection_tokens": 128, "first_tokens": 64, "final_tokens": 96}
+    config = kept_config("default", search={**search, "sequence_length": 32, "initial": 2})
+    selection = TextSource("selection", [calibration_prose(3, 2000)])
+    config = config.with_changes(calibration={"sources": sources, "selection": (selection,), "report": ()})
+    expected = estimate(find_sites(model), config, SPEED, is_kept=True)
+    search_plan(model, calibration_make_tokenizer(eos_token="<eos>"), config, run_dir=tmp_path / "run")
+    assert 0.95 < expected.run_bytes / tensor_bytes(tmp_path / "run") < 1.3
 
 
 def test_more_work_takes_longer() -> None:

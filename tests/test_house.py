@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_adaprune"
 # From the ground up. A file may import, when it is loaded, only from files before it.
 ORDER = [
     "errors",
+    "locks",
     "whole_files",
     "run_folder",
     "public",
@@ -75,6 +76,7 @@ ORDER = [
     "selection",
     "search_checks",
     "search_journal",
+    "run_start",
     "searching",
     "parallel",
     "search_stage",
@@ -119,6 +121,7 @@ ORDER = [
 ]
 WITHOUT_TORCH = (
     "errors",
+    "locks",
     "whole_files",
     "public",
     "parts",

@@ -248,7 +248,7 @@ def test_statistics_come_back_bit_by_bit(family: str, place: str, tmp_path: Path
     first, again = kept(), kept()
     assert len(passes) == 1 and equal(first, again)
     assert equal(again, collect_statistics(sites, blocks, needs, gradient_samples=4))
-    size = run_artefacts.statistics_bytes(sites, blocks, needs, 4)
+    size = run_artefacts.statistics_bytes(sites, *blocks.input_ids.shape, len(blocks.domains), needs, 4)
     written = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     assert size <= written < 1.5 * size + 100_000
     # What a caller changes stays the caller's.

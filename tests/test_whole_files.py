@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hf_adaprune import whole_files
 from hf_adaprune.errors import CheckpointError
+from hf_adaprune.locks import drop_lock, take_lock
 from hf_adaprune.whole_files import scratch_folder, whole_folder, write_whole
 
 WRITES = """
@@ -48,13 +50,15 @@ def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path: Path) -> No
     with writer(target) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert len(left_in(tmp_path)) == 1 and left_in(tmp_path)[0].startswith(".out.partial-")
+    left = left_in(tmp_path)
+    assert left == [left[0], f"{left[0]}.lock"] and left[0].startswith(".out.partial-")
     with whole_folder(tmp_path / "outer") as folder:
         (folder / "a.txt").write_text("another name")
-    assert len(left_in(tmp_path)) == 2
+    assert left_in(tmp_path) == [*left, "outer"]
     with whole_folder(target) as folder:
         (folder / "a.txt").write_text("whole")
-        assert len(left_in(tmp_path)) == 2
+        assert left_in(folder) == ["a.txt"]
+        assert left_in(tmp_path) == [folder.name, f"{folder.name}.lock", "outer"]
     assert left_in(tmp_path) == ["out", "outer"] and left_in(target) == ["a.txt"]
 
 
@@ -62,8 +66,8 @@ def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with writer(target) as process:
         with scratch_folder(tmp_path, ".out.partial"):
-            assert len(left_in(tmp_path)) == 2
-        assert len(left_in(tmp_path)) == 1
+            assert len(left_in(tmp_path)) == 4
+        assert len(left_in(tmp_path)) == 2
         process.communicate("go on")
         assert process.returncode == 0
     assert left_in(tmp_path) == ["out"] and left_in(target) == ["half.txt"]
@@ -79,44 +83,97 @@ def test_folders_of_other_machines_files_and_links_stay(tmp_path: Path, monkeypa
     monkeypatch.setattr(whole_files.platform, "node", lambda: "here.local")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.partial-there-x1").mkdir()
+    (tmp_path / ".out.partial-there-x1.lock").touch()
     (tmp_path / ".out.partial-herelocal-x2").write_text("a file")
     (tmp_path / ".out.partial-herelocal-x3").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / ".out.partial-herelocal-x4").mkdir()
     before = left_in(tmp_path)
+    for name in ("x2", "x3", "x4", "x5"):  # the last one is of a process that was killed before it made the folder
+        (tmp_path / f".out.partial-herelocal-{name}.lock").touch()
     with scratch_folder(tmp_path, ".out.partial"):
         pass
-    assert sorted(set(before) - set(left_in(tmp_path))) == [".out.partial-herelocal-x4"]
+    assert sorted(set(before) ^ set(left_in(tmp_path))) == [".out.partial-herelocal-x4"]
 
 
 def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_files.platform, "node", lambda: "here")
-    (tmp_path / "a-here-x").mkdir()
+    (tmp_path / "a-here-x").mkdir()  # of a process that found no locks either
+    (tmp_path / "a-here-y").mkdir()
+    (tmp_path / "a-here-y.lock").touch()
 
-    def refuses(*args: object) -> None:
+    def refuses(lock: FileLock) -> None:
+        Path(lock.lock_file).touch()  # it is opened before it is locked
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(whole_files.fcntl, "flock", refuses)
-    with scratch_folder(tmp_path, "a") as folder:
-        assert folder.is_dir()
-    monkeypatch.setattr(whole_files, "fcntl", None)
-    with scratch_folder(tmp_path, "a") as folder:
-        assert folder.is_dir()
-    assert left_in(tmp_path) == ["a-here-x"]
+    before = left_in(tmp_path)
+    monkeypatch.setattr(FileLock, "acquire", refuses)
+    for _ in range(2):
+        with scratch_folder(tmp_path, "a") as folder:
+            assert folder.is_dir() and left_in(tmp_path) == sorted([*before, folder.name])
+        assert left_in(tmp_path) == before
 
 
-def test_a_folder_that_was_taken_for_abandoned_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another run may look between making a folder and locking it."""
-    lock, taken = whole_files.fcntl.flock, []
+def test_a_lock_that_was_taken_for_left_over_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may look between making the file of a lock and locking it, and before the folder is there."""
+    acquire, taken = FileLock.acquire, []
 
-    def stolen(number: int, how: int) -> None:
+    def stolen(lock: FileLock) -> None:
         if not taken:
-            taken.extend(tmp_path.iterdir())
-            taken[0].rmdir()
-        lock(number, how)
+            taken.append(FileLock(lock.lock_file))
+            acquire(taken[0])
+        acquire(lock)
 
-    monkeypatch.setattr(whole_files.fcntl, "flock", stolen)
-    with scratch_folder(tmp_path, "a") as folder:
-        assert folder.is_dir() and folder != taken[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(FileLock, "acquire", stolen)
+        with scratch_folder(tmp_path, "a") as folder:
+            stale = Path(taken[0].lock_file)
+            assert folder.is_dir() and stale.exists() and f"{folder.name}.lock" != stale.name
+    drop_lock(taken[0])
+    assert left_in(tmp_path) == []
+
+
+def test_a_lock_without_a_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may remove the file of a lock after it was opened: who locks it then is not alone."""
+    fcntl = pytest.importorskip("fcntl")
+    flock, place, removed = fcntl.flock, tmp_path / "a.lock", []
+
+    def late(number: int, how: int) -> None:
+        if not removed:
+            removed.append(place.unlink())
+        flock(number, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert take_lock(place) is None
+    lock = take_lock(place)
+    assert lock is not None and take_lock(place) is None
+    drop_lock(lock)
+    assert removed and left_in(tmp_path) == []
+
+
+def test_what_could_not_be_removed_goes_with_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_files.shutil, "rmtree", lambda *args, **options: None)
+        with scratch_folder(tmp_path, "a"):
+            pass
+    assert len(left_in(tmp_path)) == 2
+    with scratch_folder(tmp_path, "a"):
+        assert len(left_in(tmp_path)) == 2
+    assert left_in(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def full(path: Path, *args: object, **options: object) -> None:
+        if path.parent != tmp_path:
+            return mkdir(path, *args, **options)
+        assert left_in(tmp_path) == [f"{path.name}.lock"]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="No space left"), scratch_folder(tmp_path, "a"):
+        pass
+    assert left_in(tmp_path) == []
 
 
 def test_an_error_leaves_nothing_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
