@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--selection", nargs="+", default=[])
     parser.add_argument("--report", nargs="+", default=[])
     parser.add_argument("--rows", nargs="+", default=[])
+    parser.add_argument("--pruned", help="a model that `once` starts from, cut already; the ratio then only names it")
     parser.add_argument("--plan", help="a folder with pruning_plan.json and pruning_config.json, for `once`")
     parser.add_argument("--at", nargs="+", type=float, default=[0.0, 0.08, 0.16, 0.24, 0.32])
     parser.add_argument("--learning-rate", type=float, default=RecoveryConfig().learning_rate)
@@ -96,16 +97,18 @@ def main() -> None:
         callbacks: list[TrainerCallback] = []
         if how == "once":
             plan = config = None
-            if args.plan:
+            if args.pruned:
+                model, _ = load(args.pruned)
+            elif args.plan:
                 said = json.loads((Path(args.plan) / "pruning_config.json").read_text())
                 config = PruningConfig.from_dict(said["config"]).with_changes(search=None)
                 plan = PruningPlan.load(Path(args.plan) / "pruning_plan.json")
             else:
                 config = pruning(args, ratio)
-            if ratio:
+            if ratio and not args.pruned:
                 prune(model, tokenizer, config, plan=plan)
             row["prune_seconds"] = time.perf_counter() - started
-            if not args.plan or tokens == 0:
+            if not (args.plan or args.pruned) or tokens == 0:
                 row["before"] = evaluate(model)
         else:
             config = pruning(args, ratio).with_changes(calibration={"gradient_samples": max(4, args.cut_samples // 4)})
