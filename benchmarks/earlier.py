@@ -210,6 +210,33 @@ def recovery(folder: Path) -> str:
     return _table(["20 % removed", "dense", "searched", "recovered"], lines)
 
 
+def training(folder: Path) -> str:
+    """One cut and then training against cuts while training, on the same windows."""
+    rows = {row["run"].split(":")[0]: row for row in json.loads((folder / "training.json").read_text())["rows"]}
+    once, progressive = rows["once"], rows["progressive"]
+    lines = []
+    for text, name in (("wikitext2_test_raw", "WikiText-2 test, raw"), ("c4_report", "C4, other pages")):
+        before, *after = once["before"][text], once["after"][text], progressive["after"][text]
+        cells = [f"**{value:.2f}**" if value == min(after) else f"{value:.2f}" for value in after]
+        lines.append([name, f"{before:.2f}", *cells])
+    for text, name in (("c4", "selection: C4"), ("wiki_selection", "selection: Wikipedia")):
+        start, *ends = once["curves"][text][0], once["curves"][text][-1], progressive["curves"][text][-1]
+        lines.append([name, *(f"{math.exp(loss):.2f}" for _, loss in (start, *ends))])
+    return _table(["40 % removed", "cut, not trained", "cut, then trained", "cut while training"], lines)
+
+
+def losses(folder: Path) -> str:
+    """Distillation against the language-model loss, at equal tokens and at equal minutes."""
+    rows = json.loads((folder / "losses.json").read_text())["rows"]
+    names = {"kl": "KL to the dense model", "lm": "language-model loss"}
+    lines = []
+    for row in rows:
+        _, ratio, loss, _ = row["run"].split(":")
+        values = [f"{row['after'][text]:.2f}" for text in ("wikitext2_test_raw", "c4_report")]
+        lines.append([f"{float(ratio):.0%}", names[loss], f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}", *values])
+    return _table(["removed", "loss", "tokens", "minutes", "WikiText-2 test, raw", "C4, other pages"], lines)
+
+
 EARLIER: dict[str, Callable[[Path], str]] = {
     "recipes": recipes,
     "calibration-windows": calibration_windows,
@@ -222,4 +249,6 @@ EARLIER: dict[str, Callable[[Path], str]] = {
     "forms": forms,
     "llama-cpp-speed": llama_cpp_speed,
     "recovery": recovery,
+    "training": training,
+    "losses": losses,
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from hf_adaprune.errors import MissingDependencyError
 
-from .results import read_results
+from .results import PLACE, read_results
 
 __all__ = ["plot_all"]
 
@@ -31,6 +32,10 @@ def plot_all(results: Path, output: Path) -> list[Path]:
         ) from error
     output.mkdir(parents=True, exist_ok=True)
     written = []
+    if results == PLACE:  # what was measured by benchmarks/training.py is beside the experiments' results
+        written.append(
+            _training(results.parent / "training.json", Figure(figsize=(9, 4), layout="constrained"), output)
+        )
     data = read_results(results / "quality.json")
     for protocol in data["protocols"].values():
         for text in protocol["report"]:
@@ -59,6 +64,25 @@ def plot_all(results: Path, output: Path) -> list[Path]:
         written.append(output / "speed.png")
         figure.savefig(written[-1], dpi=150)
     return written
+
+
+def _training(file: Path, figure: Any, output: Path) -> Path:
+    """Loss while training, by tokens; cuts are grey lines."""
+    rows = json.loads(file.read_text())["rows"]
+    names = {"once": "one cut, then training", "progressive": "cuts while training"}
+    for axes, text in zip(figure.subplots(1, 2), rows[0]["curves"], strict=True):
+        for row in rows:
+            how, ratio, *_ = row["run"].split(":")
+            steps, losses = zip(*row["curves"][text], strict=True)
+            share = row["tokens"] / steps[-1] / 1000
+            axes.plot([step * share for step in steps], losses, marker="o", label=f"{names[how]}, {float(ratio):.0%}")
+            for cut in row.get("cuts", ()):
+                axes.axvline(cut["step"] * share, color="0.8", linewidth=0.8, zorder=0)
+        axes.set(xlabel="thousand training tokens", ylabel=f"loss on selection text, {text}")
+    axes.legend(fontsize="small")
+    path = output / "training.png"
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def _curves(data: dict[str, Any], text: str, report: Any) -> dict[str, dict[float, float]]:
