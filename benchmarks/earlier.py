@@ -250,5 +250,4 @@ EARLIER: dict[str, Callable[[Path], str]] = {
     "llama-cpp-speed": llama_cpp_speed,
     "recovery": recovery,
     "training": training,
-    "losses": losses,
 }
