@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -99,8 +100,9 @@ def disk_rooms(arguments: argparse.Namespace, output: Path, expected: Estimate) 
     run = run_place(arguments)
     if run is None:
         return ()
-    there = _bytes_in(run) if not arguments.fresh and RunFolder(run).resumed else 0
-    needed = {output: expected.output_bytes, run: max(0, expected.run_bytes - there)}
+    # What lies there counts: it is used, or (--fresh) goes before anything is written.
+    there = _bytes_in(run) if RunFolder(run).resumed else 0
+    needed = {output: expected.output_bytes, run: max(0, expected.run_bytes - (0 if arguments.fresh else there))}
     disks: dict[int, list[Path]] = {}
     folders: dict[int, Path] = {}
     for place in needed:
@@ -110,10 +112,10 @@ def disk_rooms(arguments: argparse.Namespace, output: Path, expected: Estimate) 
         disks.setdefault(disk, []).append(place)
     rooms = []
     for disk, places in disks.items():
-        free = shutil.disk_usage(folders[disk]).free
+        free = shutil.disk_usage(folders[disk]).free + (there if arguments.fresh and run in places else 0)
         holds = tuple(map(str, places))
         rooms.append(DiskRoom(str(folders[disk]), holds, sum(needed[place] for place in places), free))
-    for room in rooms:
+    for room in rooms if os.environ.get("RANK", "0") == "0" else ():  # of several processes one says it
         if room.free_bytes < room.needed_bytes + SPARE_BYTES:
             logger.warning(
                 "%s has %s MiB free, %s will need about %s MiB there. Free some space, or name other disks (--output, "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .config import PruningConfig
+from .gram_sums import summing_bytes
 from .pipeline import Sizes
 from .plan import PruningPlan
 from .repairing import own_repair
@@ -212,7 +213,11 @@ def estimate(
     if config.layer_by_layer:
         peak = peak_by_layer(sites, config)
     else:
-        peak = _peak_bytes(sites, config, needs, before, after, gram if config.gram_place != "disk" else 0)
+        held, summed = 0, 0
+        if config.gram_place != "disk":
+            held = gram
+            summed = summing_bytes(sites, _domains(config) if _is_per_domain(config, needs) else 1) * needs.gram
+        peak = _peak_bytes(sites, config, needs, before, after, held, summed)
     flops = (float(calibration + walked), float(solving), float(report), float(reading + trying))
     written = sum(disk_by_layer(sites, config)) if config.layer_by_layer else after.bytes
     kept = _run_bytes(sites, config, needs, after) if is_kept else 0
@@ -321,7 +326,9 @@ def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs) -> floa
     return flops
 
 
-def _peak_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, before: Sizes, after: Sizes, gram: int) -> int:
+def _peak_bytes(
+    sites: ModelSites, config: PruningConfig, needs: Needs, before: Sizes, after: Sizes, gram: int, summed: int
+) -> int:
     own, size = config.calibration, next(sites.model.parameters()).element_size()
     vocabulary, hidden = sites.model.get_output_embeddings().weight.shape  # type: ignore[operator]
     gradients = min(own.gradient_samples, own.samples) if needs.gradients or needs.elements else 0
@@ -341,7 +348,7 @@ def _peak_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, before: 
     solving = 6 * widest**2 * 8 if needs.gram or refits else 0
     readers = sum(site.columns * site.outputs for site in sites) * _WIDE if refits else 0
     # Backward windows and Gram matrices are never in memory together.
-    pruning = before.bytes + kept * _WIDE + max(window, gram + solving + readers)
+    pruning = before.bytes + kept * _WIDE + max(window, summed, gram + solving + readers)
     # The round-trip check holds the pruned model twice, when the statistics are gone.
     return BASELINE_BYTES + max(pruning, before.bytes + after.bytes)
 
@@ -394,7 +401,9 @@ def _run_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, after: Si
         kept += config.allocation.steps * numbers * sum(site.columns for site in sites) * measures
     elif measures:
         needs = replace(needs, per_domain=_is_per_domain(config, needs))
-        kept += statistics_bytes(sites, samples, own.sequence_length, _domains(config), needs, own.gradient_samples)
+        size = statistics_bytes(sites, samples, own.sequence_length, _domains(config), needs, own.gradient_samples)
+        on_disk = config.gram_place == "disk" and needs.gram
+        kept += max(size, summing_bytes(sites, _domains(config) if needs.per_domain else 1) if on_disk else 0)
     walks = refits and repair.schedule != "cached"
     cached = repair.method != "none" and repair.schedule != "sequential" and not config.layer_by_layer
     kept += (walks + cached) * _WIDE * sum(site.columns * site.outputs for site in sites)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from .errors import StatisticsError
-from .sites import Site
+from .sites import ModelSites, Site
 from .workers import Alone
 
-__all__ = ["GramSums", "exact_products"]
+__all__ = ["GramSums", "exact_products", "summing_bytes"]
 
 # Columns of a strip: wide enough for efficient products, narrow beside the triangle that strips cut off.
 STRIP = 192
@@ -46,11 +46,11 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 class GramSums:
     """Sums of `x xᵀ` over the tokens of a site, `[domains, columns, columns]`, for experts one more dimension of them.
 
-    The product of a batch is float32. Added in float64, float32 numbers of which none is 2**29 times smaller than
-    their sum lose nothing, so the sum is the same in whatever order, and by however many processes, batches are added;
-    it is rounded once, at the end. Only the strips on and below the diagonal exist: a float64 number takes as much as
-    the two float32 numbers that it stands for, so this is no larger than the result but for the strips' corners, and
-    the products above the diagonal are saved.
+    The product of a batch is float32. Added in float64, float32 numbers of which none is 2**29 times smaller than a
+    partial sum lose nothing, and what others lose is far below what the one rounding at the end leaves: the sum is the
+    same in whatever order, and by however many processes, batches are added. Only the strips on and below the diagonal
+    exist: a float64 number takes as much as the two float32 numbers that it stands for, so this is no larger than the
+    result but for the strips' corners ([`summing_bytes`]), and the products above the diagonal are saved.
 
     Args:
         site ([`Site`]): whose inputs are multiplied.
@@ -70,7 +70,7 @@ class GramSums:
             (start, min(self.columns, start + STRIP)) for start in range(0, self.columns, STRIP)
         ]  # fmt: skip
         self.device = site.reader.parameter.device if place == "model" else torch.device("cpu")
-        # Apple's GPUs have no float64; there the order of additions is seen in the last bits.
+        # Apple's GPUs have no float64; there the order of additions is seen in the last bits. Others were not run.
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
         many = int(np.prod(self.lead))
         shapes = [(*self.lead, stop - start, stop) for start, stop in self.edges]
@@ -105,6 +105,7 @@ class GramSums:
             square = result[..., start:stop, start:stop]
             square.copy_(square.tril() + square.tril(-1).mT)
             result[..., :start, start:stop] = strip[..., :start].mT
+            del strip  # Windows does not remove a file that is mapped
         self.strips = []
         if self.place == "disk":
             self._path("sums").unlink()
@@ -117,6 +118,22 @@ class GramSums:
 
     def _path(self, what: str) -> Path:
         return self.folder / (f"{self.site.name}.{what}.safetensors" if what else f"{self.site.name}.safetensors")
+
+
+def summing_bytes(sites: ModelSites, domains: int) -> int:
+    """Bytes of the Gram matrices of a model at the end of a pass: sums of all sites, and the result of the largest.
+
+    Args:
+        sites ([`ModelSites`]): the model, on the meta device too.
+        domains (`int`): matrices of a site, for experts of one of them.
+    """
+    sums = results = 0
+    for site in sites:
+        columns, many = (site.group_size, site.groups) if site.kind == "experts" else (site.columns, 1)
+        stops = [min(columns, start + STRIP) for start in range(0, columns, STRIP)]
+        sums += 8 * many * sum((stop - start) * stop for start, stop in zip([0, *stops], stops, strict=False))
+        results = max(results, 4 * many * columns**2)
+    return domains * (sums + results)
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, path: Path, name: str) -> torch.Tensor:
@@ -136,7 +153,8 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, path: Path, name: str) 
     except OSError as error:
         raise StatisticsError(
             f"{name}: no room for its Gram matrices, {size / 2**20:,.0f} MiB in {path.parent} ({error.strerror}). Free "
-            "some space, set TMPDIR to another disk, or hold them in memory (gram_place='cpu')."
+            "some space, name another disk (TMPDIR, or --run-dir where a run is kept), or hold them in memory "
+            "(gram_place='cpu')."
         ) from error
     numbers = np.float32 if dtype == torch.float32 else np.float64
     mapped = np.memmap(path, dtype=numbers, mode="r+", offset=8 + len(head), shape=shape)

@@ -12,7 +12,7 @@ import torch
 
 from .calibration import TokenBlocks
 from .choices import ChoiceRow, per_row_errors
-from .errors import ConfigError
+from .errors import CalibrationError, ConfigError
 from .evaluation import TopTokens, per_window_loss, per_window_top_kl, top_tokens
 from .sites import ModelSites
 from .workers import Alone
@@ -83,7 +83,15 @@ def window_measure(
 
 
 def _dense_tokens(model: Any, blocks: TokenBlocks, batch: int, workers: Alone) -> TopTokens:
-    """The dense model's top tokens; every process reads every n-th batch, as one process would run it."""
+    """The dense model's top tokens; every process reads every n-th batch, as one process would run it.
+
+    Raises:
+        CalibrationError: the processes brought different windows.
+    """
+    if len(set(workers.gather([blocks.digest]))) > 1:
+        raise CalibrationError(
+            "the processes read different selection text. Give all of them the same files, seed and versions."
+        )
     batches = torch.arange(len(blocks)).split(batch)
     mine = torch.cat([torch.empty(0, dtype=torch.long), *batches[workers.rank :: workers.count]])
     read = partial(top_tokens, model, blocks.select(mine), batch_size=batch)
@@ -116,7 +124,8 @@ def row_measure(model: Any, tokenizer: Any, rows: Sequence[ChoiceRow], *, first:
     def measure(start: int, stop: int) -> list[tuple[float, float]]:
         return [(1.0, error) for error in per_row_errors(model, tokenizer, rows[start:stop])]
 
-    return Measure(measure, first, windows, len(rows) - windows, False, digest)
+    # Rows run with others of their length, so they are not shared: in other company their last bits may differ.
+    return Measure(measure, first, windows, len(rows) - windows, False, digest, batch=len(rows))
 
 
 def custom_measure(model: Any, objective: Callable[[Any], Any]) -> Measure:

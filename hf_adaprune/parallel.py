@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_CHUNK = 2**24  # numbers that are summed at a time: 64 MiB beside a tensor that lies on another device or on disk
+_CHUNK = (
+    2**24
+)  # numbers that are summed at a time: 64 or 128 MiB beside a tensor that lies on another device or on disk
 
 
 def processes() -> Alone:
@@ -149,9 +151,10 @@ def collect_together(
 ) -> Statistics:
     """Statistics of calibration windows that the processes share; the same on all, and as one process finds them.
 
-    Per-sample parts are equal to the last bit on equal devices (windows run in the batches of one process), sums such
-    as Gram matrices but for the order of additions. Every process holds its own Gram matrices while they are summed,
-    and keeps the sum: in memory `workers.count` times on one machine, and with `gram_place="disk"` in a folder each.
+    On equal devices they are equal to the last bit (windows run in the batches of one process, Gram matrices are summed
+    in float64), but for element-wise terms, whose sums hang on the order. Every process holds its own Gram matrices
+    while they are summed, and keeps the sum: in memory `workers.count` times on one machine, and with
+    `gram_place="disk"` in a folder each.
 
     Args:
         sites ([`ModelSites`]): the model, with equal weights on all processes.

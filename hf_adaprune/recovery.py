@@ -433,12 +433,11 @@ def _train(
 ) -> tuple[int, int, float, tuple[dict[str, float], ...]]:
     """Train, or take what an earlier run trained: tokens, steps, minutes and log."""
     device = input_device(model)
-    steps = ENDLESS if config.minutes is not None else -(-(config.tokens or DEFAULT_TOKENS) // config.step_tokens)
-    if (
-        config.minutes is None
-        and steps * config.step_tokens > len(blocks) * config.sequence_length + config.step_tokens
-    ):
-        times = steps * config.step_tokens / (len(blocks) * config.sequence_length)
+    batches = _batches_at_once(device)
+    step_tokens = config.step_tokens * batches
+    steps = ENDLESS if config.minutes is not None else -(-(config.tokens or DEFAULT_TOKENS) // step_tokens)
+    if config.minutes is None and steps * step_tokens > len(blocks) * config.sequence_length + step_tokens:
+        times = steps * step_tokens / (len(blocks) * config.sequence_length)
         logger.info("there are %d tokens of training text; they are read %.1f times.", blocks.tokens, times)
     forked = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
@@ -457,7 +456,7 @@ def _train(
                 if config.top_k is not None:
                     place = Path(folder if run is None else run.place) / "teacher"
                     teacher = cache_teacher(dense, blocks, place, config.top_k, temperature=config.temperature)
-                course = Course(config, steps, started, len(blocks))
+                course = Course(config, steps, started, len(blocks) / batches)
                 saver = None if checkpoints is None else checkpoints(course)
                 arguments = TrainingArguments(
                     output_dir=str(folder) if saver is None else str(saver.folder),
@@ -494,7 +493,7 @@ def _train(
                 trainer.add_callback(course)
                 _run(trainer, saver)
                 log = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history[:-1]]
-                done, tokens = trainer.state.global_step, trainer.tokens_seen
+                done, tokens = trainer.state.global_step, trainer.tokens_seen * arguments.world_size
                 minutes = (time.perf_counter() - course.started) / 60
                 if run is not None and saver is not None:
                     weights = {name: own for name, own in student.named_parameters() if own.requires_grad}
@@ -503,6 +502,16 @@ def _train(
                     saver.raise_if_interrupted()
                 trainer.accelerator.free_memory()
     return tokens, done, minutes, tuple(log)
+
+
+def _batches_at_once(device: torch.device) -> int:
+    """How many times `batch_size` windows a forward reads: once per process, and per GPU where one process has several.
+
+    A Trainer without a launcher spreads a batch over all the GPUs that it sees.
+    """
+    # Made for these two numbers, which hang on what the launcher and the machine say; nothing is written.
+    arguments = TrainingArguments(per_device_train_batch_size=1, use_cpu=device.type == "cpu", report_to="none")
+    return arguments.train_batch_size * arguments.world_size
 
 
 def _run(trainer: _RecoveryTrainer, saver: Checkpoints | None) -> None:

@@ -35,10 +35,10 @@ class Course(TrainerCallback):
         config ([`RecoveryConfig`]): its `minutes`, and windows per step.
         steps (`int`): of the training, where the clock does not end it.
         started (`float`): what `time.perf_counter()` said when the time began to run.
-        windows (`int`): of the training text, to say when it has been read once.
+        windows (`float`): of the training text, by how many batches a step reads; to say when it has been read once.
     """
 
-    def __init__(self, config: RecoveryConfig, steps: int, started: float, windows: int) -> None:
+    def __init__(self, config: RecoveryConfig, steps: int, started: float, windows: float) -> None:
         self.limit = None if config.minutes is None else config.minutes * 60
         self.steps, self.started, self.done = steps, started, 0
         self.first: float | None = None

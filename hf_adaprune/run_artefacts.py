@@ -19,6 +19,7 @@ from .config import PruningConfig, Source
 from .documents import PYTHON_SOURCES
 from .elements import ELEMENT_TERMS
 from .errors import RunError
+from .gram_sums import summing_bytes
 from .importance import Scores
 from .plan import PruningPlan
 from .run_folder import RunFolder, digest_of_file, once, once_noted
@@ -280,6 +281,8 @@ def kept_statistics(
     own = run
     samples, length = blocks.input_ids.shape
     size = statistics_bytes(sites, samples, length, len(blocks.domains), needs, gradient_samples)
+    if gram_place == "disk" and needs.gram:  # what is summed lies there first, and takes a little more
+        size = max(size, summing_bytes(sites, len(blocks.domains) if needs.per_domain else 1))
     workers.lead(lambda: own.check_space(size, "the statistics"))
     # Of several processes the first one keeps; the others' matrices on disk are of no further use.
     moments = str(run.folder("moments")) if gram_place == "disk" and run.writes else folder

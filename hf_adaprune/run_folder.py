@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError
 
 from .errors import AdaPruneError, CheckpointError, RunError
-from .locks import drop_lock, take_lock
+from .locks import drop_lock, has_no_locks, take_lock
 from .whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ _held: dict[Path, tuple[int, int]] = {}  # lock files of this process: the threa
 def locked(place: Path, what: str | os.PathLike[str], error: type[AdaPruneError] = RunError) -> Iterator[bool]:
     """Be the only run that writes somewhere, for the time of a `with`.
 
-    The system lets go of the lock when the process ends, however it ends. A thread may take a lock that it has.
+    The system lets go of the lock when the process ends, however it ends; where the file system has no locks, a
+    warning says so and nothing is locked. A thread may take a lock that it has.
 
     Args:
         place (`Path`): of the lock file, in a folder that exists; gone afterwards.
@@ -68,20 +69,28 @@ def locked(place: Path, what: str | os.PathLike[str], error: type[AdaPruneError]
         finally:
             _held[place] = own, times
         return
+    lock = None
     try:
         lock = take_lock(place)
+        if lock is None:
+            raise error(f"another run{_holder(place)} is writing to {what}. Wait for it, or choose another output.")
     except OSError as failure:
-        raise error(f"{place} cannot be written ({failure.strerror}). Choose another output.") from failure
-    if lock is None:
-        raise error(f"another run{_holder(place)} is writing to {what}. Wait for it, or choose another output.")
+        if not has_no_locks(failure):
+            raise error(f"{place} cannot be written ({failure.strerror}). Choose another output.") from failure
+        logger.warning("%s is on a file system without locks: a second run there would not be noticed.", what)
     _held[place] = own, 1
     try:
-        with contextlib.suppress(OSError):  # for the message above alone
-            place.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            if lock is None:
+                place.unlink(missing_ok=True)
+            else:  # for the message above alone
+                said = {"process": os.getpid(), "host": socket.gethostname()}
+                place.write_text(json.dumps(said), encoding="utf-8")
         yield True
     finally:
         del _held[place]
-        drop_lock(lock)
+        if lock is not None:
+            drop_lock(lock)
 
 
 def _holder(place: Path) -> str:

@@ -73,7 +73,12 @@ def begin_run(
     workers.lead(lead)
     if workers.rank:
         opened.append(stack.enter_context(open_run(run_dir, writes=False)))
-    return opened[0]
+    run = opened[0]
+    # The first process has written to the folder when the others open it.
+    resumed = workers.share(run is not None and run.resumed)
+    if run is not None:
+        run.resumed = resumed
+    return run
 
 
 def is_resumed(run: RunFolder | None) -> bool:

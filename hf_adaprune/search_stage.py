@@ -72,7 +72,7 @@ def search_plan(
         config ([`PruningConfig`], *optional*): where the search starts, with its [`SearchConfig`]; the recipe `default`
             and 60 trials where not given. Name `calibration.selection` texts.
         journal (`str`, *optional*): file in which every trial is written when it is done; a kill loses at most the
-            running one.
+            running one, or what several processes have measured since they last met (four trials each).
         resume (`bool`, *optional*, defaults to `False`): go on with that journal, to the same trials as without a stop.
         warm_start (`str`, *optional*): journal of another search (of a smaller model, or another ratio) over the same
             space; its best points are tried first.

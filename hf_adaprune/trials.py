@@ -87,7 +87,10 @@ class CachedScores:
             for name, weight in config.metrics.items():
                 if weight > 0 and _interpolated(name):
                     keys = [_key(name, anchor, config) for anchor, _ in anchors]
-                    missing.update({key: config for key in keys if key not in self._raw})
+                    missing.update(dict.fromkeys(keys, config))
+        # The first process has computed more where it alone decided something: what one lacks, all compute.
+        lacking = set().union(*workers.gather([{key for key in missing if key not in self._raw}]))
+        missing = {key: config for key, config in missing.items() if key in lacking}
 
         def compute() -> list[dict[str, torch.Tensor]]:
             found = []
@@ -152,7 +155,7 @@ class _Payload:
 
 
 class Trials:
-    """The problem of a search over one model (see [`hf_adaprune.search.loop.Problem`]).
+    """The problem of a search over one model (see [`hf_adaprune.search.problem.Problem`]).
 
     Args:
         sites ([`ModelSites`]): the dense model; untouched after every trial.

@@ -161,6 +161,10 @@ def main(folder: Path) -> None:
     other = random_blocks(4, seed=workers.rank)
     saw["other text"] = error_of(lambda: statistics_of(workers, "llama", blocks=other))
 
+    rest = [PROSE[40][:300]] if workers.rank else PROSE[40:]  # fewer windows on one of them
+    other = search_config().with_changes(calibration={"selection": (TextSource("choice", rest),)})
+    saw["other selection"] = error_of(lambda: search_plan(text_model(), tokenizer, other))
+
     def odd() -> None:
         if workers.rank == 1:
             raise Odd(1, 2)

@@ -167,9 +167,7 @@ def test_disk_is_stated_and_its_lack_told_before_the_work(
     assert left_in(work) == ["elsewhere"]
 
 
-def test_two_disks_are_stated_one_by_one(
-    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_disks_are_stated_one_by_one(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == work.stat().st_dev:
         pytest.skip("there is no second disk")

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, tiny_model
 from texts import calibration_make_tokenizer, calibration_prose
 
-from hf_adaprune import PruningConfig, TextSource, find_sites, prune, prune_to_disk, search_plan
+from hf_adaprune import PruningConfig, TextSource, find_sites, gram_sums, prune, prune_to_disk, search_plan
 from hf_adaprune.errors import BudgetError, UnsupportedModelError
 from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, bound_skeleton, estimate, measure_speed
 from hf_adaprune.layer_scores import forward_only_config
@@ -88,14 +88,19 @@ def tensor_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("recipe", "changes"), KEPT)
-def test_the_disk_of_a_run_is_stated(recipe: str, changes: dict, tmp_path: Path) -> None:
+def test_the_disk_of_a_run_is_stated(
+    recipe: str, changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gram_sums, "STRIP", 8)
     model, config = tiny_model("llama", **WIDE, vocab_size=330), kept_config(recipe, **changes)
     expected = estimate(find_sites(model), config, SPEED, is_kept=True)
     assert estimate(find_sites(model), config, SPEED).run_bytes == 0
     assert expected.output_bytes == expected.after.bytes
     prune(model, calibration_make_tokenizer(eos_token="<eos>"), config, run_dir=tmp_path / "run")
-    # Held-out windows are counted as calibration, and repairs with the columns that went.
-    assert 0.95 < expected.run_bytes / tensor_bytes(tmp_path / "run") < 1.3
+    # Held-out windows are counted as calibration, repairs with the columns that went, and for matrices on disk the
+    # largest site twice, as it is at the end of a pass.
+    most = 1.8 if config.gram_place == "disk" else 1.3
+    assert 0.95 < expected.run_bytes / tensor_bytes(tmp_path / "run") < most
 
 
 @pytest.mark.parametrize("recipe", ["default", "flap"])

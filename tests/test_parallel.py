@@ -152,6 +152,7 @@ def test_a_run_that_is_kept_measures_once(saw: list[dict[str, Any]]) -> None:
         ("journal there", "JournalError", "there is a journal"),
         ("failed statistics", "StatisticsError", "not finite"),
         ("other text", "CalibrationError", "different calibration text"),
+        ("other selection", "CalibrationError", "different selection text"),
     ],
 )
 def test_what_one_process_raises_all_raise(saw: list[dict[str, Any]], what: str, kind: str, message: str) -> None:

@@ -17,7 +17,7 @@ from conftest import logits_of, tokens
 from conftest import tiny_model as tiny_random_model
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
 from texts import calibration_prose
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from hf_adaprune import AdaPrunerCallback, PruningPlan, RecoveryConfig, TextSource, prune, recover, stage_shares
 from hf_adaprune.cli import main
@@ -196,6 +196,16 @@ def test_text_is_read_again_only_where_it_is_short(caplog: pytest.LogCaptureFixt
     caplog.clear()
     recover(pruned().model, tiny_tokenizer(), tiny_model("llama"), short(tokens=4000, held_out=1), sources=text())
     assert "read" not in caplog.text
+
+
+def test_tokens_are_those_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer without a launcher reads `batch_size` windows on every GPU that it sees."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 3))
+    result = pruned()
+    config = short(tokens=6000, batch_size=2)
+    found = recover(result.model, tiny_tokenizer(), tiny_model("llama"), config, sources=text())
+    assert found.steps == math.ceil(6000 / (3 * 2 * 32))
+    assert 0.95 * 6000 < found.tokens <= found.steps * 3 * 2 * 32  # the last batch of a text is shorter
 
 
 def test_shares_and_held_out_windows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from hf_adaprune import run_folder
 from hf_adaprune.errors import CheckpointError, JournalError, RunError
 from hf_adaprune.run_folder import RunFolder, locked, locked_output, once, once_noted, open_run
 from hf_adaprune.search_journal import journal_lock
+from hf_adaprune.whole_files import scratch_folder
 
 FACTS = {"config": {"pruning_ratio": 0.2, "calibration": {"samples": 8}}, "weights": "a" * 64}
 HOLDER = """
@@ -221,6 +223,27 @@ def test_a_thread_takes_its_own_lock_again_and_no_other_thread_does(tmp_path: Pa
     assert len(refused) == 1
     other()
     assert len(refused) == 1 and not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+def test_without_locks_a_run_goes_on_and_leaves_nothing_that_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lustre is often mounted so; a file in the place of a lock would outlive a process that is killed."""
+    import fcntl
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with locked(tmp_path / "a.lock", "the output") as taken:
+        assert taken and not list(tmp_path.iterdir())
+        with locked(tmp_path / "a.lock", "the output") as again:
+            assert not again
+    assert "the output is on a file system without locks" in caplog.text and not list(tmp_path.iterdir())
+    with scratch_folder(tmp_path, "b") as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_journal_is_locked(tmp_path: Path) -> None:

@@ -1030,9 +1030,10 @@ def test_every_window_has_one_process_and_batches_stay_whole(
     ]
     assert all((own - start) % batch == 0 and own < end for _, own, end in pieces)
     work = [sum(end - own for _, own, end in share) for share in shares]
-    assert max(work) - min(work) < (len(going) % count + 1) * batch + (batch if len(going) % count else 0)
-    if len(going) % count == 0:
-        assert max(work) == min(work)
+    assert max(work) <= math.ceil(len(going) / count) * length, "a candidate each would have been sooner"
+    left, batches = len(going) % count, math.ceil(length / batch)
+    spread = batch * (left * math.ceil(batches / count) + 1)
+    assert max(work) - min(work) <= (min(spread, length) if left else 0)
 
 
 def test_the_live_line_hears_of_every_trial() -> None:

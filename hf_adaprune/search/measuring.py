@@ -2,7 +2,8 @@
 
 Between two meetings every process begins its share of a few candidates on the first windows. Those that are still
 promising then see the rest of the text, divided anew: candidate by candidate as far as they go round, and what is left
-window by window. Numbers are those of one process, because windows that run together stay together.
+window by window, where that is sooner. Numbers are those of one process, because windows that run together stay
+together.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar
 
 from ..errors import BudgetError, ConfigError
@@ -29,8 +31,8 @@ T = TypeVar("T")
 # A candidate sees the rest of the text unless it is behind the best by more than so many standard errors of the paired
 # difference on the first windows.
 PATIENCE = 1.0
-# Trials of a process between two meetings: more even out better, and are lost when the run is killed. One process
-# writes down every trial.
+# Trials of a process between two meetings: more even out better, are lost when the run is killed, and have their
+# repairs in memory together while they are promising. One process writes down every trial.
 TOGETHER = 4
 
 Piece = tuple[int, int, int]  # which of the candidates, and its windows `[start, stop)`
@@ -70,17 +72,13 @@ def measure_trials(
         problem.prepare([trial.point for trial in trials], workers)
     built: dict[int, Candidate] = {}
     mine = range(workers.rank, len(trials), workers.count)
-    begun = _together(workers, [partial(_begin, problem, trials[index], before, built, index) for index in mine])
+    begun = _together(
+        workers, [partial(_begin, problem, trials[index], before, always, built, index) for index in mine]
+    )
     ordered = [begun[index] for index in _places(len(trials), workers.count)]
-    first, windows = _first(problem), problem.windows
-    going = [
-        index
-        for index, trial in enumerate(ordered)
-        if not trial.error and trial.answered_by is None
-        and (trial.number == 0 or (first < windows and (always or _promising(problem, trial.rows, before))))
-    ]  # fmt: skip
-    starts = {index: first if trials[index].number else 0 for index in going}
-    rest = _measured(problem, trials, built, starts, windows, workers)
+    going = [index for index, trial in enumerate(ordered) if _goes_on(problem, trial, before, always)]
+    starts = {index: _first(problem) if trials[index].number else 0 for index in going}
+    rest = _measured(problem, trials, built, starts, problem.windows, workers)
     found = []
     for index, trial in enumerate(ordered):
         rows, seconds = rest.get(index, ((), 0.0))
@@ -125,6 +123,9 @@ def _measured(
 def divide(starts: dict[int, int], stop: int, problem: Problem, count: int) -> list[list[Piece]]:
     """Shares of the processes: as many whole candidates each as go round, and equal parts of those that are left.
 
+    These are given out whole as well where a process would have no less to do with parts: whoever has a part of a
+    candidate makes its plan and repairs anew.
+
     Args:
         starts (`dict[int, int]`): of the candidates, their first window. One process has begun every `count`-th.
         stop (`int`): the window after the last.
@@ -143,17 +144,23 @@ def divide(starts: dict[int, int], stop: int, problem: Problem, count: int) -> l
             homeless.append(index)
     for index in homeless:
         min(shares, key=len).append((index, starts[index], stop))
-    for index in going[round_trips * count :]:
+    left = going[round_trips * count :]
+    for number, index in enumerate(left):
         start = starts[index]
         batches = math.ceil((stop - start) / problem.batch)
+        if len(left) * math.ceil(batches / count) >= batches:
+            min(shares, key=len).append((index, start, stop))
+            continue
         edges = [min(stop, start + problem.batch * round(batches * rank / count)) for rank in range(count + 1)]
-        for share, own, other in zip(shares, edges, edges[1:], strict=False):
+        for rank, (own, other) in enumerate(pairwise(edges)):
             if other > own:
-                share.append((index, own, other))
+                shares[(rank + number) % count].append((index, own, other))
     return shares
 
 
-def _begin(problem: Problem, trial: Trial, before: Sequence[Trial], built: dict[int, Candidate], index: int) -> Trial:
+def _begin(
+    problem: Problem, trial: Trial, before: Sequence[Trial], always: bool, built: dict[int, Candidate], index: int
+) -> Trial:
     started = time.monotonic()
     try:
         candidate = problem.candidate(trial.point)
@@ -167,9 +174,10 @@ def _begin(problem: Problem, trial: Trial, before: Sequence[Trial], built: dict[
     if known is not None:
         trial = replace(trial, rows=known.rows, answered_by=known.number)
     else:
-        built[index] = candidate
         if trial.number:
             trial = replace(trial, rows=problem.measure(candidate, 0, _first(problem)))
+        if _goes_on(problem, trial, before, always):
+            built[index] = candidate  # with its repairs, which are large
     return replace(trial, seconds=time.monotonic() - started)
 
 
@@ -184,6 +192,15 @@ def _measure(
 
 def _first(problem: Problem) -> int:
     return min(problem.first, problem.windows)
+
+
+def _goes_on(problem: Problem, trial: Trial, before: Sequence[Trial], always: bool) -> bool:
+    """Whether a candidate that was begun sees the rest of the text."""
+    if trial.error or trial.answered_by is not None:
+        return False
+    if trial.number == 0:
+        return True
+    return _first(problem) < problem.windows and (always or _promising(problem, trial.rows, before))
 
 
 def _promising(problem: Problem, rows: Rows, before: Sequence[Trial]) -> bool:
