@@ -7,7 +7,8 @@ at any call of any library. Limits from one byte upwards hit one write after the
 every limit the command
 
 - ends well, with the result of a run without limit, or says what to do, without a traceback, with exit code 2;
-- leaves no output folder unless it is whole, and nothing unfinished beside it or in the temporary folder;
+- leaves no output folder unless it is whole, and nothing unfinished beside it or in the temporary folder, but for what the
+  next run goes on with: the journal, and the run's folder, which goes with the output of that one;
 - succeeds when it is started again with room, with the same result; trials of a search that were journalled are kept.
 """
 
@@ -31,7 +32,8 @@ from .machine import commit, processor, versions
 __all__ = ["measure"]
 
 TOLD = 2
-KEPT = {"out.plan.json", "out.config.json", "journal.jsonl"}  # of these a command says how to go on with them
+RUN = "out.run"  # the folder of a run, which the same command goes on with
+KEPT = {RUN, "journal.jsonl"}
 
 
 def main() -> None:
@@ -105,6 +107,8 @@ def _run(name: str, inputs: Path, folder: Path, limit: int | None, broken: list[
             broken.append(f"{where}: ended with {code} when there was room again: {said[-1500:]}")
         if journal.exists() and not journal.read_bytes().startswith(data[: data.rfind(b"\n") + 1]):
             broken.append(f"{where}: journalled lines are lost")
+    if RUN in entries_of(work):
+        broken.append(f"{where}: {RUN} is there after the run")
     place = folder / "found.json"
     if wait_for(fork(lambda: describe_work(work, place), log))[0]:
         broken.append(f"{where}: the output does not load: {log.read_text(encoding='utf-8')[-1500:]}")
