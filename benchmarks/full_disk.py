@@ -7,8 +7,8 @@ at any call of any library. Limits from one byte upwards hit one write after the
 every limit the command
 
 - ends well, with the result of a run without limit, or says what to do, without a traceback, with exit code 2;
-- leaves no output folder unless it is whole, and nothing unfinished beside it or in the temporary folder, but for what the
-  next run goes on with: the journal, and the run's folder, which goes with the output of that one;
+- leaves no output folder unless it is whole, and nothing unfinished beside it or in the temporary folder, but for what
+  the next run goes on with: the journal, and the run's folder, which goes when that one ends well;
 - succeeds when it is started again with room, with the same result; trials of a search that were journalled are kept.
 """
 
