@@ -226,15 +226,17 @@ def training(folder: Path) -> str:
 
 
 def losses(folder: Path) -> str:
-    """Distillation against the language-model loss, at equal tokens and at equal minutes."""
+    """Distillation against the language-model loss, at equal tokens and at more of them."""
     rows = json.loads((folder / "losses.json").read_text())["rows"]
     names = {"kl": "KL to the dense model", "lm": "language-model loss"}
     lines = []
     for row in rows:
         _, ratio, loss, _ = row["run"].split(":")
         values = [f"{row['after'][text]:.2f}" for text in ("wikitext2_test_raw", "c4_report")]
-        lines.append([f"{float(ratio):.0%}", names[loss], f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}", *values])
-    return _table(["removed", "loss", "tokens", "minutes", "WikiText-2 test, raw", "C4, other pages"], lines)
+        values += [f"{row['curves'][text][-1][1]:.3f}" for text in ("c4", "wiki_selection")]
+        lines.append([f"{float(ratio):.0%}", names[loss], f"{row['tokens']:,}", *values])
+    texts = ["WikiText-2 test, raw", "C4, other pages", "loss, selection: C4", "loss, selection: Wikipedia"]
+    return _table(["removed", "loss", "tokens", *texts], lines)
 
 
 EARLIER: dict[str, Callable[[Path], str]] = {
@@ -250,4 +252,5 @@ EARLIER: dict[str, Callable[[Path], str]] = {
     "llama-cpp-speed": llama_cpp_speed,
     "recovery": recovery,
     "training": training,
+    "losses": losses,
 }
