@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from .metrics import METRICS
     from .pipeline import PruningResult, prune
     from .plan import PruningPlan, SitePlan
-    from .recovery import RecoveryResult, recover
+    from .recovery import recover
     from .recovery_config import LoraSettings, RecoveryConfig
+    from .recovery_result import RecoveryResult
     from .saving import save_pruned
     from .search_stage import search_plan
     from .searching import SearchResult
@@ -64,7 +65,7 @@ _WHERE = {
     "PruningResult": "pipeline",
     "RECIPES": "config",
     "RecoveryConfig": "recovery_config",
-    "RecoveryResult": "recovery",
+    "RecoveryResult": "recovery_result",
     "RepairConfig": "config",
     "SearchConfig": "config",
     "SearchResult": "searching",

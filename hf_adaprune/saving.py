@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .pipeline import PruningResult
-    from .recovery import RecoveryResult
+    from .recovery_result import RecoveryResult
 
 __all__ = ["check_output", "check_round_trip", "quiet_global_values", "save_pruned", "write_records"]
 

@@ -108,6 +108,8 @@ ORDER = [
     "distillation_loss",
     "distillation",
     "recovery_texts",
+    "recovery_training",
+    "recovery_result",
     "recovery",
     "demo",
     "cli_model",

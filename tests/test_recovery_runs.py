@@ -20,7 +20,15 @@ from test_runs import Killed, killed_at_news
 from texts import calibration_prose
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_adaprune import AdaPrunerCallback, TextSource, recover, recovery, recovery_course
+from hf_adaprune import (
+    AdaPrunerCallback,
+    TextSource,
+    recover,
+    recovery,
+    recovery_course,
+    recovery_result,
+    recovery_training,
+)
 from hf_adaprune.cli import main
 from hf_adaprune.errors import ConfigError, RunError
 from hf_adaprune.run_folder import RunFolder
@@ -130,6 +138,7 @@ def test_minutes_count_over_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     clock = SimpleNamespace(now=0.0)
     fake = SimpleNamespace(perf_counter=lambda: clock.now)
     monkeypatch.setattr(recovery, "time", fake)
+    monkeypatch.setattr(recovery_training, "time", fake)
     monkeypatch.setattr(recovery_course, "time", fake)
 
     class Slow(Counts):
@@ -232,11 +241,11 @@ def test_the_command_says_how_to_go_on(
     words = ["recover", str(tmp_path / "dense"), "--teacher", str(tmp_path / "dense"), "--tokens", "300", "--quiet"]
     words += ["--calibration", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out"), "--sequence-length", "32"]
     with monkeypatch.context() as patch:
-        patch.setattr(recovery, "save_pruned", interrupted)
+        patch.setattr(recovery_result, "save_pruned", interrupted)
         assert main([*words, "--fresh"]) == 130
     again = shlex.split(capsys.readouterr().err.split("to go on: hf-adaprune ")[1].splitlines()[0])
     assert again == words and (tmp_path / "out.run" / "trained.json").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(recovery, "_run", lambda *args: pytest.fail("trained again"))
+        patch.setattr(recovery_training, "_run", lambda *args: pytest.fail("trained again"))
         assert main(again) == 0
     assert not (tmp_path / "out.run").exists() and (tmp_path / "out" / "config.json").is_file()
