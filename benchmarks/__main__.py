@@ -4,7 +4,7 @@
     python -m benchmarks run all --smoke                     # tiny model, the interpreter's own texts, no network
     python -m benchmarks run quality repair                  # SmolLM2-135M-Instruct and texts from the Hub
     python -m benchmarks run all --model DIR --data TEXTS    # TEXTS/calibration, TEXTS/selection, TEXTS/report
-    python -m benchmarks table --write                       # the README's tables, from the results
+    python -m benchmarks table --write                       # the documents' tables, from the results
     python -m benchmarks plot --output DIR
 
 A run that was stopped goes on with the rows that are missing.
@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--results", type=Path, help="folder of the results (--smoke: a temporary one)")
     table = commands.add_parser("table", help="tables of the results, in Markdown")
     table.add_argument("names", nargs="*", metavar="NAME")
-    table.add_argument("--write", action="store_true", help="write those that README.md has markers for")
-    table.add_argument("--check", action="store_true", help="fail where README.md's tables are stale")
+    table.add_argument("--write", action="store_true", help="write those that the documents have markers for")
+    table.add_argument("--check", action="store_true", help="fail where a document's tables are stale")
     table.add_argument("--results", type=Path, help="folder of the experiments' results")
     plot = commands.add_parser("plot", help="pictures of quality and speed; needs matplotlib")
     plot.add_argument("--output", type=Path, default=Path("."))

@@ -1,7 +1,7 @@
-"""Tables in Markdown, made from results alone, and those in README.md held to them.
+"""Tables in Markdown, made from results alone, and those in README.md and benchmarks/RESULTS.md held to them.
 
-README.md carries `<!-- table:NAME -->` before and `<!-- /table -->` after a table. A name is an experiment's, or one of
-`earlier`, whose results were measured before the experiments were data.
+A document carries `<!-- table:NAME -->` before and `<!-- /table -->` after a table. A name is an experiment's,
+`headline`, or one of `earlier`, whose results were measured before the experiments were data.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 
 from .earlier import EARLIER
 from .experiments import EXPERIMENTS
+from .headline import headline
 from .machine import HERE
 from .results import read_results
 
 __all__ = ["made", "markdown", "show_tables", "stale", "written"]
 
 README = HERE.parent / "README.md"
+RESULTS = HERE / "RESULTS.md"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(\n?<!-- /table -->)", re.DOTALL)
 
 
@@ -163,13 +165,15 @@ def made(name: str, folder: Path) -> str | None:
     """A table by name; `None` where its results are not there.
 
     Args:
-        name (`str`): of an experiment, or of [`benchmarks.earlier`].
+        name (`str`): of an experiment, `headline`, or of [`benchmarks.earlier`].
         folder (`Path`): of the experiments' results.
     """
     if name in EARLIER:
         return EARLIER[name](HERE / "results")
+    if name == "headline":
+        return headline(folder, HERE / "results")
     if name not in EXPERIMENTS:
-        raise SystemExit(f"there is no table {name!r}. There are: {', '.join([*EARLIER, *EXPERIMENTS])}.")
+        raise SystemExit(f"there is no table {name!r}. There are: {', '.join(['headline', *EARLIER, *EXPERIMENTS])}.")
     data = read_results(folder / f"{name}.json")
     order = {case.label: number for number, case in reversed(list(enumerate(EXPERIMENTS[name].cases)))}
     parts = []
@@ -179,7 +183,7 @@ def made(name: str, folder: Path) -> str | None:
     return "\n\n".join(parts) or None
 
 
-# -- README.md --------------------------------------------------------------------------------------------------------
+# -- documents --------------------------------------------------------------------------------------------------------
 
 
 def written(text: str, folder: Path) -> str:
@@ -209,15 +213,20 @@ def stale(text: str, folder: Path) -> list[str]:
 
 def show_tables(names: Sequence[str], folder: Path, *, write: bool = False, check: bool = False) -> int:
     """Print, write or check tables; the exit code is 1 where one is stale."""
-    text = README.read_text(encoding="utf-8")
+    documents = [path for path in (README, RESULTS) if path.exists()]
+    texts = {path: path.read_text(encoding="utf-8") for path in documents}
     if check:
-        found = stale(text, folder)
-        print("\n".join(f"{name} is stale: python -m benchmarks table --write" for name in found) or "all up to date")
+        found = [f"{name} is stale in {path.name}: python -m benchmarks table --write"
+                 for path, text in texts.items() for name in stale(text, folder)]  # fmt: skip
+        print("\n".join(found) or "all up to date")
         return int(bool(found))
     if write:
-        README.write_text(written(text, folder), encoding="utf-8")
+        # All are made before one is written: a table without results leaves every document as it was.
+        anew = {path: written(text, folder) for path, text in texts.items()}
+        for path, text in anew.items():
+            path.write_text(text, encoding="utf-8")
         return 0
-    for name in names or [*EARLIER, *EXPERIMENTS]:
+    for name in names or ["headline", *EARLIER, *EXPERIMENTS]:
         table = made(name, folder)
         if table is not None:
             print(f"{name}\n\n{table}\n")

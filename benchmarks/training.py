@@ -35,6 +35,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--selection", nargs="+", default=[])
     parser.add_argument("--report", nargs="+", default=[])
     parser.add_argument("--rows", nargs="+", default=[])
+    parser.add_argument("--tokens", type=int, default=65536, help="report tokens per source")
+    parser.add_argument("--task-rows", type=int, help="questions per file (default: all)")
+    parser.add_argument("--recipe", default="default", help="of a cut")
     parser.add_argument("--pruned", help="a model that `once` starts from, cut already; the ratio then only names it")
     parser.add_argument("--plan", help="a folder with pruning_plan.json and pruning_config.json, for `once`")
     parser.add_argument("--at", nargs="+", type=float, default=[0.0, 0.08, 0.16, 0.24, 0.32])
@@ -74,9 +77,9 @@ def main() -> None:
     path = HERE / "results" / f"{args.name}.json"
     results = json.loads(path.read_text()) if path.exists() else {"protocol": facts(args), "rows": []}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = {Path(source).stem: report_blocks(source, tokenizer, tokens=65536, sequence_length=1024)
+    texts = {Path(source).stem: report_blocks(source, tokenizer, tokens=args.tokens, sequence_length=1024)
              for source in args.report}  # fmt: skip
-    rows = {Path(source).stem: read_rows(source) for source in args.rows}
+    rows = {Path(source).stem: read_rows(source)[: args.task_rows] for source in args.rows}
     selection = [report_blocks(source, tokenizer, tokens=8192, sequence_length=512) for source in args.selection]
 
     def evaluate(model: Any) -> dict[str, Any]:
@@ -147,7 +150,7 @@ def main() -> None:
 
 
 def pruning(args: argparse.Namespace, ratio: float) -> PruningConfig:
-    return PruningConfig.recipe("default", pruning_ratio=ratio, calibration={"sources": args.calibration})
+    return PruningConfig.recipe(args.recipe, pruning_ratio=ratio, calibration={"sources": args.calibration})
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
@@ -155,6 +158,9 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": Path(args.model).name,
         **{role: short_names(getattr(args, role)) for role in roles},
+        "report_tokens": args.tokens,
+        "task_rows": args.task_rows,
+        "recipe": args.recipe,
         **versions(),
         "machine": machine_line(),
     }

@@ -31,6 +31,7 @@ from benchmarks.experiments import (  # noqa: E402
     expand,
     search_of,
 )
+from benchmarks.headline import headline  # noqa: E402
 from benchmarks.results import FIELDS, Book, read_results  # noqa: E402
 from benchmarks.runner import rows_of, run  # noqa: E402
 from benchmarks.smoke import smoke_setting  # noqa: E402
@@ -341,12 +342,13 @@ def test_the_harness_scores_local_rows_as_we_do(setting: Any, monkeypatch: pytes
     assert 0 < ours["acc_norm"].value < 1
 
 
-# -- README.md --------------------------------------------------------------------------------------------------------
+# -- documents --------------------------------------------------------------------------------------------------------
 
 
-def test_the_tables_of_the_readme_are_what_the_results_say() -> None:
-    text = tables.README.read_text(encoding="utf-8")
-    assert {match[2] for match in tables.MARKED.finditer(text)} >= set(EARLIER)
+@pytest.mark.parametrize("name", ["README", "RESULTS"])
+def test_the_tables_of_the_documents_are_what_the_results_say(name: str) -> None:
+    text = getattr(tables, name).read_text(encoding="utf-8")
+    assert name == "RESULTS" or {match[2] for match in tables.MARKED.finditer(text)} >= {*EARLIER, "headline"}
     assert text.count("<!-- table:") == len(tables.MARKED.findall(text)) == text.count("<!-- /table -->")
     assert tables.stale(text, machine.HERE / "results" / "experiments") == []
 
@@ -359,13 +361,52 @@ def test_a_stale_table_is_found_and_written_anew(
     monkeypatch.setattr(tables, "README", other)
     other.write_text(text.replace("| 24.92 | 30.61 |", "| 24.92 | 29.61 |"))
     assert other.read_text() != text and main(["table", "--check"]) == 1
-    assert "recipes is stale" in capsys.readouterr().out
+    assert "recipes is stale in README.md" in capsys.readouterr().out
     assert main(["table", "--write"]) == 0 and other.read_text() == text and main(["table", "--check"]) == 0
     emptied = re.sub(r"(<!-- table:recipes -->\n).*?\n(<!-- /table -->)", r"\1\2", text, flags=re.DOTALL)
     other.write_text(emptied)  # an empty table takes nothing of what follows it
     assert main(["table", "--write"]) == 0 and other.read_text() == text
+    unwritten = tables.RESULTS.read_text(encoding="utf-8")
     other.write_text("<!-- table:quality -->\n\n<!-- /table -->")
     with pytest.raises(SystemExit, match="no results for the table 'quality'"):
         main(["table", "--write", "--results", str(tmp_path)])
+    assert tables.RESULTS.read_text(encoding="utf-8") == unwritten
     with pytest.raises(SystemExit, match="no table 'qualities'"):
         tables.made("qualities", tmp_path)
+
+
+def quality_row(label: str, ratio: float, seed: int, value: float, accuracy: float | None = None) -> dict[str, Any]:
+    results: dict[str, Any] = {"text": {"perplexity": {"value": value}}}
+    if accuracy is not None:
+        results |= {name: {"acc": {"value": 0.0}, "acc_norm": {"value": accuracy}} for name in ("a", "b")}
+    return {"label": label, "ratio": ratio, "seed": seed, "status": "done", "results": results}
+
+
+def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_protocol(tmp_path: Path) -> None:
+    assert headline(tmp_path, tmp_path) is None
+    rows = [
+        quality_row("dense", 0.0, 0, 20.0, 0.6),
+        quality_row("default", 0.2, 0, 29.0, 0.5),
+        quality_row("default", 0.2, 1, 31.0),
+        quality_row("default", 0.5, 0, 50.0, 0.4),
+        quality_row("flap", 0.2, 0, 40.0, 0.45),
+        quality_row("flap", 0.5, 0, 5000.0, 0.3),
+        quality_row("flap", 0.3, 0, 1.0, 0.3),
+        {"label": "peer", "ratio": 0.2, "seed": 0, "status": "failed"},
+    ]
+    said = {"report": {"text": [128, "x"]}, "task_rows": 9}
+    (tmp_path / "quality.json").write_text(json.dumps({"protocols": {"p": said}, "machines": {}, "rows": rows}))
+    trained = {"run": "once:0.2:kl:1", "after": {"text": 24.0, "a": [0.5, 0.1], "b": [0.6, 0.1]}}
+    recovered = {"protocol": {"report_tokens": 128, "task_rows": 9}, "rows": [trained]}
+    (tmp_path / "recovered.json").write_text(json.dumps(recovered))
+    assert headline(tmp_path, tmp_path) == (
+        "|  | text, 20% removed | tasks, 20% removed | text, 50% removed | tasks, 50% removed |\n"
+        "|---|---|---|---|---|\n"
+        "| dense | 20.00 | 0.600 | 20.00 | 0.600 |\n"
+        "| default | **30.00** (1.50x) | **0.500** | **50.00** (2.50x) | **0.400** |\n"
+        "| flap | 40.00 (2.00x) | 0.450 | 5,000 | 0.300 |\n"
+        "| `default`, then recovered | **24.00** (1.20x) | **0.550** | - | - |"
+    )
+    (tmp_path / "recovered.json").write_text(json.dumps(recovered).replace("128", "64"))
+    with pytest.raises(SystemExit, match="other tokens or questions"):
+        headline(tmp_path, tmp_path)

@@ -1,0 +1,116 @@
+"""The README's headline table: every method at 20 % and 50 %, without training and after a recovery.
+
+From the rows of the experiment `quality` (means over seeds) and from `recovered.json`, which `benchmarks/training.py`
+writes with the report tokens and questions of those rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from .results import read_results
+
+__all__ = ["headline"]
+
+RATIOS = (0.2, 0.5)
+TASKS = "tasks"  # mean of the tasks' acc_norm
+
+
+def headline(experiments: Path, earlier: Path) -> str | None:
+    """The table in Markdown; `None` where `quality` has no rows.
+
+    Args:
+        experiments (`Path`): folder of the experiments' results.
+        earlier (`Path`): folder of `recovered.json`.
+
+    Raises:
+        SystemExit: a recovered model was measured on other tokens or questions than the rows of `quality`.
+    """
+    data = read_results(experiments / "quality.json")
+    rows = [row for row in data["rows"] if row["status"] == "done"]
+    if not rows:
+        return None
+    (dense,) = (_values(row["results"]) for row in rows if not row["ratio"])
+    columns = list(dense)
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    for row in rows:
+        if row["ratio"] in RATIOS:
+            found.setdefault(row["label"], {})
+    for label, own in found.items():
+        for ratio in RATIOS:
+            own[ratio] = _mean(
+                _values(row["results"]) for row in rows if (row["label"], row["ratio"]) == (label, ratio)
+            )
+    order = sorted(found, key=lambda label: found[label][RATIOS[0]].get(columns[0], float("inf")))
+    lines = [["dense", *(_shown(name, dense[name]) for _ in RATIOS for name in columns)]]
+    lines += _lines([(label, found[label]) for label in order], dense)
+    trained = _recovered(earlier / "recovered.json", data)
+    lines += _lines(trained, dense)
+    header = ["", *(f"{name}, {ratio:.0%} removed" for ratio in RATIOS for name in columns)]
+    first, *rest = ["| " + " | ".join(line) + " |" for line in [header, *lines]]
+    return "\n".join([first, "|---" * len(header) + "|", *rest])
+
+
+def _values(results: Mapping[str, Any]) -> dict[str, float]:
+    """Perplexity by text, and the mean over tasks."""
+    found = {name: own["perplexity"]["value"] for name, own in results.items() if "perplexity" in own}
+    tasks = [own["acc_norm"]["value"] for own in results.values() if "acc_norm" in own]
+    return {**found, TASKS: mean(tasks)} if tasks else found
+
+
+def _mean(values: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By column, over the seeds that have it."""
+    given = list(values)
+    names = dict.fromkeys(name for own in given for name in own)
+    return {name: mean(own[name] for own in given if name in own) for name in names}
+
+
+def _lines(
+    found: Sequence[tuple[str, Mapping[float, Mapping[str, float]]]], dense: Mapping[str, float]
+) -> list[list[str]]:
+    """One line per method, the best of a column in bold."""
+    lines = []
+    for label, own in found:
+        cells = [label]
+        for ratio in RATIOS:
+            for name in dense:
+                value = own.get(ratio, {}).get(name)
+                others = [other[ratio][name] for _, other in found if name in other.get(ratio, {})]
+                if value is None:
+                    cells.append("-")
+                    continue
+                best = value == (max(others) if name == TASKS else min(others))
+                shown = _shown(name, value)
+                times = f" ({value / dense[name]:.2f}x)" if name != TASKS and value < 10 * dense[name] else ""
+                cells.append(f"**{shown}**{times}" if best else f"{shown}{times}")
+        lines.append(cells)
+    return lines
+
+
+def _shown(name: str, value: float) -> str:
+    if name == TASKS:
+        return f"{value:.3f}"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _recovered(path: Path, data: Mapping[str, Any]) -> list[tuple[str, dict[float, dict[str, float]]]]:
+    """Models after training, by how they were cut."""
+    if not path.exists():
+        return []
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    said = json.loads(path.read_text())
+    asked = next(own for own in data["protocols"].values() if "task_rows" in own)
+    tokens = {tokens for tokens, _ in asked["report"].values()}
+    if tokens != {said["protocol"]["report_tokens"]} or asked["task_rows"] != said["protocol"]["task_rows"]:
+        raise SystemExit(f"{path.name} was measured on other tokens or questions than quality.json.")
+    for row in said["rows"]:
+        how, ratio, _, _ = row["run"].split(":")
+        own = {name: value for name, value in row["after"].items() if not isinstance(value, list)}
+        tasks = [value[0] for value in row["after"].values() if isinstance(value, list)]
+        title = {"once": "`default`, then recovered", "progressive": "`default` while recovering"}[how]
+        found.setdefault(title, {})[float(ratio)] = {**own, TASKS: mean(tasks)} if tasks else own
+    return list(found.items())
