@@ -42,6 +42,7 @@ BASELINE_BYTES = 512 * 2**20  # resident size of Python with torch and transform
 MODEL_SHARE = 0.3
 # What `gp` takes to propose a trial once it fits a model: 0.5 to 1 s was measured, the more the longer the journal is.
 PROPOSAL_SECONDS = 0.75
+_UNIT_BYTES = 10  # of a plan on disk, at most: runs of kept units, two numbers and their brackets for two units
 _WIDE = 4  # bytes of a float32, which statistics are
 _TOKEN_BYTES = 9  # of a token that is kept: its id and its place in the mask
 _FORWARD_TOKENS = 2048  # of a batch of the instrumented pass
@@ -219,9 +220,18 @@ def estimate(
             summed = summing_bytes(sites, _domains(config) if _is_per_domain(config, needs) else 1) * needs.gram
         peak = _peak_bytes(sites, config, needs, before, after, held, summed)
     flops = (float(calibration + walked), float(solving), float(report), float(reading + trying))
-    written = sum(disk_by_layer(sites, config)) if config.layer_by_layer else after.bytes
+    written = sum(disk_by_layer(sites, config)) if config.layer_by_layer else _written_bytes(sites, config, after)
     kept = _run_bytes(sites, config, needs, after) if is_kept else 0
     return Estimate(before, after, config.gram_place, gram, peak, *flops, proposing, seconds, written, kept)
+
+
+def _written_bytes(sites: ModelSites, config: PruningConfig, after: Sizes) -> int:
+    """Of the output: a checkpoint, or at most so much where a search hands back plans."""
+    search = config.search
+    if search is None or not (search.pareto or search.ratios):
+        return after.bytes
+    units = sum(site.groups * site.group_size for site in sites)
+    return (len(search.ratios) or search.trials) * units * _UNIT_BYTES
 
 
 def _foreseeable(config: PruningConfig) -> PruningConfig:

@@ -13,6 +13,7 @@ from hf_adaprune import PruningConfig, TextSource, find_sites, gram_sums, prune,
 from hf_adaprune.errors import BudgetError, UnsupportedModelError
 from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, bound_skeleton, estimate, measure_speed
 from hf_adaprune.layer_scores import forward_only_config
+from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.stages import even_plan
 
 SPEED = Speed(1e9, 1e8)
@@ -101,6 +102,19 @@ def test_the_disk_of_a_run_is_stated(
     # largest site twice, as it is at the end of a pass.
     most = 1.8 if config.gram_place == "disk" else 1.3
     assert 0.95 < expected.run_bytes / tensor_bytes(tmp_path / "run") < most
+
+
+@pytest.mark.parametrize("search", [{"ratios": (0.1, 0.3)}, {"pareto": "bytes"}])
+def test_a_search_that_hands_back_plans_writes_no_checkpoint(search: dict, tmp_path: Path) -> None:
+    model = tiny_model("llama", intermediate_size=20_000)
+    config = PruningConfig.recipe(
+        "default", pruning_ratio=0.3, search={"trials": 2, **search}, calibration={"sources": "a.txt", "selection": "b"}
+    )
+    expected = estimate(find_sites(model), config, SPEED)
+    sites = {site.name: SitePlan(site.groups, site.group_size, tuple(range(0, site.groups * site.group_size, 2)))
+             for site in find_sites(model) if site.kind == "mlp"}  # fmt: skip
+    PruningPlan("llama", len(sites), sites).save(tmp_path / "plan.json")  # no two units side by side: the longest there is
+    assert 2 * (tmp_path / "plan.json").stat().st_size < expected.output_bytes < expected.after.bytes
 
 
 @pytest.mark.parametrize("recipe", ["default", "flap"])
