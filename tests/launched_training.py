@@ -1,4 +1,4 @@
-"""What `test_training_parallel` starts as two processes: progressive pruning under DistributedDataParallel.
+"""What `test_training_parallel` starts as two processes: progressive pruning and recovery, DistributedDataParallel.
 
 Every process writes the weights it ended with, and what the masked model computed before the cut, to its own file.
 """
@@ -13,9 +13,10 @@ import torch
 from conftest import logits_of, tokens
 from trainings import LENGTH, progressive, pruning_config, regional_config, training, weights
 
-from hf_adaprune import recording
+from hf_adaprune import recording, recover
 from hf_adaprune.training import AdaPrunerCallback
 
+RECOVERY_TOKENS = 6 * 8 * 32  # six steps of eight windows
 FORWARD_TOKENS = 2 * LENGTH  # two windows in a batch, so that there are batches to share
 
 
@@ -76,11 +77,24 @@ def refused(folder: Path) -> None:
     training(folder / "run", callback).train()
 
 
+def recovered(folder: Path) -> None:
+    """A recovery of half the windows at once in each process."""
+    from test_recovery import pruned, short, text, tiny_model, tiny_tokenizer
+
+    config = short(tokens=RECOVERY_TOKENS, batch_size=4)
+    found = recover(pruned().model, tiny_tokenizer(), tiny_model("llama"), config, sources=text())
+    rank = int(torch.distributed.get_rank())
+    said = {"weights": weights(found.model), "tokens": found.tokens, "steps": found.steps}
+    torch.save({**said, "held_out": found.held_out}, folder / f"rank{rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where, what = Path(sys.argv[1]), sys.argv[2]
     if what == "refused":
         refused(where)
+    elif what == "recover":
+        recovered(where)
     else:
         run(where, what, sys.argv[3] if len(sys.argv) > 3 else None)
     if torch.distributed.is_initialized():

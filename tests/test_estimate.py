@@ -113,7 +113,9 @@ def test_a_search_that_hands_back_plans_writes_no_checkpoint(search: dict, tmp_p
     expected = estimate(find_sites(model), config, SPEED)
     sites = {site.name: SitePlan(site.groups, site.group_size, tuple(range(0, site.groups * site.group_size, 2)))
              for site in find_sites(model) if site.kind == "mlp"}  # fmt: skip
-    PruningPlan("llama", len(sites), sites).save(tmp_path / "plan.json")  # no two units side by side: the longest there is
+    PruningPlan("llama", len(sites), sites).save(
+        tmp_path / "plan.json"
+    )  # no two units side by side: the longest there is
     assert 2 * (tmp_path / "plan.json").stat().st_size < expected.output_bytes < expected.after.bytes
 
 

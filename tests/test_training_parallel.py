@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import logits_of, tokens
 from test_parallel import TORCHRUN, run
+from test_recovery import pruned, short, text, tiny_model, tiny_tokenizer
 from trainings import pruning_config, regional_config, training, weights
 from transformers import AutoModelForCausalLM
 
-from hf_adaprune import AdaPrunerCallback, PruningPlan, apply_plan, find_sites, recording
+from hf_adaprune import AdaPrunerCallback, PruningPlan, apply_plan, find_sites, recording, recover
 
 
 def both(folder: Path, suffix: str = "") -> list[dict[str, Any]]:
@@ -111,3 +112,20 @@ def test_what_cannot_be_masked_is_refused(tmp_path: Path) -> None:
     code, said = started(str(tmp_path), "refused")
     assert code != 0
     assert "this repair adds biases" in said
+
+
+def test_a_recovery_of_two_is_that_of_one_with_batches_twice_as_large(tmp_path: Path) -> None:
+    code, said = started(str(tmp_path), "recover")
+    assert code == 0, said[-6000:]
+    one, other = both(tmp_path)
+    config = short(tokens=launched_training.RECOVERY_TOKENS, batch_size=8)
+    alone = recover(pruned().model, tiny_tokenizer(), tiny_model("llama"), config, sources=text())
+    start = weights(pruned().model)
+    for own in (one, other):
+        assert (own["tokens"], own["steps"]) == (alone.tokens, alone.steps) == (launched_training.RECOVERY_TOKENS, 6)
+        for when, measured in alone.held_out.items():
+            assert own["held_out"][when]["kl"].value == pytest.approx(measured["kl"].value, rel=1e-3)
+    for name, value in weights(alone.model).items():
+        assert torch.equal(one["weights"][name], other["weights"][name]), name
+        moved = (value - start[name]).abs().max()
+        assert (one["weights"][name] - value).abs().max() <= 0.02 * moved + 1e-7, name
