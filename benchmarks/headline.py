@@ -18,6 +18,7 @@ __all__ = ["headline"]
 
 RATIOS = (0.2, 0.5)
 TASKS = "tasks"  # mean of the tasks' acc_norm
+TITLES = {"wikitext2_test_raw": "WikiText-2", "c4_report": "C4"}
 
 
 def headline(experiments: Path, earlier: Path) -> str | None:
@@ -50,7 +51,7 @@ def headline(experiments: Path, earlier: Path) -> str | None:
     lines += _lines([(label, found[label]) for label in order], dense)
     trained = _recovered(earlier / "recovered.json", data)
     lines += _lines(trained, dense)
-    header = ["", *(f"{name}, {ratio:.0%} removed" for ratio in RATIOS for name in columns)]
+    header = ["", *(f"{TITLES.get(name, name)}, {ratio:.0%} removed" for ratio in RATIOS for name in columns)]
     first, *rest = ["| " + " | ".join(line) + " |" for line in [header, *lines]]
     return "\n".join([first, "|---" * len(header) + "|", *rest])
 
