@@ -112,6 +112,7 @@ def _recovered(path: Path, data: Mapping[str, Any]) -> list[tuple[str, dict[floa
         how, ratio, _, _ = row["run"].split(":")
         own = {name: value for name, value in row["after"].items() if not isinstance(value, list)}
         tasks = [value[0] for value in row["after"].values() if isinstance(value, list)]
-        title = {"once": "`default`, then recovered", "progressive": "`default` while recovering"}[how]
+        title = row.get("title") or {"once": "cut, then recovered", "progressive": "cut while recovering"}[how]
+        title += f" ({row['tokens']:,} tokens)"
         found.setdefault(title, {})[float(ratio)] = {**own, TASKS: mean(tasks)} if tasks else own
     return list(found.items())
