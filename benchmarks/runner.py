@@ -75,7 +75,9 @@ def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | N
             dense = case.ratio == 0 and case.peer is None
             said = None if dense else {**config.to_dict(), "version": None, "recipe_name": None}
             shape = case.label if "computed" in own else None
-            key = digest_of([said, case.searches, case.peer, shape, protocol])
+            # The weights' digest says which model it is, whatever its folder is called here.
+            known = {**protocol, "model": {k: v for k, v in protocol["model"].items() if k != "name"}}
+            key = digest_of([said, case.searches, case.peer, shape, known])
             rows.append(Row(case, seed, config, own, key))
     return rows
 

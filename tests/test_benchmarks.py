@@ -181,7 +181,7 @@ def test_keys_tell_configs_seeds_models_and_texts_apart(setting: Any) -> None:
             setattr(own, name, value)
         return rows_of(replace(SMALL, cases=SMALL.cases[1:]), own, (0,))[0].key
 
-    assert other() == row.key
+    assert other() == other(name="a folder of another name") == row.key
     text = setting.texts
     shorter = TextSource("python-report", text.report[0].texts[1:])
     model = smoke_setting().model
