@@ -22,7 +22,7 @@ TITLES = {"wikitext2_test_raw": "WikiText-2", "c4_report": "C4"}
 
 
 def headline(experiments: Path, earlier: Path) -> str | None:
-    """The table in Markdown; `None` where `quality` has no rows.
+    """The table in Markdown; `None` where `quality` lacks the dense model.
 
     Args:
         experiments (`Path`): folder of the experiments' results.
@@ -32,10 +32,15 @@ def headline(experiments: Path, earlier: Path) -> str | None:
         SystemExit: a recovered model was measured on other tokens or questions than the rows of `quality`.
     """
     data = read_results(experiments / "quality.json")
-    rows = [row for row in data["rows"] if row["status"] == "done"]
-    if not rows:
+    done = [row for row in data["rows"] if row["status"] == "done"]
+    if not any(not row["ratio"] for row in done):
         return None
-    (dense,) = (_values(row["results"]) for row in rows if not row["ratio"])
+    # Of the dense model measured last: rows of other models, texts or tokens may lie in the same file.
+    last = next(row for row in reversed(done) if not row["ratio"])
+    asked = data["protocols"][last["protocol"]]
+    same = {name for name, own in data["protocols"].items() if _measured_on(own) == _measured_on(asked)}
+    rows = [row for row in done if row["protocol"] in same]
+    dense = _values(last["results"])
     columns = list(dense)
     found: dict[str, dict[float, dict[str, float]]] = {}
     for row in rows:
@@ -49,11 +54,16 @@ def headline(experiments: Path, earlier: Path) -> str | None:
     order = sorted(found, key=lambda label: found[label][RATIOS[0]].get(columns[0], float("inf")))
     lines = [["dense", *(_shown(name, dense[name]) for _ in RATIOS for name in columns)]]
     lines += _lines([(label, found[label]) for label in order], dense)
-    trained = _recovered(earlier / "recovered.json", data)
+    trained = _recovered(earlier / "recovered.json", asked)
     lines += _lines(trained, dense)
     header = ["", *(f"{TITLES.get(name, name)}, {ratio:.0%} removed" for ratio in RATIOS for name in columns)]
     first, *rest = ["| " + " | ".join(line) + " |" for line in [header, *lines]]
     return "\n".join([first, "|---" * len(header) + "|", *rest])
+
+
+def _measured_on(protocol: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Model and report text; that of the first seed has tasks besides."""
+    return protocol["model"], protocol["report"], protocol.get("report_window")
 
 
 def _values(results: Mapping[str, Any]) -> dict[str, float]:
@@ -98,15 +108,14 @@ def _shown(name: str, value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _recovered(path: Path, data: Mapping[str, Any]) -> list[tuple[str, dict[float, dict[str, float]]]]:
+def _recovered(path: Path, asked: Mapping[str, Any]) -> list[tuple[str, dict[float, dict[str, float]]]]:
     """Models after training, by how they were cut."""
     if not path.exists():
         return []
     found: dict[str, dict[float, dict[str, float]]] = {}
     said = json.loads(path.read_text())
-    asked = next(own for own in data["protocols"].values() if "task_rows" in own)
     tokens = {tokens for tokens, _ in asked["report"].values()}
-    if tokens != {said["protocol"]["report_tokens"]} or asked["task_rows"] != said["protocol"]["task_rows"]:
+    if tokens != {said["protocol"]["report_tokens"]} or asked.get("task_rows") != said["protocol"]["task_rows"]:
         raise SystemExit(f"{path.name} was measured on other tokens or questions than quality.json.")
     for row in said["rows"]:
         how, ratio, _, _ = row["run"].split(":")

@@ -383,7 +383,8 @@ def quality_row(label: str, ratio: float, seed: int, value: float, accuracy: flo
     results: dict[str, Any] = {"text": {"perplexity": {"value": value}}}
     if accuracy is not None:
         results |= {name: {"acc": {"value": 0.0}, "acc_norm": {"value": accuracy}} for name in ("a", "b")}
-    return {"label": label, "ratio": ratio, "seed": seed, "status": "done", "results": results}
+    name = "tasks" if accuracy is not None else "plain"
+    return {"label": label, "ratio": ratio, "seed": seed, "status": "done", "results": results, "protocol": name}
 
 
 def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_protocol(tmp_path: Path) -> None:
@@ -397,9 +398,11 @@ def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_p
         quality_row("flap", 0.5, 0, 5000.0, 0.3),
         quality_row("flap", 0.3, 0, 1.0, 0.3),
         {"label": "peer", "ratio": 0.2, "seed": 0, "status": "failed"},
+        {**quality_row("default", 0.2, 0, 1.0, 1.0), "protocol": "other"},
     ]
-    said = {"report": {"text": [128, "x"]}, "task_rows": 9}
-    (tmp_path / "quality.json").write_text(json.dumps({"protocols": {"p": said}, "machines": {}, "rows": rows}))
+    plain = {"model": "m", "report": {"text": [128, "x"]}}
+    said = {"plain": plain, "tasks": {**plain, "task_rows": 9}, "other": {**plain, "report": {"text": [64, "x"]}}}
+    (tmp_path / "quality.json").write_text(json.dumps({"protocols": said, "machines": {}, "rows": rows}))
     trained = {"run": "once:0.2:kl:1", "tokens": 1024, "after": {"text": 24.0, "a": [0.5, 0.1], "b": [0.6, 0.1]}}
     recovered = {"protocol": {"report_tokens": 128, "task_rows": 9}, "rows": [trained]}
     (tmp_path / "recovered.json").write_text(json.dumps(recovered))
