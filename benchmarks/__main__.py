@@ -127,15 +127,17 @@ def run_experiments(arguments: argparse.Namespace) -> int:
         folder = arguments.results
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if arguments.smoke else PLACE
-        for one in experiments:
-            own = fewer(one) if arguments.smoke else one
-            seeds = None if arguments.seeds is None else tuple(arguments.seeds)
-            book = Book(folder, one.name, arguments.fresh)
-            measured = run(own, setting, book, seeds=seeds, say=lambda line: print(line, flush=True))
-            asked = {row.key for row in rows_of(own, setting, seeds)}
+        work = [
+            (fewer(one) if arguments.smoke else one, Book(folder, one.name, arguments.fresh)) for one in experiments
+        ]
+        seeds = None if arguments.seeds is None else tuple(arguments.seeds)
+        measured = run(work, setting, seeds=seeds, say=lambda line: print(line, flush=True))
+        for one, book in work:
+            asked = {row.key for row in rows_of(one, setting, seeds)}
             lost = [row for row in book.data["rows"] if row["key"] in asked and row["status"] == "failed"]
             failed += len(lost)
-            print(f"{one.name}: {measured} rows measured, {len(asked) - measured} were there, {len(lost)} failed")
+            there = len(asked) - measured[one.name]
+            print(f"{one.name}: {measured[one.name]} rows measured, {there} were there, {len(lost)} failed")
     assert arguments.smoke or setting.scale != SMOKE
     return failed
 

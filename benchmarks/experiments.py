@@ -195,6 +195,11 @@ def _selection() -> tuple[Case, ...]:
     return (DENSE, Case("no search", 0.2), *map(case, (6144, 24576)))
 
 
+def _domains() -> tuple[Case, ...]:
+    # A pass of its own for every domain and seed, so a quarter of the windows.
+    return (DENSE, Case("all", 0.2, changes={"calibration": {"samples": 64, "gradient_samples": 16}}))
+
+
 def _speeds() -> tuple[Case, ...]:
     forms: dict[str, dict[str, Any]] = {
         "widths as they fall": {},
@@ -248,7 +253,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("allocation", "how the budget is shared by the layers", _allocations()),
         Experiment("calibration_tokens", "calibration windows of 512 tokens", _tokens()),
         Experiment("selection_tokens", "selection text of a search", _selection()),
-        Experiment("domains", "calibration domain against report domain", (DENSE, Case("all", 0.2)), matrix=True),
+        Experiment("domains", "calibration domain against report domain", _domains(), matrix=True),
         Experiment("speed", "tokens per second by ratio and width multiple", _speeds(), ("perplexity", "speed"), (0,)),
         Experiment("cost", "time and memory by layers, width, windows and trials", _SHAPES, ("cost",), (0,)),
         Experiment("computed_cost", "estimates for large models, nothing run", _computed(), ("computed",), (0,)),
@@ -284,8 +289,9 @@ def config_of(case: Case, seed: int, scale: Scale, texts: Any) -> PruningConfig:
         "gradient_samples": scale.gradient_samples,
         **changes.pop("calibration", {}),
     }
-    if "samples" in case.changes.get("calibration", {}):
-        calibration["samples"] = max(len(sources), calibration["samples"] // scale.divisor)
+    for name in ("samples", "gradient_samples"):
+        if name in case.changes.get("calibration", {}):
+            calibration[name] = max(len(sources), calibration[name] // scale.divisor)
     repair = {"min_tokens_per_column": scale.tokens_per_column, **changes.pop("repair", {})}
     repair["regional_steps"] = repair.get("regional_steps", 0) // scale.divisor
     if repair.get("method") == "none":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ PLACE = Path(__file__).parent / "results" / "experiments"
 FIELDS = (
     "key", "label", "ratio", "seed", "status", "config", "protocol", "machine", "seconds", "peak_bytes",
 )  # fmt: skip
+
+Entry = tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]  # a row, its protocol, its machine
 
 
 def digest_of(value: Any) -> str:
@@ -43,30 +45,27 @@ class Book:
         self.others = [path for path in sorted(folder.glob("*.json")) if path != self.path]
         self.written: set[str] = set()
 
-    def has(self, key: str, label: str) -> bool:
-        """Whether a row is there; one of another experiment that measured the same is taken over under this label."""
-        if key in self.written:
-            return True
+    def has(self, key: str) -> bool:
+        """Whether a row is there and was measured."""
         if self.fresh:
-            return False
-        if any(row["key"] == key and row["status"] == "done" for row in self.data["rows"]):
-            return True
-        for path in self.others:
-            other = json.loads(path.read_text())
-            for row in other["rows"]:
-                if row["key"] == key and row["status"] == "done":
-                    self._file(
-                        {**row, "label": label}, other["protocols"][row["protocol"]], other["machines"][row["machine"]]
-                    )
-                    return True
-        return False
+            return key in self.written
+        return any(row["key"] == key and row["status"] == "done" for row in self.data["rows"])
+
+    def elsewhere(self, keys: Iterable[str]) -> Entry | None:
+        """A row that was measured for another experiment of the folder, under the first key that there is one for."""
+        if self.fresh:
+            return None
+        read = [json.loads(path.read_text()) for path in self.others if path.exists()]
+        for key in keys:
+            for other in read:
+                for row in other["rows"]:
+                    if row["key"] == key and row["status"] == "done":
+                        return row, other["protocols"][row["protocol"]], other["machines"][row["machine"]]
+        return None
 
     def add(self, row: Mapping[str, Any], protocol: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         """Keep a row at once; one of the same key gives way."""
-        self._file({**row, "protocol": digest_of(protocol), "machine": digest_of(machine)}, protocol, machine)
-        self.written.add(row["key"])
-
-    def _file(self, row: Mapping[str, Any], protocol: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        row = {**row, "protocol": digest_of(protocol), "machine": digest_of(machine)}
         missing = [name for name in FIELDS if name not in row]
         if missing:
             raise ValueError(f"a row of {self.path.name} lacks {', '.join(missing)}.")
@@ -78,6 +77,7 @@ class Book:
         waiting = self.path.with_suffix(".json.part")
         waiting.write_text(json.dumps(self.data, indent=1) + "\n")
         os.replace(waiting, self.path)
+        self.written.add(row["key"])
 
 
 def read_results(path: Path) -> dict[str, Any]:

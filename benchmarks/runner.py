@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from .cost import measure_cost
 from .experiments import COMPUTED, Case, Experiment, Shape, config_of, expand, search_of
 from .machine import facts, forget_peak, peak_bytes
 from .peers import load_torch_pruning, prune_with_torch_pruning
-from .results import Book, digest_of
+from .results import Book, Entry, digest_of
 from .setting import Pool, Setting, pool_key
 
 __all__ = ["Row", "rows_of", "run"]
@@ -40,6 +40,7 @@ class Row:
         config ([`PruningConfig`], *optional*): with the first of its searches.
         measures (`tuple[str, ...]`): what is measured.
         key (`str`): digest of config, model, texts and measures.
+        wider (`str`, *optional*): the key of the row that measures tasks besides.
     """
 
     case: Any
@@ -47,6 +48,7 @@ class Row:
     config: PruningConfig | None
     measures: tuple[str, ...]
     key: str
+    wider: str | None = None
 
 
 def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | None = None) -> list[Row]:
@@ -60,8 +62,8 @@ def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | N
     rows = []
     if experiment.measures == ("cost",):
         for shape in experiment.cases:
-            said = [vars(shape), setting.scale.cost_divisor, setting.model_facts["dtype"]]
-            rows.append(Row(shape, 0, None, experiment.measures, digest_of(["cost", said])))
+            facts_of = [vars(shape), setting.scale.cost_divisor, setting.model_facts["dtype"]]
+            rows.append(Row(shape, 0, None, experiment.measures, digest_of(["cost", facts_of])))
         return rows
     texts = setting.matrix if experiment.matrix else setting.texts
     for case in expand(experiment, len(texts.calibration)):
@@ -69,53 +71,89 @@ def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | N
             config = config_of(case, seed, setting.scale, texts)
             # Tasks take minutes and their rows' standard error hides what a seed does.
             own = tuple(name for name in experiment.measures if name != "tasks" or number == 0)
-            protocol = setting.protocol(own, experiment.matrix)
             if case.searches:
                 config = search_of(case, config, case.searches[0], setting.scale, texts)
             dense = case.ratio == 0 and case.peer is None
             said = None if dense else {**config.to_dict(), "version": None, "recipe_name": None}
-            shape = case.label if "computed" in own else None
-            # The weights' digest says which model it is, whatever its folder is called here.
-            known = {**protocol, "model": {k: v for k, v in protocol["model"].items() if k != "name"}}
-            key = digest_of([said, case.searches, case.peer, shape, known])
-            rows.append(Row(case, seed, config, own, key))
+            computed = case.label if "computed" in own else None
+            whole = [said, case.searches, case.peer, computed]
+            key = _key(whole, setting.protocol(own, experiment.matrix))
+            wider = None
+            if own == ("perplexity",) and not experiment.matrix:
+                wider = _key(whole, setting.protocol(("perplexity", "tasks"), False))
+            rows.append(Row(case, seed, config, own, key, wider))
     return rows
 
 
+def _key(said: list[Any], protocol: Mapping[str, Any]) -> str:
+    # The weights' digest says which model it is, whatever its folder is called here.
+    known = {**protocol, "model": {name: own for name, own in protocol["model"].items() if name != "name"}}
+    return digest_of([*said, known])
+
+
 def run(
-    experiment: Experiment,
+    experiments: Sequence[tuple[Experiment, Book]],
     setting: Setting,
-    book: Book,
     *,
     seeds: tuple[int, ...] | None = None,
     say: Callable[[str], None] = print,
-) -> int:
-    """Measure the rows that are missing, and return how many those were.
+) -> dict[str, int]:
+    """Measure the rows that are missing, and return how many those were, by experiment.
+
+    Rows that read the same calibration windows share one pass of statistics, whatever experiment they belong to, and
+    what several experiments ask for is measured once.
 
     Args:
-        experiment ([`Experiment`]): what to measure.
+        experiments (sequence of [`Experiment`] with its [`Book`]): what to measure, and where rows are kept.
         setting ([`Setting`]): on what.
-        book ([`Book`]): where rows are kept.
-        seeds (`tuple[int, ...]`, *optional*): instead of the experiment's.
+        seeds (`tuple[int, ...]`, *optional*): instead of the experiments'.
         say (`Callable`, *optional*): hears of every row.
     """
-    waiting = [row for row in rows_of(experiment, setting, seeds) if not book.has(row.key, _label(row, setting))]
-    groups: dict[str, list[Row]] = {}
-    for row in waiting:
-        apart = row.config is None or row.case.peer is not None or "computed" in row.measures
-        groups.setdefault("" if apart else pool_key(row.config), []).append(row)  # type: ignore[arg-type]
-    groups.get("", []).sort(key=lambda row: row.seed)  # rows of a peer share gradients by seed
+    counts = {experiment.name: 0 for experiment, _ in experiments}
+    groups: dict[str, list[tuple[Experiment, Book, Row]]] = {}
+    for experiment, book in experiments:
+        for row in rows_of(experiment, setting, seeds):
+            keys = [row.key, row.wider] if row.wider else [row.key]
+            if book.has(row.key) or _taken_over(row, book, book.elsewhere(keys), setting, experiment.matrix):
+                continue
+            apart = row.config is None or row.case.peer is not None or "computed" in row.measures
+            key = "" if apart else pool_key(row.config)  # type: ignore[arg-type]
+            groups.setdefault(key, []).append((experiment, book, row))
+    groups.get("", []).sort(key=lambda own: own[2].seed)  # rows of a peer share gradients by seed
+    made: dict[str, Entry] = {}
     for key, rows in groups.items():
+        # Rows that measure tasks come first, as they spare those that do not.
+        rows.sort(key=lambda own: "tasks" not in own[2].measures)
         # A pass is let go before the next one begins.
-        pool = Pool(setting, [row.config for row in rows if row.config is not None]) if key else None
-        for number, row in enumerate(rows):
+        pool = Pool(setting, [row.config for _, _, row in rows if row.config is not None]) if key else None
+        for number, (experiment, book, row) in enumerate(rows):
+            same = made.get(row.key) or made.get(row.wider or "")
+            if _taken_over(row, book, same, setting, experiment.matrix):
+                continue
             machine, protocol = facts(), setting.protocol(row.measures, experiment.matrix)
             found = _measured(row, setting, pool, experiment.matrix)
             book.add(found, protocol, machine)
-            mark = _said(found)
-            say(f"{experiment.name}: {found['label']}, {found['ratio']:g}, seed {row.seed}: {mark} ({number + 1})")
+            counts[experiment.name] += 1
+            if found["status"] == "done":
+                made[row.key] = found, protocol, machine
+            mark = f"{found['label']}, {found['ratio']:g}, seed {row.seed}: {_said(found)}"
+            say(f"{experiment.name}: {mark} ({number + 1} of {len(rows)})")
         del pool
-    return len(waiting)
+    return counts
+
+
+def _taken_over(row: Row, book: Book, entry: Entry | None, setting: Setting, matrix: bool) -> bool:
+    """Keep a row that another experiment measured, under this one's label; without tasks where none are asked for."""
+    if entry is None:
+        return False
+    measured, _, machine = entry
+    protocol = setting.protocol(row.measures, matrix)
+    own = {**measured, "key": row.key, "label": _label(row, setting)}
+    if "results" in own:
+        asked = set(protocol["report"]) | (set(own["results"]) if "tasks" in row.measures else set())
+        own["results"] = {name: found for name, found in own["results"].items() if name in asked}
+    book.add(own, protocol, machine)
+    return True
 
 
 def _label(row: Row, setting: Setting) -> str:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import machine, tables  # noqa: E402
+from benchmarks import setting as setting_module  # noqa: E402
 from benchmarks.__main__ import chosen, main  # noqa: E402
 from benchmarks.earlier import EARLIER  # noqa: E402
 from benchmarks.experiments import (  # noqa: E402
@@ -131,7 +132,8 @@ SMALL = Experiment("small", "", (Case("dense", 0.0, "magnitude", seeds=(0,)), Ca
 
 
 def measured(setting: Any, folder: Path, experiment: Experiment = SMALL, **options: Any) -> int:
-    return run(experiment, setting, Book(folder, experiment.name, options.pop("fresh", False)), say=str, **options)
+    book = Book(folder, experiment.name, options.pop("fresh", False))
+    return run([(experiment, book)], setting, say=str, **options)[experiment.name]
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_is_missing(
@@ -145,7 +147,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_missing(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(SMALL, setting, Book(tmp_path, "small"), say=killed)
+        run([(SMALL, Book(tmp_path, "small"))], setting, say=killed)
     before = rows_in(tmp_path, "small")
     assert len(before) == 2 and measured(setting, tmp_path) == 2
     rows = rows_in(tmp_path, "small")
@@ -157,6 +159,38 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_missing(
     assert measured(setting, tmp_path, other) == 0
     (taken,) = rows_in(tmp_path, "other")
     assert taken["label"] == "drawn" and taken["results"] in [row["results"] for row in rows]
+
+
+def test_what_experiments_share_is_measured_once(setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    collect = setting_module.collect_statistics
+    monkeypatch.setattr(
+        setting_module, "collect_statistics", lambda *own, **named: passes.append(1) or collect(*own, **named)
+    )
+    tasks = Experiment("tasks", "", (Case("flap", 0.2, "flap"),), ("perplexity", "tasks"), seeds=(0, 1))
+    plain = Experiment(
+        "plain", "", (Case("the same", 0.2, "flap"), Case("more", 0.3, "flap"), Case("default", 0.2)), seeds=(0, 1)
+    )
+
+    def both(folder: Path, fresh: bool = False) -> dict[str, int]:
+        return run([(one, Book(folder, one.name, fresh)) for one in (plain, tasks)], setting, say=str)
+
+    # One pass a seed for both experiments; what both ask for is measured with the tasks, for the first seed too.
+    assert both(tmp_path) == {"plain": 5, "tasks": 1}
+    assert len(passes) == 2
+    assert both(tmp_path) == {"tasks": 0, "plain": 0}
+    rows = {(row["label"], row["seed"]): row for row in rows_in(tmp_path, "plain")}
+    for row in rows_in(tmp_path, "tasks"):
+        own = rows["the same", row["seed"]]
+        assert ("sums" in row["results"]) == (row["seed"] == 0)
+        assert own["results"] == {name: value for name, value in row["results"].items() if name != "sums"}
+        assert {other["protocol"] for other in rows.values()} == {own["protocol"]}
+    # Alone it finds the rows of the other experiment; those that it measured itself do not spare the tasks.
+    assert measured(setting, tmp_path, plain) == 0
+    alone = tmp_path / "alone"
+    assert measured(setting, alone, plain) == 6 and measured(setting, alone, tasks) == 1
+    # Everything again is measured again, once.
+    assert both(tmp_path, fresh=True) == {"plain": 5, "tasks": 1}
 
 
 def test_a_failed_row_is_tried_again(setting: Any, tmp_path: Path) -> None:
