@@ -30,7 +30,8 @@ from .recovery_course import Checkpoints
 from .recovery_result import RecoveryResult
 from .recovery_texts import report_texts, training_texts
 from .recovery_training import train
-from .run_artefacts import bytes_digest, kept_blocks, text_digests, tokenizer_digest
+from .run_artefacts import kept_blocks
+from .run_facts import bytes_digest, text_digests, tokenizer_digest
 from .run_folder import RunFolder, once_noted, open_run
 from .saving import PLAN_NAME
 from .training import AdaPrunerCallback

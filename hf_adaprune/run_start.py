@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import PruningConfig
 from .plan import PruningPlan
-from .run_artefacts import model_bytes_digest, run_facts
+from .run_facts import model_bytes_digest, run_facts
 from .run_folder import RunFolder, open_run
 from .search_journal import check_journal, journal_lock
 from .sites import ModelSites

@@ -43,7 +43,8 @@ from .plan import PruningPlan
 from .public import base_model_name
 from .recording import collect_statistics, quiet_bars, quiet_model
 from .repairing import RepairReport, check_repairs, lowest, own_repair
-from .run_artefacts import bind_layer, bytes_digest, kept_blocks, kept_layer_scores, repair_name, run_facts
+from .run_artefacts import kept_blocks, kept_layer_scores, repair_name
+from .run_facts import bind_layer, bytes_digest, run_facts
 from .run_folder import SPARE_BYTES, RunFolder, locked_output, open_run
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of

@@ -43,6 +43,7 @@ ORDER = [
     "offers",
     "allocation",
     "compensation",
+    "run_facts",
     "run_artefacts",
     "masking",
     "streaming",

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_adaprune import PruningConfig, TextSource, find_sites, pipeline, prune, run_artefacts, run_folder, search_plan
 from hf_adaprune.errors import CheckpointError, JournalError, RunError
 from hf_adaprune.recording import collect_statistics
-from hf_adaprune.run_artefacts import kept_statistics, model_bytes_digest
+from hf_adaprune.run_artefacts import kept_statistics
+from hf_adaprune.run_facts import model_bytes_digest
 from hf_adaprune.run_folder import RunFolder
 from hf_adaprune.stages import gather_texts
 from hf_adaprune.statistics import Needs, Statistics
