@@ -7,7 +7,8 @@
     python -m benchmarks table --write                       # the documents' tables, from the results
     python -m benchmarks plot --output DIR
 
-A run that was stopped goes on with the rows that are missing.
+A run that was stopped goes on with the rows that are missing. The same command in a second shell shares the work, by
+calibration set and seed (with `--threads 1` each on two cores).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--trials", type=int, default=FULL.trials, help="of every search")
     run.add_argument("--seeds", nargs="+", type=int, help="instead of 0 1 2")
     run.add_argument("--threads", type=int)
-    run.add_argument("--fresh", action="store_true", help="measure everything again")
+    run.add_argument("--fresh", action="store_true", help="measure everything again (one process)")
     run.add_argument("--results", type=Path, help="folder of the results (--smoke: a temporary one)")
     table = commands.add_parser("table", help="tables of the results, in Markdown")
     table.add_argument("names", nargs="*", metavar="NAME")
@@ -133,11 +134,14 @@ def run_experiments(arguments: argparse.Namespace) -> int:
         seeds = None if arguments.seeds is None else tuple(arguments.seeds)
         measured = run(work, setting, seeds=seeds, say=lambda line: print(line, flush=True))
         for one, book in work:
+            book.reread()
             asked = {row.key for row in rows_of(one, setting, seeds)}
-            lost = [row for row in book.data["rows"] if row["key"] in asked and row["status"] == "failed"]
-            failed += len(lost)
-            there = len(asked) - measured[one.name]
-            print(f"{one.name}: {measured[one.name]} rows measured, {there} were there, {len(lost)} failed")
+            rows = [row for row in book.data["rows"] if row["key"] in asked]
+            lost = sum(row["status"] == "failed" for row in rows)
+            failed += lost
+            there, waited = len(rows) - measured[one.name], len(asked) - len(rows)
+            others = f", {waited} left to another process" if waited else ""
+            print(f"{one.name}: {measured[one.name]} rows measured, {there} were there, {lost} failed{others}")
     assert arguments.smoke or setting.scale != SMOKE
     return failed
 

@@ -2,17 +2,22 @@
 
 `{"experiment", "protocols": {digest: ...}, "machines": {digest: ...}, "rows": [...]}`. A row names by digest the
 protocol (model, texts, tokens, dtype) and the machine (commit, versions, processor, threads) that it was measured
-under, and its `key` is a digest of config, model and texts: what has a row is not measured again.
+under, and its `key` is a digest of config, model and texts: what has a row is not measured again. Several processes may
+write into one folder: a write reads the file anew, and [`claimed`] shares the work out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from hf_adaprune.locks import drop_lock, has_no_locks, take_lock
 
 PLACE = Path(__file__).parent / "results" / "experiments"
 # What every row holds; `results`, `speed` or `cost` say what was measured.
@@ -40,10 +45,14 @@ class Book:
     def __init__(self, folder: Path, name: str, fresh: bool = False) -> None:
         self.path, self.fresh = folder / f"{name}.json", fresh
         self.data: dict[str, Any] = {"experiment": name, "protocols": {}, "machines": {}, "rows": []}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
+        self.reread()
         self.others = [path for path in sorted(folder.glob("*.json")) if path != self.path]
         self.written: set[str] = set()
+
+    def reread(self) -> None:
+        """Take over what other processes have written since."""
+        if self.path.exists():
+            self.data = json.loads(self.path.read_text())
 
     def has(self, key: str) -> bool:
         """Whether a row is there and was measured."""
@@ -69,17 +78,59 @@ class Book:
         missing = [name for name in FIELDS if name not in row]
         if missing:
             raise ValueError(f"a row of {self.path.name} lacks {', '.join(missing)}.")
-        self.data["protocols"][row["protocol"]] = dict(protocol)
-        self.data["machines"][row["machine"]] = dict(machine)
-        self.data["rows"] = [*(old for old in self.data["rows"] if old["key"] != row["key"]), dict(row)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A kill between two writes leaves the file of the row before.
-        waiting = self.path.with_suffix(".json.part")
-        waiting.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(waiting, self.path)
+        with _alone(self.path.with_suffix(".lock")):
+            self.reread()
+            self.data["protocols"][row["protocol"]] = dict(protocol)
+            self.data["machines"][row["machine"]] = dict(machine)
+            self.data["rows"] = [*(old for old in self.data["rows"] if old["key"] != row["key"]), dict(row)]
+            # A kill between two writes leaves the file of the row before.
+            waiting = self.path.with_suffix(".json.part")
+            waiting.write_text(json.dumps(self.data, indent=1) + "\n")
+            os.replace(waiting, self.path)
         self.written.add(row["key"])
 
 
 def read_results(path: Path) -> dict[str, Any]:
     """A results file; empty where there is none."""
     return json.loads(path.read_text()) if path.exists() else {"protocols": {}, "machines": {}, "rows": []}
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, name: str) -> Iterator[bool]:
+    """Whether this process, and no other one that writes into the folder, has a piece of the work.
+
+    Args:
+        folder (`Path`): of the results.
+        name (`str`): of the piece.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = take_lock(folder / f".{digest_of(name)}.lock")
+    except OSError as failure:
+        if not has_no_locks(failure):
+            raise
+        yield True  # several processes would do the same work; their rows are whole all the same
+        return
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            drop_lock(lock)
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Wait until no other process has a lock, and hold it; nothing where the file system has none."""
+    try:
+        while (lock := take_lock(place)) is None:
+            time.sleep(0.02)  # writes take milliseconds
+    except OSError as failure:
+        if not has_no_locks(failure):
+            raise
+        yield
+        return
+    try:
+        yield
+    finally:
+        drop_lock(lock)

@@ -24,10 +24,12 @@ from .cost import measure_cost
 from .experiments import COMPUTED, Case, Experiment, Shape, config_of, expand, search_of
 from .machine import facts, forget_peak, peak_bytes
 from .peers import load_torch_pruning, prune_with_torch_pruning
-from .results import Book, Entry, digest_of
+from .results import Book, Entry, claimed, digest_of
 from .setting import Pool, Setting, pool_key
 
 __all__ = ["Row", "rows_of", "run"]
+
+_POOLED = "pass "
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ def run(
     """Measure the rows that are missing, and return how many those were, by experiment.
 
     Rows that read the same calibration windows share one pass of statistics, whatever experiment they belong to, and
-    what several experiments ask for is measured once.
+    what several experiments ask for is measured once. Several processes that write into one folder share the passes.
 
     Args:
         experiments (sequence of [`Experiment`] with its [`Book`]): what to measure, and where rows are kept.
@@ -116,30 +118,49 @@ def run(
             keys = [row.key, row.wider] if row.wider else [row.key]
             if book.has(row.key) or _taken_over(row, book, book.elsewhere(keys), setting, experiment.matrix):
                 continue
-            apart = row.config is None or row.case.peer is not None or "computed" in row.measures
-            key = "" if apart else pool_key(row.config)  # type: ignore[arg-type]
-            groups.setdefault(key, []).append((experiment, book, row))
-    groups.get("", []).sort(key=lambda own: own[2].seed)  # rows of a peer share gradients by seed
+            groups.setdefault(_group(experiment, row), []).append((experiment, book, row))
+    folder = experiments[0][1].path.parent
     made: dict[str, Entry] = {}
-    for key, rows in groups.items():
-        # Rows that measure tasks come first, as they spare those that do not.
-        rows.sort(key=lambda own: "tasks" not in own[2].measures)
-        # A pass is let go before the next one begins.
-        pool = Pool(setting, [row.config for _, _, row in rows if row.config is not None]) if key else None
-        for number, (experiment, book, row) in enumerate(rows):
-            same = made.get(row.key) or made.get(row.wider or "")
-            if _taken_over(row, book, same, setting, experiment.matrix):
-                continue
-            machine, protocol = facts(), setting.protocol(row.measures, experiment.matrix)
-            found = _measured(row, setting, pool, experiment.matrix)
-            book.add(found, protocol, machine)
-            counts[experiment.name] += 1
-            if found["status"] == "done":
-                made[row.key] = found, protocol, machine
-            mark = f"{found['label']}, {found['ratio']:g}, seed {row.seed}: {_said(found)}"
-            say(f"{experiment.name}: {mark} ({number + 1} of {len(rows)})")
-        del pool
+    for name, rows in groups.items():
+        with claimed(folder, name) as mine:
+            if mine:
+                _measure_group(rows, setting, name.startswith(_POOLED), made, counts, say)
     return counts
+
+
+def _group(experiment: Experiment, row: Row) -> str:
+    """What is measured in one go: rows share statistics, or a peer's gradients; others stand for themselves."""
+    if row.config is None or "computed" in row.measures:
+        return experiment.name
+    return f"{'peers ' if row.case.peer is not None else _POOLED}{pool_key(row.config)}"
+
+
+def _measure_group(
+    rows: list[tuple[Experiment, Book, Row]],
+    setting: Setting,
+    pooled: bool,
+    made: dict[str, Entry],
+    counts: dict[str, int],
+    say: Callable[[str], None],
+) -> None:
+    for book in {id(book): book for _, book, _ in rows}.values():
+        book.reread()
+    rows = [own for own in rows if not own[1].has(own[2].key)]
+    # Rows that measure tasks come first, as they spare those that do not.
+    rows.sort(key=lambda own: "tasks" not in own[2].measures)
+    pool = Pool(setting, [row.config for _, _, row in rows if row.config is not None]) if pooled and rows else None
+    for number, (experiment, book, row) in enumerate(rows):
+        same = made.get(row.key) or made.get(row.wider or "")
+        if _taken_over(row, book, same, setting, experiment.matrix):
+            continue
+        machine, protocol = facts(), setting.protocol(row.measures, experiment.matrix)
+        found = _measured(row, setting, pool, experiment.matrix)
+        book.add(found, protocol, machine)
+        counts[experiment.name] += 1
+        if found["status"] == "done":
+            made[row.key] = found, protocol, machine
+        mark = f"{found['label']}, {found['ratio']:g}, seed {row.seed}: {_said(found)}"
+        say(f"{experiment.name}: {mark} ({number + 1} of {len(rows)})")
 
 
 def _taken_over(row: Row, book: Book, entry: Entry | None, setting: Setting, matrix: bool) -> bool:

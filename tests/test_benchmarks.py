@@ -193,6 +193,26 @@ def test_what_experiments_share_is_measured_once(setting: Any, tmp_path: Path, m
     assert both(tmp_path, fresh=True) == {"plain": 5, "tasks": 1}
 
 
+def test_processes_share_the_work(setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[str]] = {"first": [], "second": []}
+
+    def work() -> list[tuple[Experiment, Book]]:
+        return [(SMALL, Book(tmp_path, "small"))]
+
+    def second(line: str) -> None:
+        told["first"].append(line)
+        if not told["second"]:  # while the first one has its first pass
+            found = run(work(), setting, say=told["second"].append)
+            assert found == {"small": len(told["second"])}
+
+    assert run(work(), setting, say=second) == {"small": len(told["first"])}
+    # Nothing twice, nothing left out, and each one's writes kept those of the other.
+    seeds = {name: {line.split("seed ")[1][0] for line in lines} for name, lines in told.items()}
+    assert seeds["first"] == {"0"} and seeds["second"] == {"1", "2"}
+    assert len(rows_in(tmp_path, "small")) == sum(map(len, told.values())) == 4
+    assert not list(tmp_path.glob("*.lock")) and not list(tmp_path.glob(".*.lock"))
+
+
 def test_a_failed_row_is_tried_again(setting: Any, tmp_path: Path) -> None:
     impossible = Experiment("impossible", "", (Case("too much", 0.9, changes={"protected_layers": tuple(range(8))}),))
     for _ in range(2):
