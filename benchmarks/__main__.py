@@ -8,7 +8,7 @@
     python -m benchmarks plot --output DIR
 
 A run that was stopped goes on with the rows that are missing. The same command in a second shell shares the work, by
-calibration set and seed (with `--threads 1` each on two cores).
+calibration set and seed (with `--threads 1` each on two cores); `speed` and `cost` come last, in one process alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--tokens", type=int, default=FULL.report_tokens, help="report tokens per source")
     run.add_argument("--task-rows", type=int, default=FULL.task_rows, help="questions per task")
     run.add_argument("--trials", type=int, default=FULL.trials, help="of every search")
-    run.add_argument("--seeds", nargs="+", type=int, help="instead of 0 1 2")
+    run.add_argument("--seeds", nargs="+", type=int, help="instead of 0 1 2; tasks are of 0")
     run.add_argument("--threads", type=int)
     run.add_argument("--fresh", action="store_true", help="measure everything again (one process)")
     run.add_argument("--results", type=Path, help="folder of the results (--smoke: a temporary one)")
@@ -74,7 +74,7 @@ def chosen(names: Sequence[str]) -> list[Experiment]:
     unknown = [name for name in names if name != "all" and name not in EXPERIMENTS]
     if unknown:
         raise SystemExit(f"there is no experiment {unknown[0]!r}. There are: {', '.join(EXPERIMENTS)}, all.")
-    return list(EXPERIMENTS.values()) if "all" in names else [EXPERIMENTS[name] for name in names]
+    return list(EXPERIMENTS.values()) if "all" in names else [EXPERIMENTS[name] for name in dict.fromkeys(names)]
 
 
 def show_list() -> None:
@@ -139,9 +139,8 @@ def run_experiments(arguments: argparse.Namespace) -> int:
             rows = [row for row in book.data["rows"] if row["key"] in asked]
             lost = sum(row["status"] == "failed" for row in rows)
             failed += lost
-            there, waited = len(rows) - measured[one.name], len(asked) - len(rows)
-            others = f", {waited} left to another process" if waited else ""
-            print(f"{one.name}: {measured[one.name]} rows measured, {there} were there, {lost} failed{others}")
+            there = len(rows) - measured[one.name]
+            print(f"{one.name}: {measured[one.name]} rows measured, {there} were there, {lost} failed")
     assert arguments.smoke or setting.scale != SMOKE
     return failed
 

@@ -253,7 +253,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("allocation", "how the budget is shared by the layers", _allocations()),
         Experiment("calibration_tokens", "calibration windows of 512 tokens", _tokens()),
         Experiment("selection_tokens", "selection text of a search", _selection()),
-        Experiment("domains", "calibration domain against report domain", _domains(), matrix=True),
+        Experiment("domains", "calibration domain (64 windows) against report domain", _domains(), matrix=True),
         Experiment("speed", "tokens per second by ratio and width multiple", _speeds(), ("perplexity", "speed"), (0,)),
         Experiment("cost", "time and memory by layers, width, windows and trials", _SHAPES, ("cost",), (0,)),
         Experiment("computed_cost", "estimates for large models, nothing run", _computed(), ("computed",), (0,)),

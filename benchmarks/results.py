@@ -46,7 +46,6 @@ class Book:
         self.path, self.fresh = folder / f"{name}.json", fresh
         self.data: dict[str, Any] = {"experiment": name, "protocols": {}, "machines": {}, "rows": []}
         self.reread()
-        self.others = [path for path in sorted(folder.glob("*.json")) if path != self.path]
         self.written: set[str] = set()
 
     def reread(self) -> None:
@@ -64,7 +63,8 @@ class Book:
         """A row that was measured for another experiment of the folder, under the first key that there is one for."""
         if self.fresh:
             return None
-        read = [json.loads(path.read_text()) for path in self.others if path.exists()]
+        others = [path for path in sorted(self.path.parent.glob("*.json")) if path != self.path]
+        read = [json.loads(path.read_text()) for path in others]
         for key in keys:
             for other in read:
                 for row in other["rows"]:
@@ -85,7 +85,7 @@ class Book:
             self.data["machines"][row["machine"]] = dict(machine)
             self.data["rows"] = [*(old for old in self.data["rows"] if old["key"] != row["key"]), dict(row)]
             # A kill between two writes leaves the file of the row before.
-            waiting = self.path.with_suffix(".json.part")
+            waiting = self.path.with_suffix(f".{os.getpid()}.part")
             waiting.write_text(json.dumps(self.data, indent=1) + "\n")
             os.replace(waiting, self.path)
         self.written.add(row["key"])
@@ -110,7 +110,7 @@ def claimed(folder: Path, name: str) -> Iterator[bool]:
     except OSError as failure:
         if not has_no_locks(failure):
             raise
-        yield True  # several processes would do the same work; their rows are whole all the same
+        yield True  # several processes would do the same work, and the last one's file would win
         return
     try:
         yield lock is not None

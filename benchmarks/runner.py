@@ -1,4 +1,4 @@
-"""Runs an experiment: row after row, each on disk when it is measured, none measured twice."""
+"""Runs experiments: row after row, each on disk when it is measured, none measured twice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from .setting import Pool, Setting, pool_key
 
 __all__ = ["Row", "rows_of", "run"]
 
-_POOLED = "pass "
+_TIMED = "timed "
+_PATIENCE = 2.0  # seconds between two looks at what other processes have
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,9 @@ class Row:
     wider: str | None = None
 
 
+Asked = tuple[Experiment, Book, Row]
+
+
 def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | None = None) -> list[Row]:
     """Every row of an experiment.
 
@@ -69,10 +73,11 @@ def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | N
         return rows
     texts = setting.matrix if experiment.matrix else setting.texts
     for case in expand(experiment, len(texts.calibration)):
-        for number, seed in enumerate(case.seeds or seeds or experiment.seeds):
+        first = (case.seeds or experiment.seeds)[0]
+        for seed in case.seeds or seeds or experiment.seeds:
             config = config_of(case, seed, setting.scale, texts)
             # Tasks take minutes and their rows' standard error hides what a seed does.
-            own = tuple(name for name in experiment.measures if name != "tasks" or number == 0)
+            own = tuple(name for name in experiment.measures if name != "tasks" or seed == first)
             if case.searches:
                 config = search_of(case, config, case.searches[0], setting.scale, texts)
             dense = case.ratio == 0 and case.peer is None
@@ -112,55 +117,84 @@ def run(
         say (`Callable`, *optional*): hears of every row.
     """
     counts = {experiment.name: 0 for experiment, _ in experiments}
-    groups: dict[str, list[tuple[Experiment, Book, Row]]] = {}
+    work = _Work(setting, counts, say)
+    groups: dict[str, list[Asked]] = {}
     for experiment, book in experiments:
+        work.failed |= {row["key"] for row in book.data["rows"] if row["status"] == "failed"}
         for row in rows_of(experiment, setting, seeds):
-            keys = [row.key, row.wider] if row.wider else [row.key]
-            if book.has(row.key) or _taken_over(row, book, book.elsewhere(keys), setting, experiment.matrix):
-                continue
-            groups.setdefault(_group(experiment, row), []).append((experiment, book, row))
-    folder = experiments[0][1].path.parent
-    made: dict[str, Entry] = {}
-    for name, rows in groups.items():
-        with claimed(folder, name) as mine:
-            if mine:
-                _measure_group(rows, setting, name.startswith(_POOLED), made, counts, say)
+            if not work.is_there(experiment, book, row):
+                groups.setdefault(_group(experiment, row), []).append((experiment, book, row))
+    # What is timed waits until no process measures anything else.
+    for timed in (False, True):
+        waiting = {name: rows for name, rows in groups.items() if name.startswith(_TIMED) == timed}
+        while waiting:
+            refused = {}
+            for name, rows in waiting.items():
+                with claimed(experiments[0][1].path.parent, _TIMED if timed else name) as mine:
+                    if mine:
+                        work.measure(rows)
+                    else:
+                        refused[name] = rows
+            # Asked for again until the others are done: one may have been killed, or measure other rows.
+            if len(refused) == len(waiting):
+                time.sleep(_PATIENCE)
+            waiting = refused
     return counts
 
 
 def _group(experiment: Experiment, row: Row) -> str:
     """What is measured in one go: rows share statistics, or a peer's gradients; others stand for themselves."""
+    if {"cost", "speed"} & set(row.measures):
+        return f"{_TIMED}{experiment.name}"
     if row.config is None or "computed" in row.measures:
         return experiment.name
-    return f"{'peers ' if row.case.peer is not None else _POOLED}{pool_key(row.config)}"
+    return f"{'peers ' if row.case.peer is not None else 'pass '}{pool_key(row.config)}"
 
 
-def _measure_group(
-    rows: list[tuple[Experiment, Book, Row]],
-    setting: Setting,
-    pooled: bool,
-    made: dict[str, Entry],
-    counts: dict[str, int],
-    say: Callable[[str], None],
-) -> None:
-    for book in {id(book): book for _, book, _ in rows}.values():
-        book.reread()
-    rows = [own for own in rows if not own[1].has(own[2].key)]
-    # Rows that measure tasks come first, as they spare those that do not.
-    rows.sort(key=lambda own: "tasks" not in own[2].measures)
-    pool = Pool(setting, [row.config for _, _, row in rows if row.config is not None]) if pooled and rows else None
-    for number, (experiment, book, row) in enumerate(rows):
-        same = made.get(row.key) or made.get(row.wider or "")
-        if _taken_over(row, book, same, setting, experiment.matrix):
-            continue
-        machine, protocol = facts(), setting.protocol(row.measures, experiment.matrix)
-        found = _measured(row, setting, pool, experiment.matrix)
-        book.add(found, protocol, machine)
-        counts[experiment.name] += 1
-        if found["status"] == "done":
-            made[row.key] = found, protocol, machine
-        mark = f"{found['label']}, {found['ratio']:g}, seed {row.seed}: {_said(found)}"
-        say(f"{experiment.name}: {mark} ({number + 1} of {len(rows)})")
+class _Work:
+    """What one process does of a run.
+
+    Args:
+        setting ([`Setting`]): on what.
+        counts (`dict[str, int]`): of rows measured by experiment, counted on.
+        say (`Callable`): hears of every row.
+    """
+
+    def __init__(self, setting: Setting, counts: dict[str, int], say: Callable[[str], None]) -> None:
+        self.setting, self.counts, self.say = setting, counts, say
+        self.failed: set[str] = set()  # before this run, which tries them again
+        self.made: dict[str, Entry] = {}
+
+    def is_there(self, experiment: Experiment, book: Book, row: Row) -> bool:
+        """Whether a row need not be measured; one of another experiment is taken over."""
+        keys = [row.key, row.wider] if row.wider else [row.key]
+        entry = next((self.made[key] for key in keys if key in self.made), None)
+        return book.has(row.key) or _taken_over(
+            row, book, entry or book.elsewhere(keys), self.setting, experiment.matrix
+        )
+
+    def measure(self, rows: list[Asked]) -> None:
+        """The rows of a group that no process has measured by now."""
+        since: set[str] = set()
+        for book in {id(book): book for _, book, _ in rows}.values():
+            book.reread()
+            since |= {row["key"] for row in book.data["rows"] if row["status"] == "failed"} - self.failed
+        rows = [own for own in rows if own[2].key not in since and not self.is_there(*own)]
+        # Rows that measure tasks come first, as they spare those that do not.
+        rows.sort(key=lambda own: "tasks" not in own[2].measures)
+        pooled = [row.config for _, _, row in rows if row.config is not None and row.case.peer is None]
+        pool = Pool(self.setting, pooled) if pooled and "computed" not in rows[0][2].measures else None
+        for number, (experiment, book, row) in enumerate(rows):
+            if self.is_there(experiment, book, row):
+                continue
+            machine, protocol = facts(), self.setting.protocol(row.measures, experiment.matrix)
+            found = _measured(row, self.setting, pool, experiment.matrix)
+            book.add(found, protocol, machine)
+            self.counts[experiment.name] += 1
+            if found["status"] == "done":
+                self.made[row.key] = found, protocol, machine
+            mark = f"{found['label']}, {found['ratio']:g}, seed {row.seed}: {_said(found)}"
+            self.say(f"{experiment.name}: {mark} ({number + 1} of {len(rows)})")
 
 
 def _taken_over(row: Row, book: Book, entry: Entry | None, setting: Setting, matrix: bool) -> bool:
@@ -169,7 +203,8 @@ def _taken_over(row: Row, book: Book, entry: Entry | None, setting: Setting, mat
         return False
     measured, _, machine = entry
     protocol = setting.protocol(row.measures, matrix)
-    own = {**measured, "key": row.key, "label": _label(row, setting)}
+    # Seconds and memory stay those of the row that was measured.
+    own = {**measured, "key": row.key, "label": _label(row, setting), "shared": True}
     if "results" in own:
         asked = set(protocol["report"]) | (set(own["results"]) if "tasks" in row.measures else set())
         own["results"] = {name: found for name, found in own["results"].items() if name in asked}

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import machine, tables  # noqa: E402
+from benchmarks import machine, runner, tables  # noqa: E402
 from benchmarks import setting as setting_module  # noqa: E402
 from benchmarks.__main__ import chosen, main  # noqa: E402
 from benchmarks.earlier import EARLIER  # noqa: E402
@@ -195,22 +195,37 @@ def test_what_experiments_share_is_measured_once(setting: Any, tmp_path: Path, m
 
 def test_processes_share_the_work(setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, list[str]] = {"first": [], "second": []}
+    cases = (Case("dense", 0.0, "magnitude", seeds=(0,)), Case("random", 0.2, "random"))
+    impossible = Case("too much", 0.9, changes={"protected_layers": tuple(range(8))})
+    timed = Experiment("timed", "", (Case("fast", 0.2, "magnitude", seeds=(0,)),), ("perplexity", "speed"))
 
     def work() -> list[tuple[Experiment, Book]]:
-        return [(SMALL, Book(tmp_path, "small"))]
+        plain = Experiment("small", "", (*cases, impossible))
+        return [(one, Book(tmp_path, one.name)) for one in (timed, plain)]
 
-    def second(line: str) -> None:
+    class Enough(Exception):
+        pass
+
+    def enough(seconds: float) -> None:
+        raise Enough  # what is left is the first one's, which waits for this call
+
+    def hear(line: str) -> None:
         told["first"].append(line)
-        if not told["second"]:  # while the first one has its first pass
-            found = run(work(), setting, say=told["second"].append)
-            assert found == {"small": len(told["second"])}
+        if len(told["first"]) == 1:  # while the first one has its first pass
+            with monkeypatch.context() as patch, pytest.raises(Enough):
+                patch.setattr(runner.time, "sleep", enough)
+                run(work(), setting, say=told["second"].append)
 
-    assert run(work(), setting, say=second) == {"small": len(told["first"])}
-    # Nothing twice, nothing left out, and each one's writes kept those of the other.
-    seeds = {name: {line.split("seed ")[1][0] for line in lines} for name, lines in told.items()}
-    assert seeds["first"] == {"0"} and seeds["second"] == {"1", "2"}
-    assert len(rows_in(tmp_path, "small")) == sum(map(len, told.values())) == 4
-    assert not list(tmp_path.glob("*.lock")) and not list(tmp_path.glob(".*.lock"))
+    assert run(work(), setting, say=hear)["timed"] == 1
+    # Nothing twice (failures neither), nothing left out, each one's writes kept those of the other, and what is timed
+    # came when nothing else was left.
+    rows = [row for name in ("small", "timed") for row in rows_in(tmp_path, name)]
+    assert len(rows) == sum(map(len, told.values())) == 1 + 3 + 3 + 1
+    assert told["second"] and told["first"][-1].startswith("timed: fast") and "timed" not in str(told["second"])
+    assert not {line.split(": ")[1] for line in told["first"]} & {line.split(": ")[1] for line in told["second"]}
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"]
+    # The next run tries failures again.
+    assert run(work(), setting, say=str) == {"timed": 0, "small": 3}
 
 
 def test_a_failed_row_is_tried_again(setting: Any, tmp_path: Path) -> None:
