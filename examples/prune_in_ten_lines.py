@@ -1,4 +1,4 @@
-"""Prune a model by a fifth, save it, and load it with plain transformers.
+"""Prune a model by a fifth, save it, and load it with transformers.
 
 python examples/prune_in_ten_lines.py MODEL OUTPUT [TEXT.txt ...]
 """

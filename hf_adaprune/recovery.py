@@ -72,7 +72,8 @@ def recover(
         pruning ([`PruningResult`] or `str`, *optional*): where the model came from: what [`prune`] returned, or the
             folder of the pruned checkpoint; found by the model's name where not given.
         callbacks (list of `TrainerCallback`, *optional*): of the Trainer. With an [`AdaPrunerCallback`] the model may
-            be the dense one, which shrinks while it learns from its former self; `tokens` has to say how long.
+            be the dense one, which shrinks while it learns from its former self; `tokens` has to say how
+            long, or the callback's `every` when to cut.
         run_dir (`str`, *optional*): folder that keeps windows, measurements, a cached teacher, checkpoints and trained
             weights. After a kill the same call with the pruned model goes on from the last checkpoint; with
             `tokens` to the same weights, with `minutes` for what is left of them. Ctrl-C finishes the step and saves.
@@ -97,6 +98,7 @@ def recover(
     """
     config = config or RecoveryConfig()
     check_student(model, config)
+    _check_cuts(config, callbacks)
     if run_dir is not None:
         _check_resumable(callbacks)
     provenance, plan = _provenance(model, pruning)
@@ -185,6 +187,20 @@ def check_student(model: Any, config: RecoveryConfig) -> None:
             raise MissingDependencyError(
                 "adapters are made by peft: pip install peft. Or train without `lora`."
             ) from error
+
+
+def _check_cuts(config: RecoveryConfig, callbacks: Sequence[TrainerCallback]) -> None:
+    """With a clock nobody knows how many steps there will be, so fractions of them come too late or never."""
+    if config.minutes is None:
+        return
+    for callback in callbacks:
+        if isinstance(callback, AdaPrunerCallback):
+            schedule = callback.schedule
+            if schedule.mode == "progressive" and schedule.every is None:
+                raise ConfigError(
+                    "cuts while training need to know how long it is. Give `tokens` for `minutes`, or tell the "
+                    "AdaPrunerCallback `every` how many steps to cut."
+                )
 
 
 def _check_resumable(callbacks: Sequence[TrainerCallback]) -> None:

@@ -53,7 +53,7 @@ from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
 from .streaming import HiddenStream
 from .surgery import apply_plan, cut_layer
-from .whole_files import scratch_folder, whole_folder
+from .whole_files import check_writable, scratch_folder, whole_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -163,6 +163,9 @@ def prune_to_disk(
     config = forward_only_config(config)
     limit = int(convert_file_size_to_int(max_shard_size))
     target = check_output(output_dir)
+    if plan_path is not None:
+        check_writable(plan_path)
+        Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_output(target))
 
@@ -290,7 +293,6 @@ class _Run:
         else:
             means = None if needs is None else measure(needs, None)[2]
         if plan_path is not None:
-            Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
             plan.save(plan_path)
 
         with whole_folder(self.target) as folder:

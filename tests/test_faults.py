@@ -135,6 +135,17 @@ def test_a_plan_that_cannot_be_written_stops_the_run_before_the_cut(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_place_of_a_plan_that_cannot_be_is_told_before_any_text_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = {"plan_path": tmp_path / "file" / "plan.json"}
+    config = config_of("flap").with_changes(calibration={"sources": str(tmp_path / "missing.txt")})
+    with pytest.raises(CheckpointError, match="file"):
+        prune(tiny_model("llama"), tiny_tokenizer(), config, **place)
+    with pytest.raises(CheckpointError, match="file"):
+        prune_to_disk(tiny_model("llama"), tiny_tokenizer(), config, tmp_path / "out", **place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_error_of_the_disk_anywhere_is_one_line(
     dense: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip

@@ -160,6 +160,18 @@ def test_a_dense_model_shrinks_while_it_learns_and_stays_narrow(recipe: str, tmp
     found.save_pretrained(tmp_path / "out")
 
 
+def test_cuts_while_training_need_a_length_or_a_rhythm() -> None:
+    model, before = tiny_model("llama"), weights(tiny_model("llama"))
+    clock = RecoveryConfig(minutes=0.01, sequence_length=32, batch_size=2, held_out=0)
+    options = {"sources": text()}
+    for callback in (AdaPrunerCallback(config_of("magnitude")), AdaPrunerCallback(config_of("magnitude"), at=(0.0,))):
+        with pytest.raises(ConfigError, match="`tokens` for `minutes`"):
+            recover(model, tiny_tokenizer(), tiny_model("llama"), clock, callbacks=[callback], **options)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    callback = AdaPrunerCallback(config_of("magnitude"), every=1, cuts=1)
+    assert recover(model, tiny_tokenizer(), tiny_model("llama"), clock, callbacks=[callback], **options).plan
+
+
 def test_frozen_embeddings_stay() -> None:
     model = pruned().model
     before = weights(model)
