@@ -147,8 +147,8 @@ def _repairs() -> tuple[Case, ...]:
         *case("bias", method="bias"),
         *case("least squares", method="least_squares", schedule="cached"),
         *case("least squares with intercept", method="least_squares", intercept=True),
+        *case("least squares, sequential", method="least_squares", schedule="sequential"),
         # Minutes a row, so at one ratio.
-        *case("least squares, sequential", method="least_squares", schedule="sequential")[:1],
         *case("least squares, then regional", method="least_squares", regional_steps=32)[:1],
     )
 
