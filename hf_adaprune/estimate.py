@@ -15,6 +15,7 @@ import torch
 
 from .config import PruningConfig
 from .gram_sums import summing_bytes
+from .measures import BATCH_TOKENS
 from .pipeline import Sizes
 from .plan import PruningPlan
 from .repairing import own_repair
@@ -42,8 +43,15 @@ BASELINE_BYTES = 512 * 2**20  # resident size of Python with torch and transform
 MODEL_SHARE = 0.3
 # What `gp` takes to propose a trial once it fits a model: 0.5 to 1 s was measured, the more the longer the journal is.
 PROPOSAL_SECONDS = 0.75
+# Of the trials of `gp` so many see the rest of their selection text: 0.22 to 0.28 was measured in nine searches.
+GOES_ON = 0.25
+# A window with gradients in forwards, beside what a backward pass multiplies: graphs, casts, sums over positions.
+BACKWARD = 1.5
+# oneDNN keeps compiled products by shape, and every candidate has widths of its own: measured in bfloat16 on a CPU.
+_PRODUCTS, _PRODUCT_BYTES = 1024, 600_000
 _UNIT_BYTES = 10  # of a plan on disk, at most: runs of kept units, two numbers and their brackets for two units
 _WIDE = 4  # bytes of a float32, which statistics are
+_HALF = 2  # bytes of a bfloat16
 _TOKEN_BYTES = 9  # of a token that is kept: its id and its place in the mask
 _FORWARD_TOKENS = 2048  # of a batch of the instrumented pass
 
@@ -73,9 +81,9 @@ class Estimate:
         calibration_flops (`float`): of the calibration pass.
         repair_flops (`float`): of scores and repair.
         report_flops (`float`): of perplexity on the report sources, dense and pruned.
-        search_flops (`float`): of a search at most: every trial scores, repairs and reads all its selection text,
-            which only promising ones do, and the winner's windows are drawn anew; the rows of `accuracy` are not
-            counted.
+        search_flops (`float`): of a search, about: every trial scores, repairs and reads the first selection text,
+            promising ones (so many as `gp` finds) the rest, and the winner's windows are drawn anew; the rows of
+            `accuracy` are not counted.
         proposal_seconds (`float`): of the proposals of `gp`, from one measurement, not of this machine; those of the
             surrogate `saas` take about ten times as long, those of other strategies hardly any time.
         seconds (`float`): of the whole run, proposals included, loading apart.
@@ -118,7 +126,7 @@ class Estimate:
             ("time, about", f"{minutes} min {seconds:02d} s"),
         ]
         if self.search_flops:
-            rows.insert(-1, ("of it the search, at most", f"{self.search_flops / 1e12:,.2f} TFLOP"))
+            rows.insert(-1, ("of it the search, about", f"{self.search_flops / 1e12:,.2f} TFLOP"))
         if self.run_bytes:
             rows.insert(2, ("disk for a restart, about", f"{self.run_bytes / 2**20:,.0f} MiB"))
         if self.proposal_seconds:
@@ -202,11 +210,12 @@ def estimate(
     head = 2 * _head_elements(sites)
     # A sweep of its own, in which going back costs what going forward did, and as much again for weight gradients.
     calibration = tokens * (forward + (_gram_elements(sites) * 2 if needs.gram else 0)) * config.allocation.steps
-    calibration += backward * (forward * (3 if needs.elements else 2) + 3 * head)
+    calibration += backward * BACKWARD * (forward * (3 if needs.elements else 2) + 3 * head)
     walked = 3 * tokens * forward if walks else 0.0
     report = 2 * len(own.report) * own.evaluation_tokens * (_forward_flops(sites, own.evaluation_length) + head)
-    solving = _solve_flops(sites, config, needs)
-    reading, trying = _search_flops(sites, config, needs, head)
+    share = removed / before.decoder
+    solving = _solve_flops(sites, config, needs, share)
+    reading, trying = _search_flops(sites, config, needs, head, share)
     reading += calibration if _may_draw(config) else 0.0
     seconds = (calibration + walked + report + reading) / (MODEL_SHARE * speed.model)
     proposing = _proposal_seconds(config)
@@ -253,19 +262,23 @@ def _may_draw(config: PruningConfig) -> bool:
     return len(own.sources) > 1
 
 
-def _search_flops(sites: ModelSites, config: PruningConfig, needs: Needs, head: int) -> tuple[float, float]:
-    """Of all trials at most: forwards on selection text, and one repair each; the dense model reads the text once."""
+def _search_flops(
+    sites: ModelSites, config: PruningConfig, needs: Needs, head: int, share: float
+) -> tuple[float, float]:
+    """Of all trials: forwards on selection text, and one repair each; the dense model reads the text once."""
     search = config.search
     if search is None:
         return 0.0, 0.0
     plans = max(1, len(search.ratios))
     finals = min((search.finalists if search.pareto is None else max(2, search.finalists)) + 1, search.trials)
-    tokens = plans * (search.trials * search.selection_tokens + finals * search.final_tokens)
+    rest = max(0, search.selection_tokens - search.first_tokens)
+    a_trial = min(search.first_tokens, search.selection_tokens) + GOES_ON * rest
+    tokens = plans * (search.trials * a_trial + finals * search.final_tokens)
     tokens += search.selection_tokens + search.final_tokens
     tokens = 0 if search.objective == "accuracy" else tokens
     # Scores that invert Gram matrices are computed once, for all trials.
     cached = config.with_changes(repair={"schedule": "cached"})
-    tried = plans * (search.trials + finals) * _solve_flops(sites, cached, replace(needs, gram=False))
+    tried = plans * (search.trials + finals) * _solve_flops(sites, cached, replace(needs, gram=False), share)
     return tokens * (_forward_flops(sites, search.sequence_length) + head), tried
 
 
@@ -323,8 +336,8 @@ def _forward_flops(sites: ModelSites, length: int) -> float:
     return flops
 
 
-def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs) -> float:
-    """Inverses for scores that read Gram matrices, and one regression per site and repair."""
+def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs, share: float) -> float:
+    """Inverses for scores that read Gram matrices, and one regression per site and repair of a share of the columns."""
     flops = 0.0
     for site in sites:
         matrices, columns = (site.groups, site.group_size) if site.kind == "experts" else (1, site.columns)
@@ -332,7 +345,8 @@ def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs) -> floa
             flops += matrices * 2.0 * columns**3
         if config.repair.method == "least_squares":
             rounds = 1 + (config.repair.schedule == "best")
-            flops += rounds * matrices * (columns**3 / 3 + 4.0 * columns**2 * site.outputs)
+            kept, gone = (1 - share) * columns, share * columns
+            flops += rounds * matrices * (kept**3 / 3 + 2 * kept**2 * gone + 2 * gone * kept * site.outputs)
     return flops
 
 
@@ -359,6 +373,14 @@ def _peak_bytes(
     readers = sum(site.columns * site.outputs for site in sites) * _WIDE if refits else 0
     # Backward windows and Gram matrices are never in memory together.
     pruning = before.bytes + kept * _WIDE + max(window, summed, gram + solving + readers)
+    if config.search is not None:
+        # A candidate's repairs and its narrow weights, the head's outputs of a batch, and what oneDNN compiled.
+        asked = config.search
+        batch = max(asked.sequence_length, BATCH_TOKENS) if asked.objective != "accuracy" else longest
+        trying = readers + after.decoder * size + batch * (2 * vocabulary + 8 * hidden) * size
+        if size == _HALF and sites.model.device.type != "cuda":
+            trying += min(_PRODUCTS, 4 * asked.trials * len(sites.layers)) * _PRODUCT_BYTES
+        pruning = max(pruning, before.bytes + kept * _WIDE + gram + trying)
     # The round-trip check holds the pruned model twice, when the statistics are gone.
     return BASELINE_BYTES + max(pruning, before.bytes + after.bytes)
 
