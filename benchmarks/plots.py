@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from statistics import mean
@@ -12,6 +13,9 @@ from hf_adaprune.errors import MissingDependencyError
 from .results import PLACE, read_results
 
 __all__ = ["plot_all"]
+
+MARKERS = "osD^v<>PX*hd"
+HIGHEST = 50  # times the dense perplexity
 
 
 def plot_all(results: Path, output: Path) -> list[Path]:
@@ -42,9 +46,15 @@ def plot_all(results: Path, output: Path) -> list[Path]:
             curves = _curves(data, text, protocol["report"])
             figure = Figure(figsize=(7, 4.5), layout="constrained")
             axes = figure.subplots()
-            for label, points in curves.items():
-                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=label)
+            # The best at the largest ratio first; ten colours do not do, so markers differ too.
+            best = sorted(curves.items(), key=lambda own: sorted(own[1].items())[-1][1])
+            for number, (label, points) in enumerate(best):
+                axes.plot(
+                    *zip(*sorted(points.items()), strict=True), marker=MARKERS[number % len(MARKERS)], label=label
+                )
             axes.set(xlabel="decoder parameters removed", ylabel=f"perplexity, {text}", yscale="log")
+            dense = min(value for points in curves.values() for value in points.values())
+            axes.set_ylim(0.9 * dense, HIGHEST * dense)  # what is worse speaks no language any more
             axes.legend(fontsize="small")
             path = output / f"quality_{protocol['model']['name']}_{text}.png".replace(" ", "_")
             figure.savefig(path, dpi=150)
