@@ -48,10 +48,8 @@ def plot_all(results: Path, output: Path) -> list[Path]:
             axes = figure.subplots()
             # The best at the largest ratio first; ten colours do not do, so markers differ too.
             best = sorted(curves.items(), key=lambda own: sorted(own[1].items())[-1][1])
-            for number, (label, points) in enumerate(best):
-                axes.plot(
-                    *zip(*sorted(points.items()), strict=True), marker=MARKERS[number % len(MARKERS)], label=label
-                )
+            for (label, points), marker in zip(best, itertools.cycle(MARKERS), strict=False):
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker=marker, label=label)
             axes.set(xlabel="decoder parameters removed", ylabel=f"perplexity, {text}", yscale="log")
             dense = min(value for points in curves.values() for value in points.values())
             axes.set_ylim(0.9 * dense, HIGHEST * dense)  # what is worse speaks no language any more
