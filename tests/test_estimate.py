@@ -171,6 +171,27 @@ def test_proposals_take_time_once_a_model_is_fitted() -> None:
     assert "proposals, roughly" in str(fitted) and "proposals" not in str(drawn)
 
 
+def test_a_search_counts_what_trials_read_and_hold() -> None:
+    def of(dtype: torch.dtype = torch.bfloat16, **search: object) -> Estimate:
+        model = tiny_model("llama", vocab_size=4096, intermediate_size=512).to(dtype)
+        calibration = {"sources": "a.txt", "selection": "b.txt"}
+        asked = {"selection_tokens": 24576, "first_tokens": 6144, "strategy": "random", "trials": 8, **search}
+        return estimate(
+            find_sites(model), PruningConfig.recipe("default", calibration=calibration, search=asked), SPEED
+        )
+
+    plain, whole = of(), of(first_tokens=24576)
+    # Most trials see their first text alone; all of them score and repair.
+    assert of(selection_tokens=6144).search_flops < plain.search_flops < whole.search_flops
+    assert plain.search_flops < of(trials=16).search_flops < 2 * plain.search_flops + 1
+    # Every candidate has widths of its own, and oneDNN keeps what it compiled for them, up to a number.
+    more, most = of(trials=16), of(trials=10_000)
+    assert plain.peak_bytes < more.peak_bytes < most.peak_bytes == of(trials=20_000).peak_bytes
+    assert of(torch.float32).peak_bytes == of(torch.float32, trials=16).peak_bytes
+    # Rows of multiple choice are not read in batches of 2,048 tokens.
+    assert of(objective="accuracy", tasks=("rows.jsonl",)).peak_bytes < plain.peak_bytes
+
+
 def test_refused_as_the_run_would_be() -> None:
     model = tiny_model("llama")
     with pytest.raises(BudgetError):
