@@ -144,11 +144,10 @@ def run(
 
 def _group(experiment: Experiment, row: Row) -> str:
     """What is measured in one go: rows share statistics, or a peer's gradients; others stand for themselves."""
-    if {"cost", "speed"} & set(row.measures):
-        return f"{_TIMED}{experiment.name}"
+    timed = _TIMED if {"cost", "speed"} & set(row.measures) else ""
     if row.config is None or "computed" in row.measures:
-        return experiment.name
-    return f"{'peers ' if row.case.peer is not None else 'pass '}{pool_key(row.config)}"
+        return timed + experiment.name
+    return f"{timed}{'peers ' if row.case.peer is not None else 'pass '}{pool_key(row.config)}"
 
 
 class _Work:

@@ -193,6 +193,14 @@ def test_what_experiments_share_is_measured_once(setting: Any, tmp_path: Path, m
     assert both(tmp_path, fresh=True) == {"plain": 5, "tasks": 1}
 
 
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("cost", "computed_cost")])
+def test_rows_of_a_group_read_the_same_windows(setting: Any, name: str) -> None:
+    groups: dict[str, set[str]] = {}
+    for row in rows_of(EXPERIMENTS[name], setting):
+        groups.setdefault(runner._group(EXPERIMENTS[name], row), set()).add(setting_module.pool_key(row.config))
+    assert groups and all(len(keys) == 1 for keys in groups.values())
+
+
 def test_processes_share_the_work(setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, list[str]] = {"first": [], "second": []}
     cases = (Case("dense", 0.0, "magnitude", seeds=(0,)), Case("random", 0.2, "random"))
