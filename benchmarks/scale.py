@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from hf_adaprune.estimate import bound_skeleton
+from hf_adaprune.skeleton import bound_skeleton
 
 CHILD = """
 import json, resource, sys, time

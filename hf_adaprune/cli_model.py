@@ -67,7 +67,7 @@ class Loader:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        from .estimate import bound_skeleton
+        from .skeleton import bound_skeleton
 
         with self._told("the config"):
             config = AutoConfig.from_pretrained(self.name, **self.options)
@@ -142,8 +142,8 @@ def layers_of(model: Any, folder: Path) -> tuple[int, ...]:
     """Parameters of every layer of a pruned model: in memory, or in the folder that it was saved to."""
     from transformers import AutoConfig
 
-    from .estimate import bound_skeleton
     from .sites import find_sites
+    from .skeleton import bound_skeleton
 
     sites = bound_skeleton(AutoConfig.from_pretrained(folder)) if model is None else find_sites(model)
     return sites.layer_parameters

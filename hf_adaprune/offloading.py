@@ -153,7 +153,7 @@ def load_offloaded(
 
     Args:
         name (`str`): folder or id on the Hub.
-        sites ([`ModelSites`]): of the same model without weights; see [`hf_adaprune.estimate.bound_skeleton`].
+        sites ([`ModelSites`]): of the same model without weights; see [`hf_adaprune.skeleton.bound_skeleton`].
         folder (`str`): for converted weights; it has to stay as long as the model is used.
         device (`str`, *optional*): where to compute; the CPU where not given.
         **options: of `AutoModelForCausalLM.from_pretrained`.

@@ -30,8 +30,8 @@ from .compensation import Repair, repair_plan
 from .config import PruningConfig, Source
 from .costs import Costs
 from .errors import CheckpointError, ConfigError
-from .estimate import bound_skeleton, disk_by_layer, peak_by_layer
 from .evaluation import Measurement, mean_over_windows, per_window_loss, perplexity, run_layers
+from .footprint import disk_by_layer, peak_by_layer
 from .importance import Scores
 from .layer_scores import forward_only_config, layer_part, score_layers
 from .layerwise import Kept, part_of_plan, repairs_by_layer
@@ -49,6 +49,7 @@ from .run_folder import SPARE_BYTES, RunFolder, locked_output, open_run
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of
 from .sites import ModelSites, find_sites
+from .skeleton import bound_skeleton
 from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
 from .streaming import HiddenStream

@@ -11,9 +11,10 @@ from texts import calibration_make_tokenizer, calibration_prose
 
 from hf_adaprune import PruningConfig, TextSource, find_sites, gram_sums, prune, prune_to_disk, search_plan
 from hf_adaprune.errors import BudgetError, UnsupportedModelError
-from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, bound_skeleton, estimate, measure_speed
+from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, estimate, measure_speed
 from hf_adaprune.layer_scores import forward_only_config
 from hf_adaprune.plan import PruningPlan, SitePlan
+from hf_adaprune.skeleton import bound_skeleton
 from hf_adaprune.stages import even_plan
 
 SPEED = Speed(1e9, 1e8)

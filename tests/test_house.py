@@ -102,6 +102,8 @@ ORDER = [
     "training_text",
     "training_checks",
     "training",
+    "skeleton",
+    "footprint",
     "estimate",
     "streamed",
     "recovery_config",

@@ -32,12 +32,13 @@ from hf_adaprune import (
 )
 from hf_adaprune.activations import Activations, ActivationStore
 from hf_adaprune.errors import CheckpointError, ConfigError, RunError, UnsupportedModelError
-from hf_adaprune.estimate import activation_bytes, bound_skeleton, peak_by_layer
 from hf_adaprune.evaluation import per_window_loss, run_layers
+from hf_adaprune.footprint import activation_bytes, peak_by_layer
 from hf_adaprune.layer_scores import forward_only_config
 from hf_adaprune.offloading import is_offloaded, layer_weights, load_offloaded
 from hf_adaprune.run_folder import locked_output
 from hf_adaprune.sites import ModelSites
+from hf_adaprune.skeleton import bound_skeleton
 from hf_adaprune.statistics import Needs
 from hf_adaprune.streaming import HiddenStream
 
