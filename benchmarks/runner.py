@@ -424,7 +424,7 @@ def _computed(row: Row) -> dict[str, Any]:
     # A search-free run of the defaults; texts do not matter to arithmetic.
     config = PruningConfig.recipe(row.case.recipe, pruning_ratio=row.case.ratio, **row.case.changes)
     config = layer_by_layer_config(config)
-    found = estimate(sites, config, Speed(1.0, 1.0))
+    found = estimate(sites, config, Speed(1.0, 1.0, 1.0))
     return {
         "pruning_ratio": found.pruning_ratio,
         "parameters": found.after.total,

@@ -7,33 +7,37 @@ one short measurement of this machine, and is meant to tell minutes from hours. 
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from .config import PruningConfig
-from .footprint import domain_count, footprint, gram_elements
+from .footprint import domain_count, footprint
+from .gram_sums import STRIP, exact_products, strip_elements
+from .layerwise import WINDOWS_PER_STEP
 from .pipeline import Sizes
 from .plan import PruningPlan
+from .repairing import check_parts
 from .reporting import text_table
 from .search_checks import search_needs
 from .search_config import SPEEDS
-from .sites import ModelSites
+from .sites import ModelSites, Site
 from .stages import even_plan, what_to_collect
 from .statistics import Needs
 
-__all__ = ["Estimate", "Speed", "estimate", "measure_speed"]
+__all__ = ["Estimate", "Speed", "estimate", "layer_sizes", "measure_speed"]
 
-# What a whole model reaches of the speed of a bare matrix product: measured on SmolLM2-135M in bfloat16, on two cores.
-MODEL_SHARE = 0.3
+# What factors and inverses in float64 reach of the speed of a bare product.
+SOLVER_SHARE = 0.5
 # What `gp` takes to propose a trial once it fits a model: 0.5 to 1 s was measured, the more the longer the journal is.
 PROPOSAL_SECONDS = 0.75
 # Of the trials of `gp` so many see the rest of their selection text: 0.22 to 0.28 was measured in nine searches.
 GOES_ON = 0.25
-# A window with gradients in forwards, beside what a backward pass multiplies: graphs, casts, sums over positions.
-BACKWARD = 1.5
+_LENGTH, _WIDEST = 512, 2048  # of what is timed
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class Speed:
     """Arithmetic of this machine, in floating-point operations per second.
 
     Args:
-        model (`float`): matrix products in the model's dtype.
+        model (`float`): a forward pass of the model, all that is not matrix products included.
+        gram (`float`): sums of Gram matrices, which are products of float32 numbers.
         double (`float`): matrix products in float64, which repairs and scores are made of.
     """
 
     model: float
+    gram: float
     double: float
 
 
@@ -114,25 +120,80 @@ class Estimate:
         return text_table(("this run will take", ""), rows)
 
 
-def measure_speed(dtype: torch.dtype, seconds: float = 0.2) -> Speed:
-    """Time matrix products on the CPU for a moment.
+def measure_speed(sites: ModelSites, sequence_length: int, seconds: float = 0.4) -> Speed:
+    """Time this machine's CPU for a moment: a forward pass of one decoder layer of the model's widths, and products.
+
+    Machines differ in what attention and norms take beside the products (those of bfloat16 above all), and so do
+    widths; so a layer is timed and not a product. It is a Llama's, whatever the model's family, of random weights and
+    at most 2,048 wide.
 
     Args:
-        dtype (`torch.dtype`): the model's.
-        seconds (`float`, *optional*, defaults to 0.2): how long, in all.
+        sites ([`ModelSites`]): the model, live or from [`bound_skeleton`](hf_adaprune.skeleton.bound_skeleton).
+        sequence_length (`int`): tokens of a window, of which at most 512 are read.
+        seconds (`float`, *optional*, defaults to 0.4): how long to measure, about.
     """
-    return Speed(_product_speed(dtype, seconds / 2), _product_speed(torch.float64, seconds / 2))
+    forward = _forward_speed(sites, min(sequence_length, _LENGTH), seconds / 2)
+    matrix = torch.full((_LENGTH, _LENGTH), 0.5, dtype=torch.float64)
+    double = 2 * _LENGTH**3 / _median_seconds(lambda: matrix @ matrix, seconds / 4)
+    return Speed(forward, _gram_speed(sites, seconds / 4), double)
 
 
-def _product_speed(dtype: torch.dtype, seconds: float) -> float:
-    size = 512
-    left = torch.full((size, size), 0.5).to(dtype)
-    left @ left  # the first product of a dtype compiles its kernel
-    done, started = 0, time.perf_counter()
-    while not done or time.perf_counter() - started < seconds:
-        left @ left
-        done += 1
-    return 2 * size**3 * done / (time.perf_counter() - started)
+def layer_sizes(sites: ModelSites) -> dict[str, int]:
+    """Sizes of a Llama's layer that stands for those of a model, as fields of its config, at most 2,048 wide.
+
+    Args:
+        sites ([`ModelSites`]): the model, on the meta device too.
+    """
+    hidden = sites.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    shrink = min(1.0, _WIDEST / hidden)
+    sizes = {"hidden_size": round(hidden * shrink)}
+    for site in sites:
+        if site.kind == "attention":
+            groups = max(1, round(site.groups * shrink))
+            sizes["num_key_value_heads"], sizes["num_attention_heads"] = groups, groups * site.group_size
+            # Rotation halves a head.
+            sizes["head_dim"] = site.columns_per_unit + site.columns_per_unit % 2
+        else:
+            width = site.group_size * (sites.top_k(site) or 1) if site.kind == "experts" else site.columns
+            sizes["intermediate_size"] = max(1, round(width * shrink))
+    return sizes
+
+
+def _forward_speed(sites: ModelSites, length: int, seconds: float) -> float:
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 2, **layer_sizes(sites)}
+    config = LlamaConfig(pad_token_id=None, **sizes)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        layer = LlamaModel(config).to(next(sites.model.parameters()).dtype).eval()
+        weights = sum(parameter.numel() for parameter in layer.layers.parameters())
+        attention = 2 * length * layer.layers[0].self_attn.o_proj.in_features
+        ids = torch.zeros(1, length, dtype=torch.long)
+        return length * (2 * weights + attention) / _median_seconds(lambda: layer(ids, use_cache=False), seconds)
+
+
+def _gram_speed(sites: ModelSites, seconds: float) -> float:
+    """Of the last strip of the widest matrix, summed as the pass sums it."""
+    dtype = next(sites.model.parameters()).dtype
+    columns = min(_WIDEST, max(_gram_width(site) for site in sites))
+    rows, sums = torch.full((4 * _LENGTH, columns), 0.5), torch.zeros(min(STRIP, columns), columns, dtype=torch.float64)
+
+    def add() -> None:
+        with exact_products(dtype):
+            sums.add_(rows[:, : len(sums)].T @ rows)
+
+    return 2 * len(rows) * sums.numel() / _median_seconds(add, seconds)
+
+
+def _median_seconds(call: Callable[[], Any], seconds: float) -> float:
+    """Of several calls; the first compiles kernels and does not count."""
+    call()
+    taken: list[float] = []
+    while len(taken) < 3 or sum(taken) < seconds:
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def estimate(
@@ -160,27 +221,33 @@ def estimate(
     if config.search is not None:
         needs = search_needs(config, domain_count(config))
     measures = what_to_collect(config, None) is not None
-    speed = measure_speed(dtype) if speed is None else speed
-    own = config.calibration
-    walks = config.repair.method == "least_squares" and (config.repair.schedule != "cached" or config.layer_by_layer)
-    tokens = own.samples * own.sequence_length if measures or walks else 0
+    own, repair = config.calibration, config.repair
+    speed = measure_speed(sites, own.sequence_length) if speed is None else speed
+    walks = repair.method == "least_squares" and (repair.schedule != "cached" or config.layer_by_layer)
+    checks = repair.method != "none" and repair.holdout > 0 and not walks
+    held = max(1, round(own.samples * repair.holdout)) * own.sequence_length if checks else 0
+    tokens = own.samples * own.sequence_length - held if measures or walks else 0
     backward = min(own.gradient_samples, own.samples) * own.sequence_length
     backward = backward if needs.gradients or needs.elements else 0
     forward = _forward_flops(sites, own.sequence_length)
     head = 2 * _head_elements(sites)
+    forwards = tokens * forward * config.allocation.steps
     # A sweep of its own, in which going back costs what going forward did, and as much again for weight gradients.
-    calibration = tokens * (forward + (gram_elements(sites) * 2 if needs.gram else 0)) * config.allocation.steps
-    calibration += backward * BACKWARD * (forward * (3 if needs.elements else 2) + 3 * head)
-    walked = 3 * tokens * forward if walks else 0.0
+    forwards += backward * (forward * (3 if needs.elements else 2) + 3 * head)
+    summing = tokens * _gram_flops(sites) * config.allocation.steps if needs.gram else 0.0
+    walked = 3 * tokens * forward if walks else check_parts(sites) * held * forward
+    # Every layer is trained on its own, so that a step of all of them is one of the model.
+    walked += repair.regional_steps * WINDOWS_PER_STEP * own.sequence_length * 3 * forward
     report = 2 * len(own.report) * own.evaluation_tokens * (_forward_flops(sites, own.evaluation_length) + head)
     share = removed / before.decoder
-    solving = _solve_flops(sites, config, needs, share)
+    solving = _solve_flops(sites, config, needs, share, checks=checks)
     reading, trying = _search_flops(sites, config, needs, head, share)
-    reading += calibration if _may_draw(config) else 0.0
-    seconds = (calibration + walked + report + reading) / (MODEL_SHARE * speed.model)
+    if _may_draw(config):
+        reading, summing = reading + forwards, 2 * summing
     proposing = _proposal_seconds(config)
-    seconds += (solving + trying) / (MODEL_SHARE * speed.double) + proposing
-    flops = (float(calibration + walked), float(solving), float(report), float(reading + trying))
+    seconds = (forwards + walked + report + reading) / speed.model + summing / speed.gram + proposing
+    seconds += (solving + trying) / (SOLVER_SHARE * speed.double)
+    flops = (float(forwards + summing + walked), float(solving), float(report), float(reading + trying))
     taken = footprint(sites, config, needs, before, after, is_kept=is_kept)
     return Estimate(
         before, after, config.gram_place, taken.gram, taken.peak, *flops, proposing, seconds, taken.output, taken.run
@@ -222,7 +289,8 @@ def _search_flops(
     tokens = 0 if search.objective == "accuracy" else tokens
     # Scores that invert Gram matrices are computed once, for all trials.
     cached = config.with_changes(repair={"schedule": "cached"})
-    tried = plans * (search.trials + finals) * _solve_flops(sites, cached, replace(needs, gram=False), share)
+    solved = _solve_flops(sites, cached, replace(needs, gram=False), share, checks=False)
+    tried = plans * (search.trials + finals) * solved
     return tokens * (_forward_flops(sites, search.sequence_length) + head), tried
 
 
@@ -259,7 +327,16 @@ def _forward_flops(sites: ModelSites, length: int) -> float:
     return flops
 
 
-def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs, share: float) -> float:
+def _gram_width(site: Site) -> int:
+    return site.group_size if site.kind == "experts" else site.columns
+
+
+def _gram_flops(sites: ModelSites) -> float:
+    """Per token, which adds to the matrices of its own experts only."""
+    return 2.0 * sum((sites.top_k(site) or 1) * strip_elements(_gram_width(site)) for site in sites)
+
+
+def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs, share: float, *, checks: bool) -> float:
     """Inverses for scores that read Gram matrices, and one regression per site and repair of a share of the columns."""
     flops = 0.0
     for site in sites:
@@ -270,4 +347,6 @@ def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs, share: 
             rounds = 1 + (config.repair.schedule == "best")
             kept, gone = (1 - share) * columns, share * columns
             flops += rounds * matrices * (kept**3 / 3 + 2 * kept**2 * gone + 2 * gone * kept * site.outputs)
+            # Errors on held-out windows, with and without the repair.
+            flops += 4.0 * matrices * columns**2 * site.outputs * checks
     return flops

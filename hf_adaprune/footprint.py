@@ -23,7 +23,6 @@ __all__ = [
     "disk_by_layer",
     "domain_count",
     "footprint",
-    "gram_elements",
     "is_per_domain",
     "peak_by_layer",
 ]
@@ -230,7 +229,7 @@ def is_per_domain(config: PruningConfig, needs: Needs) -> bool:
     return needs.per_domain or bool(config.calibration.domain_weights)
 
 
-def gram_elements(sites: ModelSites) -> int:
+def _gram_elements(sites: ModelSites) -> int:
     """Elements of one set of Gram matrices."""
     return sum(s.groups * s.group_size**2 if s.kind == "experts" else s.columns**2 for s in sites)
 
@@ -240,7 +239,7 @@ def _gram_bytes(sites: ModelSites, config: PruningConfig, needs: Needs) -> int:
     if config.repair.method == "least_squares" and config.layer_by_layer:
         widest = max((site.columns**2 for site in sites if site.kind != "experts"), default=0)
         return widest * _WIDE * (1 + (config.repair.target_mix > 0))  # of one site, and its cross moments
-    return domains * gram_elements(sites) * _WIDE if needs.gram else 0
+    return domains * _gram_elements(sites) * _WIDE if needs.gram else 0
 
 
 def _by_layer(sites: ModelSites) -> list[list[Site]]:

@@ -16,7 +16,7 @@ from .errors import StatisticsError
 from .sites import ModelSites, Site
 from .workers import Alone
 
-__all__ = ["GramSums", "exact_products", "summing_bytes"]
+__all__ = ["STRIP", "GramSums", "exact_products", "strip_elements", "summing_bytes"]
 
 # Columns of a strip: wide enough for efficient products, narrow beside the triangle that strips cut off.
 STRIP = 192
@@ -130,10 +130,15 @@ def summing_bytes(sites: ModelSites, domains: int) -> int:
     sums = results = 0
     for site in sites:
         columns, many = (site.group_size, site.groups) if site.kind == "experts" else (site.columns, 1)
-        stops = [min(columns, start + STRIP) for start in range(0, columns, STRIP)]
-        sums += 8 * many * sum((stop - start) * stop for start, stop in zip([0, *stops], stops, strict=False))
+        sums += 8 * many * strip_elements(columns)
         results = max(results, 4 * many * columns**2)
     return domains * (sums + results)
+
+
+def strip_elements(columns: int) -> int:
+    """Elements of the strips of a matrix of so many columns."""
+    stops = [min(columns, start + STRIP) for start in range(0, columns, STRIP)]
+    return sum((stop - start) * stop for start, stop in zip([0, *stops], stops, strict=False))
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, path: Path, name: str) -> torch.Tensor:

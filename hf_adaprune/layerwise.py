@@ -36,7 +36,7 @@ from .tracing import Enough, watched_inputs
 
 __all__ = ["Kept", "part_of_plan", "regional_weights", "repairs_by_layer", "sequential_repairs"]
 
-_WINDOWS_PER_STEP = 4  # of an optimiser step of the regional repair
+WINDOWS_PER_STEP = 4  # of an optimiser step of the regional repair
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ def _optimise(
     scale = target.float().square().mean().clamp(min=1e-12)
     with torch.enable_grad():
         for _ in range(config.regional_steps):
-            chosen = windows[torch.randperm(len(windows), generator=generator)[:_WINDOWS_PER_STEP]]
+            chosen = windows[torch.randperm(len(windows), generator=generator)[:WINDOWS_PER_STEP]]
             optimizer.zero_grad(set_to_none=True)
             for window in chosen.tolist():
                 wanted = target[window].float().to(next(student.parameters()).device)

@@ -26,7 +26,16 @@ from .run_folder import RunFolder, once_noted
 from .sites import ModelSites, Site
 from .statistics import Needs, Statistics
 
-__all__ = ["RepairReport", "cached_repairs", "check_repairs", "choose_repairs", "is_repaired", "lowest", "own_repair"]
+__all__ = [
+    "RepairReport",
+    "cached_repairs",
+    "check_parts",
+    "check_repairs",
+    "choose_repairs",
+    "is_repaired",
+    "lowest",
+    "own_repair",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +212,11 @@ def _parts(sites: list[Site]) -> Iterator[list[Site]]:
         part.append(site)
     if part:
         yield part
+
+
+def check_parts(sites: ModelSites) -> int:
+    """How often [`check_repairs`] reads the held-out windows where every site is repaired."""
+    return sum(1 for _ in _parts(list(sites)))
 
 
 def check_repairs(

@@ -8,16 +8,18 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from texts import calibration_make_tokenizer, calibration_prose
+from transformers import LlamaConfig
 
 from hf_adaprune import PruningConfig, TextSource, find_sites, gram_sums, prune, prune_to_disk, search_plan
 from hf_adaprune.errors import BudgetError, UnsupportedModelError
-from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, estimate, measure_speed
+from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, estimate, layer_sizes, measure_speed
 from hf_adaprune.layer_scores import forward_only_config
 from hf_adaprune.plan import PruningPlan, SitePlan
+from hf_adaprune.repairing import check_parts
 from hf_adaprune.skeleton import bound_skeleton
 from hf_adaprune.stages import even_plan
 
-SPEED = Speed(1e9, 1e8)
+SPEED = Speed(1e9, 1e9, 1e8)
 # Wide enough that one unit is less than a hundredth of the model.
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_key_value_heads": 4}
 
@@ -150,7 +152,7 @@ def test_more_work_takes_longer() -> None:
     once = estimate(sites, config, SPEED)
     twice = estimate(sites, config.with_changes(calibration={"samples": 512}), SPEED)
     assert twice.seconds > once.seconds and twice.calibration_flops > 1.3 * once.calibration_flops
-    assert estimate(sites, config, Speed(2e9, 2e8)).seconds == pytest.approx(once.seconds / 2)
+    assert estimate(sites, config, Speed(2e9, 2e9, 2e8)).seconds == pytest.approx(once.seconds / 2)
     reported = estimate(sites, config.with_changes(calibration={"report": ("python:prose",)}), SPEED)
     assert reported.report_flops > 0 == once.report_flops
     assert "peak memory" in str(once) and once.to_dict()["pruning_ratio"] == once.pruning_ratio
@@ -203,6 +205,40 @@ def test_refused_as_the_run_would_be() -> None:
         bound_skeleton(GPTJConfig(vocab_size=96, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
 
 
-def test_speed_is_measured() -> None:
-    speed = measure_speed(torch.float32, seconds=0.02)
-    assert speed.model > 0 and speed.double > 0
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_speed_is_measured_on_the_widths_of_any_family(family: str) -> None:
+    sites, before = bound_skeleton(tiny_model(family).config), torch.get_rng_state()
+    speed = measure_speed(sites, 8, seconds=0.0)
+    assert min(speed.model, speed.gram, speed.double) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_timed_stays_small_for_large_models() -> None:
+    shape = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8}
+    config = LlamaConfig(num_hidden_layers=2, vocab_size=64, head_dim=128, **shape)
+    sizes = layer_sizes(bound_skeleton(config, torch.bfloat16))
+    assert sizes == {"hidden_size": 2048, "intermediate_size": 6656, "num_attention_heads": 16,
+                     "num_key_value_heads": 1, "head_dim": 128}  # fmt: skip
+
+
+def test_repairs_and_their_checks_take_time() -> None:
+    sites = bound_skeleton(tiny_model("llama").config)
+    plain = PruningConfig.recipe("default", calibration={"samples": 64})
+
+    def flops(**repair: object) -> float:
+        return estimate(sites, plain.with_changes(repair=repair), SPEED).calibration_flops
+
+    # Held-out windows are read once for the check of all sites here, where calibration would have read them.
+    assert check_parts(sites) == 1 and flops() < flops(holdout=0.0) < flops(regional_steps=8)
+    assert flops(schedule="sequential") > flops(holdout=0.0)
+    wide = find_sites(tiny_model("llama", intermediate_size=4096, num_hidden_layers=6))
+    assert check_parts(wide) > 1
+
+
+def test_a_token_adds_to_the_matrices_of_its_own_experts() -> None:
+    config = PruningConfig.recipe("default", units=("expert_channel",), calibration={"sequence_length": 8})
+    few, many = (
+        estimate(bound_skeleton(tiny_model("mixtral", num_local_experts=count).config), config, SPEED)
+        for count in (4, 8)
+    )
+    assert many.gram_bytes > few.gram_bytes and many.calibration_flops == few.calibration_flops
