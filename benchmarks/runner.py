@@ -413,7 +413,8 @@ def _computed(row: Row) -> dict[str, Any]:
     """What an estimate says of a large model; nothing is run, so memory and arithmetic, no time."""
     from transformers import AutoConfig
 
-    from hf_adaprune.estimate import Speed, estimate
+    from hf_adaprune.estimate import estimate
+    from hf_adaprune.machine_speed import Speed
     from hf_adaprune.skeleton import bound_skeleton
 
     from .machine import DTYPE

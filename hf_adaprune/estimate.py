@@ -7,18 +7,15 @@ one short measurement of this machine, and is meant to tell minutes from hours. 
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from .config import PruningConfig
 from .footprint import domain_count, footprint
-from .gram_sums import STRIP, exact_products, strip_elements
+from .gram_sums import strip_elements
 from .layerwise import WINDOWS_PER_STEP
+from .machine_speed import Speed, gram_width, measure_speed
 from .pipeline import Sizes
 from .plan import PruningPlan
 from .repairing import check_parts
@@ -29,7 +26,7 @@ from .sites import ModelSites, Site
 from .stages import even_plan, what_to_collect
 from .statistics import Needs
 
-__all__ = ["Estimate", "Speed", "estimate", "layer_sizes", "measure_speed"]
+__all__ = ["Estimate", "estimate"]
 
 # What factors and inverses in float64 reach of the speed of a bare product.
 SOLVER_SHARE = 0.5
@@ -37,22 +34,6 @@ SOLVER_SHARE = 0.5
 PROPOSAL_SECONDS = 0.75
 # Of the trials of `gp` so many see the rest of their selection text: 0.22 to 0.28 was measured in nine searches.
 GOES_ON = 0.25
-_LENGTH, _WIDEST = 512, 2048  # of what is timed
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Arithmetic of this machine, in floating-point operations per second.
-
-    Args:
-        model (`float`): a forward pass of the model, all that is not matrix products included.
-        gram (`float`): sums of Gram matrices, which are products of float32 numbers.
-        double (`float`): matrix products in float64, which repairs and scores are made of.
-    """
-
-    model: float
-    gram: float
-    double: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +46,7 @@ class Estimate:
         gram_bytes (`int`): of the Gram matrices there.
         peak_bytes (`int`): main memory at the peak, Python included (with Gram matrices where they are not on disk).
         calibration_flops (`float`): of the calibration pass.
-        repair_flops (`float`): of scores and repair.
+        repair_flops (`float`): of scores and repair, with its check, its walk over the layers and trained layers.
         report_flops (`float`): of perplexity on the report sources, dense and pruned.
         search_flops (`float`): of a search, about: every trial scores, repairs and reads the first selection text,
             promising ones (so many as `gp` finds) the rest, and the winner's windows are drawn anew; the rows of
@@ -120,91 +101,15 @@ class Estimate:
         return text_table(("this run will take", ""), rows)
 
 
-def measure_speed(sites: ModelSites, sequence_length: int, seconds: float = 0.4) -> Speed:
-    """Time this machine's CPU for a moment: a forward pass of one decoder layer of the model's widths, and products.
-
-    Machines differ in what attention and norms take beside the products (those of bfloat16 above all), and so do
-    widths; so a layer is timed and not a product. It is a Llama's, whatever the model's family, of random weights and
-    at most 2,048 wide.
-
-    Args:
-        sites ([`ModelSites`]): the model, live or from [`bound_skeleton`](hf_adaprune.skeleton.bound_skeleton).
-        sequence_length (`int`): tokens of a window, of which at most 512 are read.
-        seconds (`float`, *optional*, defaults to 0.4): how long to measure, about.
-    """
-    forward = _forward_speed(sites, min(sequence_length, _LENGTH), seconds / 2)
-    matrix = torch.full((_LENGTH, _LENGTH), 0.5, dtype=torch.float64)
-    double = 2 * _LENGTH**3 / _median_seconds(lambda: matrix @ matrix, seconds / 4)
-    return Speed(forward, _gram_speed(sites, seconds / 4), double)
-
-
-def layer_sizes(sites: ModelSites) -> dict[str, int]:
-    """Sizes of a Llama's layer that stands for those of a model, as fields of its config, at most 2,048 wide.
-
-    Args:
-        sites ([`ModelSites`]): the model, on the meta device too.
-    """
-    hidden = sites.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    shrink = min(1.0, _WIDEST / hidden)
-    sizes = {"hidden_size": round(hidden * shrink)}
-    for site in sites:
-        if site.kind == "attention":
-            groups = max(1, round(site.groups * shrink))
-            sizes["num_key_value_heads"], sizes["num_attention_heads"] = groups, groups * site.group_size
-            # Rotation halves a head.
-            sizes["head_dim"] = site.columns_per_unit + site.columns_per_unit % 2
-        else:
-            width = site.group_size * (sites.top_k(site) or 1) if site.kind == "experts" else site.columns
-            sizes["intermediate_size"] = max(1, round(width * shrink))
-    return sizes
-
-
-def _forward_speed(sites: ModelSites, length: int, seconds: float) -> float:
-    from transformers import LlamaConfig, LlamaModel
-
-    sizes: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 2, **layer_sizes(sites)}
-    config = LlamaConfig(pad_token_id=None, **sizes)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        layer = LlamaModel(config).to(next(sites.model.parameters()).dtype).eval()
-        weights = sum(parameter.numel() for parameter in layer.layers.parameters())
-        attention = 2 * length * layer.layers[0].self_attn.o_proj.in_features
-        ids = torch.zeros(1, length, dtype=torch.long)
-        return length * (2 * weights + attention) / _median_seconds(lambda: layer(ids, use_cache=False), seconds)
-
-
-def _gram_speed(sites: ModelSites, seconds: float) -> float:
-    """Of the last strip of the widest matrix, summed as the pass sums it."""
-    dtype = next(sites.model.parameters()).dtype
-    columns = min(_WIDEST, max(_gram_width(site) for site in sites))
-    rows, sums = torch.full((4 * _LENGTH, columns), 0.5), torch.zeros(min(STRIP, columns), columns, dtype=torch.float64)
-
-    def add() -> None:
-        with exact_products(dtype):
-            sums.add_(rows[:, : len(sums)].T @ rows)
-
-    return 2 * len(rows) * sums.numel() / _median_seconds(add, seconds)
-
-
-def _median_seconds(call: Callable[[], Any], seconds: float) -> float:
-    """Of several calls; the first compiles kernels and does not count."""
-    call()
-    taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < seconds:
-        started = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
-
-
 def estimate(
     sites: ModelSites, config: PruningConfig, speed: Speed | None = None, *, is_kept: bool = False
 ) -> Estimate:
     """Estimate what pruning a model takes and leaves.
 
     Args:
-        sites ([`ModelSites`]): the model, live or from [`bound_skeleton`].
+        sites ([`ModelSites`]): the model, live or from [`bound_skeleton`](hf_adaprune.skeleton.bound_skeleton).
         config ([`PruningConfig`]): what to do.
-        speed ([`Speed`], *optional*): of the machine; measured for 0.2 s where not given.
+        speed ([`Speed`], *optional*): of the machine; measured for half a second, about, where not given.
         is_kept (`bool`, *optional*, defaults to `False`): whether the run has a folder (`run_dir`).
 
     Returns:
@@ -220,38 +125,27 @@ def estimate(
     needs = what_to_collect(config, None) or Needs()
     if config.search is not None:
         needs = search_needs(config, domain_count(config))
-    measures = what_to_collect(config, None) is not None
-    own, repair = config.calibration, config.repair
+    own, share = config.calibration, removed / before.decoder
     speed = measure_speed(sites, own.sequence_length) if speed is None else speed
-    walks = repair.method == "least_squares" and (repair.schedule != "cached" or config.layer_by_layer)
-    checks = repair.method != "none" and repair.holdout > 0 and not walks
-    held = max(1, round(own.samples * repair.holdout)) * own.sequence_length if checks else 0
-    tokens = own.samples * own.sequence_length - held if measures or walks else 0
-    backward = min(own.gradient_samples, own.samples) * own.sequence_length
-    backward = backward if needs.gradients or needs.elements else 0
-    forward = _forward_flops(sites, own.sequence_length)
-    head = 2 * _head_elements(sites)
-    forwards = tokens * forward * config.allocation.steps
-    # A sweep of its own, in which going back costs what going forward did, and as much again for weight gradients.
-    forwards += backward * (forward * (3 if needs.elements else 2) + 3 * head)
-    summing = tokens * _gram_flops(sites) * config.allocation.steps if needs.gram else 0.0
-    walked = 3 * tokens * forward if walks else check_parts(sites) * held * forward
-    # Every layer is trained on its own, so that a step of all of them is one of the model.
-    walked += repair.regional_steps * WINDOWS_PER_STEP * own.sequence_length * 3 * forward
-    report = 2 * len(own.report) * own.evaluation_tokens * (_forward_flops(sites, own.evaluation_length) + head)
-    share = removed / before.decoder
-    solving = _solve_flops(sites, config, needs, share, checks=checks)
-    reading, trying = _search_flops(sites, config, needs, head, share)
+    calibration = _calibration_work(sites, config, needs)
+    ends_in_plans = config.search is not None and (config.search.pareto is not None or bool(config.search.ratios))
+    repair = _Work(double=_score_flops(sites, config, needs))
+    if not ends_in_plans:
+        repair += _repair_work(sites, config, share)
+    a_token = _forward_flops(sites, own.evaluation_length) + 2 * _head_elements(sites)
+    report = _Work(2.0 * len(own.report) * own.evaluation_tokens * a_token)
+    search = _search_work(sites, config, share)
     if _may_draw(config):
-        reading, summing = reading + forwards, 2 * summing
+        search += calibration
     proposing = _proposal_seconds(config)
-    seconds = (forwards + walked + report + reading) / speed.model + summing / speed.gram + proposing
-    seconds += (solving + trying) / (SOLVER_SHARE * speed.double)
-    flops = (float(forwards + summing + walked), float(solving), float(report), float(reading + trying))
+    parts = (calibration, repair, report, search)
+    seconds = sum(part.seconds(speed) for part in parts) + proposing
     taken = footprint(sites, config, needs, before, after, is_kept=is_kept)
+    flops = [part.flops for part in parts]
     return Estimate(
-        before, after, config.gram_place, taken.gram, taken.peak, *flops, proposing, seconds, taken.output, taken.run
-    )
+        before, after, config.gram_place, taken.gram, taken.peak, flops[0], flops[1], flops[2], flops[3], proposing,
+        seconds, taken.output, taken.run,
+    )  # fmt: skip
 
 
 def _foreseeable(config: PruningConfig) -> PruningConfig:
@@ -273,13 +167,78 @@ def _may_draw(config: PruningConfig) -> bool:
     return len(own.sources) > 1
 
 
-def _search_flops(
-    sites: ModelSites, config: PruningConfig, needs: Needs, head: int, share: float
-) -> tuple[float, float]:
-    """Of all trials: forwards on selection text, and one repair each; the dense model reads the text once."""
+@dataclass(frozen=True)
+class _Work:
+    """Floating-point operations by what they run on, see [`Speed`]."""
+
+    model: float = 0.0
+    gram: float = 0.0
+    double: float = 0.0
+
+    def __add__(self, other: _Work) -> _Work:
+        return _Work(self.model + other.model, self.gram + other.gram, self.double + other.double)
+
+    @property
+    def flops(self) -> float:
+        return self.model + self.gram + self.double
+
+    def seconds(self, speed: Speed) -> float:
+        return self.model / speed.model + self.gram / speed.gram + self.double / (SOLVER_SHARE * speed.double)
+
+
+def _held_tokens(config: PruningConfig) -> int:
+    """Of windows that check repairs, as [`TokenBlocks.split`] holds them out."""
+    own, repair = config.calibration, config.repair
+    if repair.method == "none" or repair.holdout <= 0:
+        return 0
+    return min(max(int(repair.holdout * own.samples + 0.5), 1), own.samples - 1) * own.sequence_length
+
+
+def _calibration_work(sites: ModelSites, config: PruningConfig, needs: Needs) -> _Work:
+    own = config.calibration
+    if config.search is None and what_to_collect(config, None) is None:
+        return _Work()
+    tokens = (own.samples * own.sequence_length - _held_tokens(config)) * config.allocation.steps
+    forward, model = _forward_flops(sites, own.sequence_length), 0.0
+    if needs.gradients or needs.elements:
+        # A sweep of its own, in which going back costs what going forward did, and as much again for weight gradients.
+        backward = min(own.gradient_samples, own.samples) * own.sequence_length
+        model = backward * (forward * (3 if needs.elements else 2) + 3 * 2 * _head_elements(sites))
+    return _Work(model + tokens * forward, tokens * _gram_flops(sites) if needs.gram else 0.0)
+
+
+def _repair_work(sites: ModelSites, config: PruningConfig, share: float) -> _Work:
+    """One repair, its check on held-out windows, and layers that are trained."""
+    own, repair, held = config.calibration, config.repair, _held_tokens(config)
+    tokens, forward = own.samples * own.sequence_length - held, _forward_flops(sites, own.sequence_length)
+    work = _Work()
+    walks = repair.method == "least_squares" and (repair.schedule != "cached" or config.layer_by_layer)
+    if repair.method == "least_squares":
+        rounds = 1 + (repair.schedule == "best")
+        work += _Work(double=rounds * _refit_flops(sites, share))
+    if walks:
+        mixes = repair.target_mix > 0
+        squares = sum((sites.top_k(site) or 1) * gram_width(site) ** 2 for site in sites)
+        work += _Work(tokens * forward * (3 + mixes), 2.0 * tokens * squares * (1 + mixes))
+    if config.layer_by_layer:
+        work += _Work(2.0 * held * forward)
+    elif walks:
+        work += _Work(2.0 * held * (forward + 2 * _head_elements(sites)))
+    elif held:
+        work += _Work(check_parts(sites) * held * forward, held * _gram_flops(sites), _error_flops(sites))
+    if repair.regional_steps:
+        # Every layer is trained on its own, so that a step of all of them is one of the model. Dense and pruned
+        # activations go through all layers, and every eighth window is compared before and after.
+        steps = 3 * repair.regional_steps * WINDOWS_PER_STEP * own.sequence_length
+        work += _Work((steps + 2.25 * tokens) * forward)
+    return work
+
+
+def _search_work(sites: ModelSites, config: PruningConfig, share: float) -> _Work:
+    """All trials: forwards on selection text, and one repair each; the dense model reads the text once."""
     search = config.search
     if search is None:
-        return 0.0, 0.0
+        return _Work()
     plans = max(1, len(search.ratios))
     finals = min((search.finalists if search.pareto is None else max(2, search.finalists)) + 1, search.trials)
     rest = max(0, search.selection_tokens - search.first_tokens)
@@ -288,10 +247,9 @@ def _search_flops(
     tokens += search.selection_tokens + search.final_tokens
     tokens = 0 if search.objective == "accuracy" else tokens
     # Scores that invert Gram matrices are computed once, for all trials.
-    cached = config.with_changes(repair={"schedule": "cached"})
-    solved = _solve_flops(sites, cached, replace(needs, gram=False), share, checks=False)
-    tried = plans * (search.trials + finals) * solved
-    return tokens * (_forward_flops(sites, search.sequence_length) + head), tried
+    refits = config.repair.method == "least_squares"
+    solved = plans * (search.trials + finals) * _refit_flops(sites, share) if refits else 0.0
+    return _Work(tokens * (_forward_flops(sites, search.sequence_length) + 2 * _head_elements(sites)), double=solved)
 
 
 def _proposal_seconds(config: PruningConfig) -> float:
@@ -327,26 +285,32 @@ def _forward_flops(sites: ModelSites, length: int) -> float:
     return flops
 
 
-def _gram_width(site: Site) -> int:
-    return site.group_size if site.kind == "experts" else site.columns
-
-
 def _gram_flops(sites: ModelSites) -> float:
     """Per token, which adds to the matrices of its own experts only."""
-    return 2.0 * sum((sites.top_k(site) or 1) * strip_elements(_gram_width(site)) for site in sites)
+    return 2.0 * sum((sites.top_k(site) or 1) * strip_elements(gram_width(site)) for site in sites)
 
 
-def _solve_flops(sites: ModelSites, config: PruningConfig, needs: Needs, share: float, *, checks: bool) -> float:
-    """Inverses for scores that read Gram matrices, and one regression per site and repair of a share of the columns."""
-    flops = 0.0
+def _matrices(sites: ModelSites) -> Iterator[tuple[Site, int, int]]:
+    """Sites with their Gram matrices: how many, and how wide."""
     for site in sites:
-        matrices, columns = (site.groups, site.group_size) if site.kind == "experts" else (1, site.columns)
-        if needs.gram and any(name.startswith("obs") for name in config.importance.metrics):
-            flops += matrices * 2.0 * columns**3
-        if config.repair.method == "least_squares":
-            rounds = 1 + (config.repair.schedule == "best")
-            kept, gone = (1 - share) * columns, share * columns
-            flops += rounds * matrices * (kept**3 / 3 + 2 * kept**2 * gone + 2 * gone * kept * site.outputs)
-            # Errors on held-out windows, with and without the repair.
-            flops += 4.0 * matrices * columns**2 * site.outputs * checks
+        yield site, site.groups if site.kind == "experts" else 1, gram_width(site)
+
+
+def _score_flops(sites: ModelSites, config: PruningConfig, needs: Needs) -> float:
+    """Inverses for scores that read Gram matrices."""
+    inverts = needs.gram and any(name.startswith("obs") for name in config.importance.metrics)
+    return inverts * sum(2.0 * many * columns**3 for _, many, columns in _matrices(sites))
+
+
+def _refit_flops(sites: ModelSites, share: float) -> float:
+    """One regression per site, of a share of its columns on the others."""
+    flops = 0.0
+    for site, many, columns in _matrices(sites):
+        kept, gone = (1 - share) * columns, share * columns
+        flops += many * (kept**3 / 3 + 2 * kept**2 * gone + 2 * gone * kept * site.outputs)
     return flops
+
+
+def _error_flops(sites: ModelSites) -> float:
+    """Errors on held-out windows, with and without the repair."""
+    return sum(4.0 * many * columns**2 * site.outputs for site, many, columns in _matrices(sites))

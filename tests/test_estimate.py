@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from texts import calibration_make_tokenizer, calibration_prose
 from transformers import LlamaConfig
 
 from hf_adaprune import PruningConfig, TextSource, find_sites, gram_sums, prune, prune_to_disk, search_plan
 from hf_adaprune.errors import BudgetError, UnsupportedModelError
-from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, Speed, estimate, layer_sizes, measure_speed
+from hf_adaprune.estimate import PROPOSAL_SECONDS, Estimate, estimate
 from hf_adaprune.layer_scores import forward_only_config
+from hf_adaprune.machine_speed import Speed, layer_sizes, measure_speed
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.repairing import check_parts
 from hf_adaprune.skeleton import bound_skeleton
@@ -213,26 +217,67 @@ def test_speed_is_measured_on_the_widths_of_any_family(family: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_is_timed_stays_small_for_large_models() -> None:
-    shape = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8}
-    config = LlamaConfig(num_hidden_layers=2, vocab_size=64, head_dim=128, **shape)
+# hidden size, channels, heads, KV heads, head size: of Llama 3.2 3B, Qwen3 14B, Mistral Nemo, and 405 B.
+@pytest.mark.parametrize(
+    "shape",
+    [(3072, 8192, 24, 8, 128), (5120, 17408, 40, 8, 128), (5120, 14336, 32, 8, 128), (16384, 53248, 128, 8, 128)],
+)
+def test_what_is_timed_stays_small_for_large_models(shape: tuple[int, ...]) -> None:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    config = LlamaConfig(num_hidden_layers=2, vocab_size=64, **dict(zip(names, shape, strict=True)))
     sizes = layer_sizes(bound_skeleton(config, torch.bfloat16))
-    assert sizes == {"hidden_size": 2048, "intermediate_size": 6656, "num_attention_heads": 16,
-                     "num_key_value_heads": 1, "head_dim": 128}  # fmt: skip
+    LlamaConfig(**sizes)  # which refuses what does not go together
+    assert 900 < sizes["hidden_size"] < 1200 and sizes["head_dim"] == 128
+    wide = sizes["intermediate_size"] / sizes["hidden_size"]
+    assert wide == pytest.approx(shape[1] / shape[0], rel=0.1)
+
+
+@given(heads=st.integers(1, 40), groups=st.integers(1, 8), hidden=st.integers(16, 4096))
+def test_any_heads_can_be_timed(heads: int, groups: int, hidden: int) -> None:
+    site = SimpleNamespace(kind="attention", columns=heads * groups * 6, columns_per_unit=6, groups=groups,
+                           group_size=heads, outputs=hidden)  # fmt: skip
+    sizes = layer_sizes([site])
+    LlamaConfig(**sizes)
+    assert sizes["num_attention_heads"] % sizes["num_key_value_heads"] == 0 < sizes["intermediate_size"]
+
+
+def test_sites_of_one_kind_can_be_timed() -> None:
+    site = SimpleNamespace(kind="mlp", columns=96, columns_per_unit=1, groups=1, group_size=96, outputs=100)
+    assert layer_sizes([site]) == {"hidden_size": 100, "intermediate_size": 96, "num_attention_heads": 2,
+                                   "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
 
 
 def test_repairs_and_their_checks_take_time() -> None:
     sites = bound_skeleton(tiny_model("llama").config)
     plain = PruningConfig.recipe("default", calibration={"samples": 64})
 
-    def flops(**repair: object) -> float:
-        return estimate(sites, plain.with_changes(repair=repair), SPEED).calibration_flops
+    def repair(recipe: str = "default", **own: object) -> float:
+        config = PruningConfig.recipe(recipe, calibration={"samples": 64})
+        return estimate(sites, config.with_changes(repair=own), SPEED).repair_flops
 
-    # Held-out windows are read once for the check of all sites here, where calibration would have read them.
-    assert check_parts(sites) == 1 and flops() < flops(holdout=0.0) < flops(regional_steps=8)
-    assert flops(schedule="sequential") > flops(holdout=0.0)
+    bare, checked = repair(holdout=0.0), repair()
+    assert bare < checked < repair(regional_steps=8) < repair(regional_steps=16)
+    assert repair(schedule="sequential") < repair(schedule="best")
+    assert repair("flap", holdout=0.0) == 0 < repair("flap")
+    # Held-out windows do not calibrate, and are read once for every part of the sites.
+    held, whole = estimate(sites, plain, SPEED), estimate(sites, plain.with_changes(repair={"holdout": 0.0}), SPEED)
+    assert held.calibration_flops < whole.calibration_flops
     wide = find_sites(tiny_model("llama", intermediate_size=4096, num_hidden_layers=6))
-    assert check_parts(wide) > 1
+    assert check_parts(sites) == 1 < check_parts(wide)
+
+
+def test_a_search_that_hands_back_plans_repairs_none() -> None:
+    sites = bound_skeleton(tiny_model("llama").config)
+
+    def of(**search: object) -> Estimate:
+        calibration = {"sources": ("a.txt", "b.txt"), "selection": "c.txt", "samples": 64}
+        return estimate(sites, PruningConfig.recipe("default", calibration=calibration, search=search), SPEED)
+
+    assert of(trials=4, ratios=(0.2, 0.3)).repair_flops < of(trials=4).repair_flops
+    # Windows that are drawn anew with the winner's weights are the search's work.
+    drawn, kept = of(trials=4), of(trials=4, redraw=False)
+    assert drawn.calibration_flops == kept.calibration_flops
+    assert drawn.search_flops == pytest.approx(kept.search_flops + kept.calibration_flops)
 
 
 def test_a_token_adds_to_the_matrices_of_its_own_experts() -> None:

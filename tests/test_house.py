@@ -104,6 +104,7 @@ ORDER = [
     "training",
     "skeleton",
     "footprint",
+    "machine_speed",
     "estimate",
     "streamed",
     "recovery_config",
