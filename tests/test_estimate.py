@@ -275,7 +275,7 @@ def test_a_search_that_hands_back_plans_repairs_none() -> None:
 
     assert of(trials=4, ratios=(0.2, 0.3)).repair_flops < of(trials=4).repair_flops
     # Windows that are drawn anew with the winner's weights are the search's work.
-    drawn, kept = of(trials=4), of(trials=4, redraw=False)
+    drawn, kept = of(trials=4, redraw=True), of(trials=4)
     assert drawn.calibration_flops == kept.calibration_flops
     assert drawn.search_flops == pytest.approx(kept.search_flops + kept.calibration_flops)
 
