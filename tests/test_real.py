@@ -50,9 +50,10 @@ def odd_plan(model: PreTrainedModel, whole: bool) -> PruningPlan:
 
 
 @pytest.mark.parametrize(
-    # Without its first attention the model's activations explode, and float32 rounds them at 2e-4: exact in float64.
+    # float32 rounds these logits at 1e-4, a little more or less by processor; without its first attention the model's
+    # activations explode. In float64 the law is exact for both.
     ("whole", "dtype", "tolerance"),
-    [(False, torch.float32, 1e-4), (True, torch.float64, 1e-9)],
+    [(False, torch.float32, 5e-4), (False, torch.float64, 1e-9), (True, torch.float64, 1e-9)],
 )
 @torch.no_grad()
 def test_masked_equals_cut(
