@@ -138,13 +138,11 @@ def estimate(
     if _may_draw(config):
         search += calibration
     proposing = _proposal_seconds(config)
-    parts = (calibration, repair, report, search)
-    seconds = sum(part.seconds(speed) for part in parts) + proposing
+    seconds = (calibration + repair + report + search).seconds(speed) + proposing
     taken = footprint(sites, config, needs, before, after, is_kept=is_kept)
-    flops = [part.flops for part in parts]
     return Estimate(
-        before, after, config.gram_place, taken.gram, taken.peak, flops[0], flops[1], flops[2], flops[3], proposing,
-        seconds, taken.output, taken.run,
+        before, after, config.gram_place, taken.gram, taken.peak, calibration.flops, repair.flops,
+        report.flops, search.flops, proposing, seconds, taken.output, taken.run,
     )  # fmt: skip
 
 
