@@ -71,6 +71,8 @@ def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | N
             facts_of = [vars(shape), setting.scale.cost_divisor, setting.model_facts["dtype"]]
             rows.append(Row(shape, 0, None, experiment.measures, digest_of(["cost", facts_of])))
         return rows
+    if experiment.measures == ("computed",):
+        return [_computed_row(case, setting) for case in experiment.cases if isinstance(case, Case)]
     texts = setting.matrix if experiment.matrix else setting.texts
     for case in expand(experiment, len(texts.calibration)):
         first = (case.seeds or experiment.seeds)[0]
@@ -81,15 +83,29 @@ def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | N
             if case.searches:
                 config = search_of(case, config, case.searches[0], setting.scale, texts)
             dense = case.ratio == 0 and case.peer is None
-            said = None if dense else {**config.to_dict(), "version": None, "recipe_name": None}
-            computed = case.label if "computed" in own else None
-            whole = [said, case.searches, case.peer, computed]
+            # The last one keeps the keys of rows that were measured when it said something.
+            whole = [None if dense else _facts(config), case.searches, case.peer, None]
             key = _key(whole, setting.protocol(own, experiment.matrix))
             wider = None
             if own == ("perplexity",) and not experiment.matrix:
                 wider = _key(whole, setting.protocol(("perplexity", "tasks"), False))
             rows.append(Row(case, seed, config, own, key, wider))
     return rows
+
+
+def _computed_row(case: Case, setting: Setting) -> Row:
+    # A search-free run of the defaults; the run's texts do not matter to arithmetic.
+    config = layer_by_layer_config(PruningConfig.recipe(case.recipe, pruning_ratio=case.ratio, **case.changes))
+    said = ["computed", _facts(config), COMPUTED[_shape_of(case)], setting.model_facts["dtype"]]
+    return Row(case, 0, config, ("computed",), digest_of(said))
+
+
+def _shape_of(case: Case) -> str:
+    return case.label.removesuffix(", layer by layer")
+
+
+def _facts(config: PruningConfig) -> dict[str, Any]:
+    return {**config.to_dict(), "version": None, "recipe_name": None}
 
 
 def _key(said: list[Any], protocol: Mapping[str, Any]) -> str:
@@ -420,12 +436,9 @@ def _computed(row: Row) -> dict[str, Any]:
     from .machine import DTYPE
 
     assert row.config is not None
-    family, sizes = COMPUTED[row.case.label.removesuffix(", layer by layer")]
+    family, sizes = COMPUTED[_shape_of(row.case)]
     sites = bound_skeleton(AutoConfig.for_model(family, **sizes), dtype=DTYPE)
-    # A search-free run of the defaults; texts do not matter to arithmetic.
-    config = PruningConfig.recipe(row.case.recipe, pruning_ratio=row.case.ratio, **row.case.changes)
-    config = layer_by_layer_config(config)
-    found = estimate(sites, config, Speed(1.0, 1.0, 1.0))
+    found = estimate(sites, row.config, Speed(1.0, 1.0, 1.0))
     return {
         "pruning_ratio": found.pruning_ratio,
         "parameters": found.after.total,

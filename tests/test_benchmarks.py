@@ -272,6 +272,12 @@ def test_keys_tell_configs_seeds_models_and_texts_apart(setting: Any) -> None:
         row.key,
     }
     assert len(found) == 5
+    # What is only computed reads no text, so another folder of them adds no line.
+    own = smoke_setting()
+    own.texts = replace(text, calibration=(text.calibration[0],), report=(shorter,))
+    computed = [row.key for row in rows_of(EXPERIMENTS["computed_cost"], setting)]
+    assert [row.key for row in rows_of(EXPERIMENTS["computed_cost"], own)] == computed
+    assert len(set(computed)) == len(EXPERIMENTS["computed_cost"].cases)
 
 
 def test_a_masked_row_is_what_pruning_gives(setting: Any, tmp_path: Path) -> None:
