@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from .config import RepairConfig
 from .errors import CalibrationError, StatisticsError
+from .gram_sums import exact_products
 from .moments import cholesky, covariance, ridge_diagonal, second_moments
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
@@ -233,46 +234,47 @@ def _repair_experts(site: Site, kept: SitePlan, moments: Moments, config: Repair
     return Repair(torch.stack(weights))
 
 
-def output_error(site: Site, kept: SitePlan, moments: Moments, repair: Repair | None) -> float:
-    """Mean squared error per token between the dense output and the cut one, summed over outputs.
+def output_error(
+    site: Site, kept: SitePlan, repair: Repair | None, rows: torch.Tensor, expert: int = 0
+) -> torch.Tensor:
+    """Squared error of a reader's outputs after a cut, summed over tokens and outputs.
 
     Args:
-        site ([`Site`]): the site, still dense. For experts the errors of those that stay are added up.
+        site ([`Site`]): the site, still dense.
         kept ([`SitePlan`]): what stays.
-        moments ([`Moments`]): of the inputs the error is taken on.
         repair ([`Repair`], *optional*): new weights; the old ones where not given.
+        rows (`torch.Tensor`): what the dense model's reader reads, `[tokens, columns]`; of experts what
+            [`hf_adaprune.tracing.watched_inputs`] shows.
+        expert (`int`, *optional*, defaults to 0): whose rows these are. One that goes counts for nothing: its tokens
+            find others.
+
+    Returns:
+        `torch.Tensor` of shape `[]`: float64, on the rows' device.
     """
-    matrix, mean = moments.covariance, moments.mean
-    weight = site.reader.weight.to(matrix.device).double()
+    weight, columns, slot = site.reader.weight.detach(), site.column_index(kept), 0
     if site.kind == "experts":
-        return _experts_error(site, kept, matrix, weight, repair)
-    columns = site.column_index(kept).to(matrix.device)
-    difference = weight.clone()
-    own = weight.index_select(1, columns) if repair is None else repair.weight.to(matrix.device).double()
-    difference[:, columns] -= own
-    shift = difference @ mean
-    if repair is not None and repair.bias is not None:
-        before = (
-            torch.zeros_like(shift)
-            if site.reader.bias is None
-            else site.reader.bias.detach().to(shift.device).to(shift.dtype)
-        )
-        shift = shift + before - repair.bias.to(shift.device).to(shift.dtype)
-    return float(((difference @ matrix) * difference).sum() + shift.square().sum())
-
-
-def _experts_error(
-    site: Site, kept: SitePlan, matrix: torch.Tensor, weight: torch.Tensor, repair: Repair | None
-) -> float:
-    experts = kept.kept_groups
-    channels = torch.tensor(kept.kept).reshape(len(experts), kept.kept_per_group) % site.group_size
-    error = 0.0
-    for number, (expert, own) in enumerate(zip(experts, channels.to(matrix.device), strict=True)):
-        difference = weight[expert].clone()
-        new = difference[:, own] if repair is None else repair.weight[number].to(matrix.device).double()
-        difference[:, own] -= new
-        error += float(((difference @ matrix[expert]) * difference).sum())
-    return error
+        if expert not in kept.kept_groups:
+            return torch.zeros((), dtype=torch.float64, device=rows.device)
+        slot = kept.kept_groups.index(expert)
+        start = slot * kept.kept_per_group
+        weight = weight[expert]
+        columns = torch.tensor(kept.kept[start : start + kept.kept_per_group]) % site.group_size
+    stays, values = columns.to(rows.device), rows.float()
+    # The difference of the weights first, so that no large outputs cancel; a copy of one matrix at a time.
+    difference = weight.to(rows.device, torch.float32, copy=True)
+    bias = torch.zeros(len(difference), device=rows.device)
+    if repair is None:
+        gone = torch.ones(difference.shape[1], dtype=torch.bool, device=rows.device).index_fill(0, stays, False)
+        difference, values = difference[:, gone], values[:, gone]
+    else:
+        own = repair.weight if site.kind != "experts" else repair.weight[slot]
+        difference[:, stays] -= own.to(difference)
+        if repair.bias is not None:
+            old = torch.zeros_like(bias) if site.reader.bias is None else site.reader.bias.detach().to(bias)
+            bias = old - repair.bias.to(bias)
+    with exact_products(torch.float32):
+        change = values @ difference.T + bias
+    return change.double().square().sum()
 
 
 def check_enough_tokens(sites: ModelSites, tokens: float, config: RepairConfig, kept: Mapping[str, SitePlan]) -> None:

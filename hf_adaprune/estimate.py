@@ -18,7 +18,6 @@ from .layerwise import WINDOWS_PER_STEP
 from .machine_speed import Speed, gram_width, measure_speed
 from .pipeline import Sizes
 from .plan import PruningPlan
-from .repairing import check_parts
 from .reporting import text_table
 from .search_checks import search_needs
 from .search_config import SPEEDS
@@ -223,7 +222,9 @@ def _repair_work(sites: ModelSites, config: PruningConfig, share: float) -> _Wor
     elif walks:
         work += _Work(2.0 * held * (forward + 2 * _head_elements(sites)))
     elif held:
-        work += _Work(check_parts(sites) * held * forward, held * _gram_flops(sites), _error_flops(sites))
+        # Errors with and without the repair are float32 products, which take half of what float64 ones do.
+        products = sum((sites.top_k(site) or 1) * gram_width(site) * site.outputs for site in sites)
+        work += _Work(held * forward, double=held * (1 + share) * products)
     if repair.regional_steps:
         # Every layer is trained on its own, so that a step of all of them is one of the model. Dense and pruned
         # activations go through all layers, and every eighth window is compared before and after.
@@ -307,8 +308,3 @@ def _refit_flops(sites: ModelSites, share: float) -> float:
         kept, gone = (1 - share) * columns, share * columns
         flops += many * (kept**3 / 3 + 2 * kept**2 * gone + 2 * gone * kept * site.outputs)
     return flops
-
-
-def _error_flops(sites: ModelSites) -> float:
-    """Errors on held-out windows, with and without the repair."""
-    return sum(4.0 * many * columns**2 * site.outputs for site, many, columns in _matrices(sites))

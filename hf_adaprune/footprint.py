@@ -169,10 +169,13 @@ def peak_by_layer(sites: ModelSites, config: PruningConfig, shard_bytes: int = 5
     domains = domain_count(config) if is_per_domain(config, needs) else 1
     # Float64 matrices that exist at once, as bytes per element of the widest Gram matrix: covariance, its second
     # moments, the part that stays and its factor; scores by optimal brain surgery also hold an inverse.
-    solving = max(40 * widest**2, (_WIDE + 8) * stacked) if walks or checks else 0
+    solving = max(40 * widest**2, (_WIDE + 8) * stacked) if walks else 0
     solving = max(solving, 56 * widest**2 + (_WIDE + 8) * stacked) if needs.gram else solving
-    solving += domains * (grams + stacked) * _WIDE if needs.gram or checks else 0
-    solving += 2 * 8 * max((s.reader.outputs * s.columns for s in sites if s.kind != "experts"), default=0) * walks
+    solving += domains * (grams + stacked) * _WIDE if needs.gram else 0
+    largest = max((site.reader.outputs * site.columns for site in sites if site.kind != "experts"), default=0)
+    solving += 2 * 8 * largest * walks
+    # The check of repairs has float32 copies of one matrix: the whole one, and its columns that go.
+    solving += 2 * _WIDE * largest * checks
     rows = max(_FORWARD_TOKENS, own.sequence_length)
     # What a layer computes of a batch, and float32 copies of what a reader reads.
     working = rows * (8 * hidden * size + max(site.columns for site in sites) * (4 * size + 3 * _WIDE))

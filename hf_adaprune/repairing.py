@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,23 +14,23 @@ from transformers.utils import logging as transformers_logging
 
 from .calibration import TokenBlocks
 from .clock import Clock
-from .compensation import Moments, Repair, output_error, repair_plan
+from .compensation import Repair, output_error, repair_plan
 from .config import PruningConfig, RepairConfig
-from .evaluation import per_window_loss
+from .errors import StatisticsError
+from .evaluation import per_window_loss, run_layers
 from .layerwise import Kept, regional_weights, sequential_repairs
 from .masking import masked
-from .moments import covariance
 from .plan import PruningPlan
-from .recording import collect_statistics, quiet_bars, quiet_model
+from .recording import quiet_bars, quiet_model
 from .run_artefacts import kept_repair, repair_name
 from .run_folder import RunFolder, once_noted
-from .sites import ModelSites, Site
-from .statistics import Needs, Statistics
+from .sites import ModelSites
+from .statistics import Statistics
+from .tracing import watched_inputs
 
 __all__ = [
     "RepairReport",
     "cached_repairs",
-    "check_parts",
     "check_repairs",
     "choose_repairs",
     "is_repaired",
@@ -161,9 +162,7 @@ def choose_repairs(
     reports: tuple[RepairReport, ...] = ()
     if held_out is not None and repairs and schedule == "cached":
         checked, held = repairs, held_out
-        found = once_noted(
-            run, place("check"), lambda: list(map(vars, check_repairs(sites, plan, checked, held, config)))
-        )
+        found = once_noted(run, place("check"), lambda: list(map(vars, check_repairs(sites, plan, checked, held))))
         reports = tuple(RepairReport(**report) for report in found)
         repairs = {report.name: repairs[report.name] for report in reports if report.kept}
         clock.stop("check repair")
@@ -201,50 +200,47 @@ def lowest(losses: Mapping[str, float]) -> str:
     return min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
 
 
-def _parts(sites: list[Site]) -> Iterator[list[Site]]:
-    """Sites in runs whose Gram matrices take a quarter of what all take: the check must not set the peak of memory."""
-    room = max(2**25, sum(site.columns**2 for site in sites) // 4)
-    part: list[Site] = []
-    for site in sites:
-        if part and sum(other.columns**2 for other in part) + site.columns**2 > room:
-            yield part
-            part = []
-        part.append(site)
-    if part:
-        yield part
-
-
-def check_parts(sites: ModelSites) -> int:
-    """How often [`check_repairs`] reads the held-out windows where every site is repaired."""
-    return sum(1 for _ in _parts(list(sites)))
-
-
+@torch.no_grad()
 def check_repairs(
-    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], held_out: TokenBlocks, config: PruningConfig
+    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], held_out: TokenBlocks
 ) -> tuple[RepairReport, ...]:
-    """Output errors with and without each repair, on moments of windows that no repair has seen.
+    """Output errors with and without each repair, on windows that no repair has seen; one forward pass over them.
 
     Args:
         sites ([`ModelSites`]): the dense model, or a layer of it.
         plan ([`PruningPlan`]): which units stay.
         repairs (`dict[str, Repair]`): by site.
         held_out ([`TokenBlocks`]): the windows.
-        config ([`PruningConfig`]): where moments are held.
+
+    Raises:
+        StatisticsError: an error is not finite; with the name of the site.
     """
-    weights = torch.ones(len(held_out))
+    errors = {name: torch.zeros(2, dtype=torch.float64) for name in repairs}
+
+    def adds(name: str) -> Callable[[int, torch.Tensor], None]:
+        site, kept = sites.by_name[name], plan.sites[name]
+
+        def sink(expert: int, rows: torch.Tensor) -> None:
+            for number, repair in enumerate((None, repairs[name])):
+                errors[name][number] += output_error(site, kept, repair, rows, expert).cpu()
+
+        return sink
+
+    with contextlib.ExitStack() as stack:
+        for name in repairs:
+            stack.enter_context(watched_inputs(sites, sites.by_name[name], adds(name)))
+        # One window after the other, so that there is no padding.
+        for window in transformers_logging.tqdm(range(len(held_out)), desc="check repair", unit="window"):
+            run_layers(sites.model, held_out.select([window]))
     reports = []
-    for part in _parts([sites.by_name[name] for name in repairs]):
-        # A part is small, so its moments need no disk.
-        place = "model" if config.gram_place == "model" else "cpu"
-        statistics = collect_statistics(
-            replace(sites, sites=tuple(part)), held_out, Needs(gram=True), gram_place=place, description="check repair"
-        )
-        for site in part:
-            matrix, mean, _ = covariance(site, statistics, weights)
-            moments = Moments(matrix, mean)
-            before = output_error(site, plan.sites[site.name], moments, None)
-            after = output_error(site, plan.sites[site.name], moments, repairs[site.name])
-            reports.append(RepairReport(site.name, before, after, after < before))
+    for name, found in errors.items():
+        if not torch.isfinite(found).all():
+            raise StatisticsError(
+                f"{name}: outputs are not finite on held-out windows. Load the model in bfloat16 or float32 (float16 "
+                "overflows on massive activations) and check its weights."
+            )
+        before, after = (found / held_out.tokens).tolist()
+        reports.append(RepairReport(name, before, after, after < before))
     dropped = [report.name for report in reports if not report.kept]
     if dropped:
         logger.warning(

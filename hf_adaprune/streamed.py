@@ -41,7 +41,7 @@ from .offloading import check_finite, check_layer, layer_weights, load_offloaded
 from .pipeline import PruningResult, Sizes, as_sources, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
-from .recording import collect_statistics, quiet_bars, quiet_model
+from .recording import quiet_bars, quiet_model
 from .repairing import RepairReport, check_repairs, lowest, own_repair
 from .run_artefacts import kept_blocks, kept_layer_scores, repair_name
 from .run_facts import bind_layer, bytes_digest, run_facts
@@ -443,11 +443,11 @@ class _Run:
                     if held_out is not None and means is not None:
                         if repairs:
                             with stream.at(number, "nothing"):
-                                reports = check_repairs(part, own, repairs, held_out, self.config)
+                                reports = check_repairs(part, own, repairs, held_out)
                             self.reports.extend(reports)
                             repairs = {report.name: repairs[report.name] for report in reports if report.kept}
                         with stream.at(number):
-                            collect_statistics(part, held_out, Needs(), description="")
+                            run_layers(part.model, held_out)
                     yield number, repairs
 
 

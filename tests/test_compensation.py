@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from plans import plan_of_kind, site_plans
 from texts import random_blocks
 
+from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.compensation import (
     Moments,
     _regress,
@@ -24,13 +25,14 @@ from hf_adaprune.compensation import (
     repair_plan,
 )
 from hf_adaprune.config import RepairConfig
-from hf_adaprune.errors import CalibrationError
+from hf_adaprune.errors import CalibrationError, StatisticsError
 from hf_adaprune.layerwise import regional_weights, sequential_repairs
 from hf_adaprune.masking import masked
 from hf_adaprune.moments import covariance
 from hf_adaprune.parts import DAMPING_SCALES
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.recording import collect_statistics
+from hf_adaprune.repairing import check_repairs
 from hf_adaprune.sites import ModelSites, Site, find_sites
 from hf_adaprune.statistics import Needs, Statistics
 from hf_adaprune.surgery import apply_plan, assign_layer
@@ -162,10 +164,11 @@ def test_a_repair_never_raises_the_error_on_its_own_data(
     site = dense("llama")[0].by_name["layers.1.mlp"]
     moments = moments_of("llama", site)
     config = RepairConfig(intercept=intercept, damping=damping, damping_scale=scale)
-    before = output_error(site, kept, moments, None)
-    after = output_error(site, kept, moments, repair_from_moments(site, kept, moments, config))
+    rows = inputs_of("llama", site.name)[0]
+    before = output_error(site, kept, None, rows)
+    after = output_error(site, kept, repair_from_moments(site, kept, moments, config), rows)
     assert after <= before * (1 + 1e-5) + 1e-9
-    bias = output_error(site, kept, moments, bias_repair(site, kept, moments.mean))
+    bias = output_error(site, kept, bias_repair(site, kept, moments.mean), rows)
     assert bias <= before * (1 + 1e-5) + 1e-9
     if intercept:
         assert after <= bias * (1 + 1e-5) + 1e-9
@@ -182,8 +185,45 @@ def test_the_output_error_is_the_output_error() -> None:
         for repair in (None, fitted, repair_from_moments(site, kept, moments, RepairConfig(intercept=False))):
             own = weight[:, columns] if repair is None else repair.weight.double()
             bias = old_bias if repair is None or repair.bias is None else repair.bias.double()
-            expected = (rows[:, columns] @ own.T + bias - goal).square().sum(1).mean()
-            assert output_error(site, kept, moments, repair) == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+            expected = (rows[:, columns] @ own.T + bias - goal).square().sum()
+            assert float(output_error(site, kept, repair, rows)) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
+    site = dense("mixtral")[0].by_name["layers.1.experts"]
+    kept, moments = SitePlan(4, 24, (*range(24, 34), *range(50, 60))), moments_of("mixtral", site)
+    for repair in (None, repair_from_moments(site, kept, moments, RepairConfig())):
+        for expert, rows in inputs_of("mixtral", site.name).items():
+            weight, own = site.reader.weight[expert].double(), torch.arange(10) + (0 if expert == 1 else 2)
+            new = weight[:, own] if repair is None else repair.weight[max(0, expert - 1) % 2].double()
+            expected = (rows[:, own] @ new.T - rows @ weight.T).square().sum() if expert in (1, 2) else 0.0
+            found = float(output_error(site, kept, repair, rows, expert))
+            assert found == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_repairs_are_checked_on_each_token_of_held_out_windows(family: str) -> None:
+    sites, statistics = dense(family)
+    plan = PruningPlan(family, 3, {site.name: some_units(site) for site in sites})
+    repairs = repair_plan(sites, plan, statistics, torch.ones(len(BLOCKS)), RepairConfig(damping=0.1))
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    mask[1, 6:] = False
+    held = TokenBlocks(tokens(3, 10, seed=5), mask, torch.zeros(3, dtype=torch.long), ("a",))
+    reports = check_repairs(sites, plan, repairs, held)
+    assert [report.name for report in reports] == list(repairs)
+    for report in reports:
+        site, expected = sites.by_name[report.name], [0.0, 0.0]
+        for window, seen in zip(held.input_ids, mask, strict=True):
+            rows: list[tuple[int, torch.Tensor]] = []
+            with watched_inputs(sites, site, lambda expert, own, rows=rows: rows.append((expert, own))):
+                logits_of(sites.model, window[seen][None])
+            for number, repair in enumerate((None, repairs[site.name])):
+                for expert, own in rows:
+                    expected[number] += float(output_error(site, plan.sites[site.name], repair, own, expert)) / 26
+        assert [report.before, report.after] == pytest.approx(expected, rel=1e-5)
+        assert report.kept == (report.after < report.before)
+    with torch.no_grad():
+        spoiled = find_sites(tiny_model(family))
+        next(iter(spoiled.model.parameters())).fill_(float("nan"))
+    with pytest.raises(StatisticsError, match=r"layers\.0\..*not finite on held-out windows"):
+        check_repairs(spoiled, plan, repairs, held)
 
 
 def test_few_tokens_are_refused_with_the_number_that_would_do() -> None:
