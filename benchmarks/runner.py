@@ -84,7 +84,7 @@ def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | N
                 config = search_of(case, config, case.searches[0], setting.scale, texts)
             dense = case.ratio == 0 and case.peer is None
             # The last one keeps the keys of rows that were measured when it said something.
-            whole = [None if dense else _facts(config), case.searches, case.peer, None]
+            whole = [None if dense else _said_by(config), case.searches, case.peer, None]
             key = _key(whole, setting.protocol(own, experiment.matrix))
             wider = None
             if own == ("perplexity",) and not experiment.matrix:
@@ -96,7 +96,7 @@ def rows_of(experiment: Experiment, setting: Setting, seeds: tuple[int, ...] | N
 def _computed_row(case: Case, setting: Setting) -> Row:
     # A search-free run of the defaults; the run's texts do not matter to arithmetic.
     config = layer_by_layer_config(PruningConfig.recipe(case.recipe, pruning_ratio=case.ratio, **case.changes))
-    said = ["computed", _facts(config), COMPUTED[_shape_of(case)], setting.model_facts["dtype"]]
+    said = ["computed", _said_by(config), COMPUTED[_shape_of(case)], setting.model_facts["dtype"]]
     return Row(case, 0, config, ("computed",), digest_of(said))
 
 
@@ -104,7 +104,7 @@ def _shape_of(case: Case) -> str:
     return case.label.removesuffix(", layer by layer")
 
 
-def _facts(config: PruningConfig) -> dict[str, Any]:
+def _said_by(config: PruningConfig) -> dict[str, Any]:
     return {**config.to_dict(), "version": None, "recipe_name": None}
 
 

@@ -200,7 +200,6 @@ def lowest(losses: Mapping[str, float]) -> str:
     return min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
 
 
-@torch.no_grad()
 def check_repairs(
     sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], held_out: TokenBlocks
 ) -> tuple[RepairReport, ...]:
