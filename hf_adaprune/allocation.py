@@ -8,7 +8,6 @@ attention (FLAP's MM structures) alone exceeds the target.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from .errors import BudgetError, ConfigError
 from .importance import Scores
 from .offers import Offer, offers_of, protected_layers, target_removal
 from .plan import PruningPlan, SitePlan
+from .shapes import SHAPES, profile_factor
 from .sites import ModelSites
 
 __all__ = ["TargetError", "allocate"]
@@ -85,7 +85,7 @@ def allocate(
         return _global(sites, scores, config, offers, target, start, per_parameter=False)
     if config.allocation.method == "flap" and config.allocation.structure.startswith("AL"):
         return _manual_adaptive(sites, config, offers, target)
-    shape = _SHAPES[config.allocation.method]
+    shape = SHAPES[config.allocation.method]
     return _shaped(sites, config, offers, target, shape(sites, config, offers, target, cosine))
 
 
@@ -102,28 +102,9 @@ def _check_equal_layers(sites: ModelSites, offers: list[Offer]) -> None:
 # -- one ranking over the model ---------------------------------------------------------------------------------------
 
 
-def _modifier(sites: ModelSites, config: PruningConfig) -> Callable[[int, str], float]:
-    """The profile as a factor on scores, by layer and kind of site."""
-    points = config.allocation.profile
-
-    def factor(layer: int, kind: str) -> float:
-        value = _interpolate(points, layer, len(sites.layers)) if points else 0.0
-        return math.exp(value + (config.allocation.attention_balance if kind == "attention" else 0.0))
-
-    return factor
-
-
 def _weighted(value: float, factor: float) -> float:
     """A score times the profile's factor. Standardised scores may be negative: a factor above 1 raises these too."""
     return value * factor if value > 0 else value / factor
-
-
-def _interpolate(points: Sequence[float], layer: int, layers: int) -> float:
-    if len(points) == 1 or layers == 1:
-        return points[0]
-    position = layer / (layers - 1) * (len(points) - 1)
-    left = min(int(position), len(points) - 2)
-    return points[left] + (position - left) * (points[left + 1] - points[left])
 
 
 def _global(
@@ -137,7 +118,7 @@ def _global(
 ) -> PruningPlan:
     if config.uniform and offers:
         return _shaped(sites, config, offers, target, [1.0] * len(offers))
-    factor = _modifier(sites, config)
+    factor = profile_factor(sites, config)
     whole = list(_whole_steps(sites, scores, config, factor, per_parameter))
     if not whole and not any(len(offer.levels) > 1 for offer in offers):
         raise ConfigError(f"`units` {config.units} and `protected_layers` leave nothing that may go.")
@@ -300,76 +281,6 @@ class _State:
 
 
 # -- ratios per layer -------------------------------------------------------------------------------------------------
-
-# A shape says how much of each offer goes, up to a common factor that the budget decides.
-Shape = Callable[[ModelSites, PruningConfig, list[Offer], int, "torch.Tensor | None"], list[float]]
-
-
-def _even(sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: object) -> list[float]:
-    return [1.0] * len(offers)
-
-
-def _logarithmic(
-    sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: object
-) -> list[float]:
-    """SlimGPT's incremental ratio (2412.18110): `r_i = r_0 + (r_last - r_0) ln(i + 1) / ln(L)`."""
-    layers = len(sites.layers)
-    ratio = target / max(1, sites.decoder_parameters)
-    first = config.allocation.first_ratio if config.allocation.first_ratio is not None else ratio / 3
-    mean = math.lgamma(layers + 1) / (layers * math.log(layers)) if layers > 1 else 1.0
-    last = first + (ratio - first) / mean
-    rise = [math.log(layer + 1) / math.log(max(2, layers)) for layer in range(layers)]
-    return [max(first + (last - first) * rise[offer.site.layer], 1e-6) for offer in offers]
-
-
-def _profile(sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: object) -> list[float]:
-    factor = _modifier(sites, config)
-    ratio = min(max(target / max(1, sites.decoder_parameters), 1e-3), 1 - 1e-3)
-    odds = ratio / (1 - ratio)
-    shares = []
-    for offer in offers:
-        own = odds / factor(offer.site.layer, offer.site.kind)
-        shares.append(own / (1 + own))
-    return shares
-
-
-def _similarity(
-    sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: torch.Tensor | None
-) -> list[float]:
-    """Adapt-Pruner's map (2502.03460): `S_l = S_base - A I_l`, importance = negative cosine, centred, scaled to 1.
-
-    The published schedule adds increments of 0.02 to the base and subtracts A times the importance at each; the same
-    layers' importance over all increments amounts to one step with A times their number.
-    """
-    if cosine is None:
-        raise ConfigError("allocation `similarity` needs the layers' cosines; collect them with Needs(cosine=True).")
-    protected = protected_layers(sites, config)
-    own = [layer for layer in range(len(sites.layers)) if layer not in protected]
-    importance = -torch.atleast_2d(cosine).double()
-    centred = importance - importance[:, own].mean(1, keepdim=True)
-    centred = (centred / centred[:, own].abs().amax(1, keepdim=True).clamp(min=1e-12)).mean(0)
-    base = target / max(1, sum(sites.layer_parameters[layer] for layer in own))
-    amplitude = config.allocation.amplitude * base / 0.02
-    return [max(base - amplitude * float(centred[offer.site.layer]), 1e-6) for offer in offers]
-
-
-def _given(sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: object) -> list[float]:
-    given = config.allocation.ratios
-    unknown = sorted(set(given) - {site.name for site in sites})
-    if unknown:
-        raise ConfigError(f"`allocation.ratios` names sites that the model lacks: {', '.join(unknown[:3])}.")
-    # A hair above 0, so that a budget which the named sites cannot meet is made up by the others.
-    return [max(given.get(offer.site.name, 0.0), 1e-6) for offer in offers]
-
-
-_SHAPES: dict[str, Shape] = {
-    "uniform": _even,
-    "flap": _even,
-    "logarithmic": _logarithmic,
-    "profile": _profile,
-    "similarity": _similarity,
-    "ratios": _given,
-}
 
 
 def _shaped(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import random_blocks
 
-from hf_adaprune import allocation
+from hf_adaprune import shapes
 from hf_adaprune.allocation import allocate
 from hf_adaprune.config import AllocationConfig, PruningConfig, RepairConfig
 from hf_adaprune.errors import BudgetError, ConfigError
@@ -277,9 +277,9 @@ def test_profiles_move_sparsity(method: str, sign: float) -> None:
 
 
 def test_interpolation_of_a_profile() -> None:
-    values = [allocation._interpolate((0.0, 1.0, 0.0), layer, 5) for layer in range(5)]
+    values = [shapes._interpolate((0.0, 1.0, 0.0), layer, 5) for layer in range(5)]
     assert values == [0.0, 0.5, 1.0, 0.5, 0.0]
-    assert [allocation._interpolate((0.7,), layer, 5) for layer in (0, 4)] == [0.7, 0.7]
+    assert [shapes._interpolate((0.7,), layer, 5) for layer in (0, 4)] == [0.7, 0.7]
 
 
 def test_the_logarithmic_schedule_has_its_shape() -> None:
@@ -288,7 +288,7 @@ def test_the_logarithmic_schedule_has_its_shape() -> None:
     config = PruningConfig(0.3, units=("channel",), allocation=method)
     offers = offers_of(sites, random_scores(sites, ("channel",)), config)
     target = target_removal(sites, config)
-    shape = allocation._logarithmic(sites, config, offers, target, None)
+    shape = shapes._logarithmic(sites, config, offers, target, None)
     assert shape[0] == pytest.approx(0.1)
     last = 0.1 + (0.3 - 0.1) / (math.log(math.factorial(8)) / (8 * math.log(8)))
     for layer in range(8):
@@ -301,7 +301,7 @@ def test_the_similarity_map_is_adapt_pruners() -> None:
     config = PruningConfig(0.02, units=("channel",), allocation=AllocationConfig("similarity", amplitude=0.015))
     offers = offers_of(sites, random_scores(sites, ("channel",)), config)
     target = round(0.02 * sites.decoder_parameters)
-    found = allocation._similarity(sites, config, offers, target, COSINE)
+    found = shapes._similarity(sites, config, offers, target, COSINE)
     importance = -COSINE.double()
     centred = importance - importance.mean()
     base = target / sites.decoder_parameters

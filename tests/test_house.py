@@ -41,6 +41,7 @@ ORDER = [
     "metrics",
     "importance",
     "offers",
+    "shapes",
     "allocation",
     "compensation",
     "run_facts",
