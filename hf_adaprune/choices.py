@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from .documents import eval_mode, json_rows
+from .continuations import log_likelihoods
+from .documents import json_rows
 from .errors import CalibrationError
-from .evaluation import Measurement, scored_logits, token_losses
+from .evaluation import Measurement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +77,7 @@ def _encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation:
 
 
 def multiple_choice(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 8
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 16
 ) -> dict[str, Measurement]:
     """Accuracy on multiple-choice rows, scored as lm-evaluation-harness does.
 
@@ -86,7 +85,8 @@ def multiple_choice(
         model (`PreTrainedModel`): a causal language model.
         tokenizer: its tokenizer.
         rows (sequence of `ChoiceRow`): see [`read_rows`].
-        batch_size (`int`, *optional*, defaults to 8): continuations per forward; they are ordered by length.
+        batch_size (`int`, *optional*, defaults to 16): continuations per forward; a row's context is read once for all
+            of its choices.
 
     Returns:
         `dict[str, Measurement]`: `acc` (the choice of the highest log-likelihood after the context) and `acc_norm` (of
@@ -101,7 +101,7 @@ def multiple_choice(
 
 
 def per_row_errors(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 8
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 16
 ) -> list[float]:
     """1 for every multiple-choice row that the model gets wrong by `acc_norm`, else 0; see [`multiple_choice`]."""
     normed = _by_length(_choice_scores(model, tokenizer, rows, batch_size)[0], rows)
@@ -121,31 +121,10 @@ def _choice_scores(
     """Log-likelihood of every choice of every row, and the number of scored tokens."""
     if not rows:
         raise CalibrationError("there are no multiple-choice rows to score. Give at least one.")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # Choices whose inputs are equal (continuations of one token) share a forward.
-    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
-    for index, row in enumerate(rows):
-        for choice, text in enumerate(row.choices):
-            context, continuation = _encode_pair(tokenizer, row.context, " " + text)
-            whole = (context + continuation)[-(longest + 1) :] if longest else context + continuation
-            requests.setdefault(tuple(whole[:-1]), []).append((index, choice, continuation[-len(whole) + 1 :]))
-    scores = [[0.0] * len(row.choices) for row in rows]
-    tokens = 0
-    inputs = sorted(requests, key=lambda ids: (-len(ids), ids))
-    with eval_mode(model), torch.inference_mode():
-        for start in range(0, len(inputs), batch_size):
-            batch = inputs[start : start + batch_size]
-            width = len(batch[0])
-            ids = torch.tensor([[*row_ids, *[0] * (width - len(row_ids))] for row_ids in batch])
-            logits = scored_logits(
-                model, ids, torch.arange(width) < torch.tensor([[len(row_ids)] for row_ids in batch])
-            )
-            for position, row_ids in enumerate(batch):
-                for index, choice, continuation in requests[row_ids]:
-                    part = logits[position, len(row_ids) - len(continuation) : len(row_ids)]
-                    scores[index][choice] = -float(token_losses(part, torch.tensor(continuation)).sum())
-                    tokens += len(continuation)
-    return scores, tokens
+    pairs = [_encode_pair(tokenizer, row.context, " " + text) for row in rows for text in row.choices]
+    found, tokens = log_likelihoods(model, pairs, batch_size)
+    scores = iter(found)
+    return [[next(scores) for _ in row.choices] for row in rows], tokens
 
 
 def _accuracy(name: str, scores: list[list[float]], rows: Sequence[ChoiceRow], tokens: int) -> Measurement:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_adaprune import choices, evaluation
+from hf_adaprune import evaluation
 from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.choices import ChoiceRow, multiple_choice, per_row_errors, read_rows
 from hf_adaprune.errors import CalibrationError, ConfigError
@@ -354,24 +354,6 @@ def test_every_choice_is_found_when_it_is_the_likely_one(
     assert multiple_choice(evaluation_model, evaluation_tokenizer, rows)["acc"].value == 1.0
     with pytest.raises(CalibrationError, match="no multiple-choice rows"):
         multiple_choice(evaluation_model, evaluation_tokenizer, [])
-
-
-def test_continuations_of_one_token_share_a_forward(
-    evaluation_model: LlamaForCausalLM, evaluation_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sequences = 0
-    forward = choices.scored_logits
-
-    def counting(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        nonlocal sequences
-        sequences += len(ids)
-        return forward(model, ids, mask)
-
-    monkeypatch.setattr(choices, "scored_logits", counting)
-    row = ChoiceRow("0", "t", "rain", ("the", "river", "water"), 0)
-    lengths = [len(evaluation_tokenizer(" " + c, add_special_tokens=False)["input_ids"]) for c in row.choices]
-    multiple_choice(evaluation_model, evaluation_tokenizer, [row, row])
-    assert sequences == (1 if 1 in lengths else 0) + sum(length > 1 for length in lengths)
 
 
 GOOD = {"id": "1", "task": "t", "context": "c", "choices": ["a", "b"], "label": 1}

@@ -53,6 +53,7 @@ ORDER = [
     "remote_code",
     "layerwise",
     "evaluation",
+    "continuations",
     "choices",
     "harness",
     "speeds",
