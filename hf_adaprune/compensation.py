@@ -46,15 +46,15 @@ class Moments:
         covariance (`torch.Tensor`): `[columns, columns]`, float64; for experts `[experts, channels, channels]`, not
             centred.
         mean (`torch.Tensor`): `[columns]`.
-        cross (`torch.Tensor`, *optional*): what the target is regressed on instead of the inputs themselves: moments of
-            the (mixed) target inputs with the inputs, `[columns, columns]`.
-        target_mean (`torch.Tensor`, *optional*): mean of the target inputs, `[columns]`.
+        shift (`torch.Tensor`, *optional*): what the target has beside the dense matrix's output on these inputs: its
+            second moments with the inputs, `[outputs, columns]`, not centred.
+        shift_mean (`torch.Tensor`, *optional*): its mean, `[outputs]`.
     """
 
     covariance: torch.Tensor
     mean: torch.Tensor
-    cross: torch.Tensor | None = None
-    target_mean: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    shift_mean: torch.Tensor | None = None
 
 
 def repair_plan(
@@ -151,12 +151,14 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
     matrix, mean = moments.covariance, moments.mean
     weight = site.reader.weight.to(matrix.device).double()
     columns = site.column_index(kept).to(matrix.device)
-    cross = moments.cross
-    goal = mean if moments.target_mean is None else moments.target_mean
+    extra = None if moments.shift is None else moments.shift.to(matrix.device)
     if not config.intercept:
-        return _fitting(site, Repair(_regress(weight, matrix, columns, config, cross, (mean, goal)).float().cpu()))
-    new = _regress(weight, matrix, columns, config, cross)
-    shift = weight @ goal - new @ mean[columns]
+        return _fitting(site, Repair(_regress(weight, matrix, columns, config, extra, mean).float().cpu()))
+    extra_mean = torch.zeros(len(weight)).to(mean) if moments.shift_mean is None else moments.shift_mean
+    if extra is not None:
+        extra = extra - torch.outer(extra_mean, mean).to(extra.device)
+    new = _regress(weight, matrix, columns, config, extra)
+    shift = weight @ mean + extra_mean - new @ mean[columns]
     if site.reader.bias is not None:
         shift = shift + site.reader.bias.detach().to(shift.device).to(shift.dtype)
     return _fitting(site, Repair(new.float().cpu(), shift.float().cpu()))
@@ -180,14 +182,14 @@ def _regress(
     matrix: torch.Tensor,
     columns: torch.Tensor,
     config: RepairConfig,
-    cross: torch.Tensor | None = None,
-    means: tuple[torch.Tensor, torch.Tensor] | None = None,
+    shift: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """New weights on the kept columns. `means` of inputs and targets turn covariances into second moments.
+    """New weights on the kept columns. A `mean` turns covariances into second moments; `shift` is as they are then.
 
     Block by block: a second matrix as large as the first would set the peak of memory.
     """
-    inner = _block(matrix, columns, columns, means and (means[0], means[0]))
+    inner = _block(matrix, columns, columns, mean)
     ridge = ridge_diagonal(inner, config.damping, config.damping_scale)
     kept = weight.index_select(1, columns)
     inner.diagonal().add_(ridge)
@@ -195,32 +197,26 @@ def _regress(
     scale = inner.diagonal().clamp(min=1e-30).rsqrt()
     factor = cholesky(inner.mul_(scale).mul_(scale[:, None]))
     del inner
-    if cross is not None:
-        target = weight @ _block(cross, None, columns, means and (means[1], means[0])) + kept * ridge
-        return (torch.cholesky_solve(target.T * scale[:, None], factor) * scale[:, None]).T
+    if shift is not None:
+        moved = shift.index_select(1, columns) * scale
+        kept = kept + (torch.cholesky_solve(moved.T, factor) * scale[:, None]).T
     # The dense weights on the kept columns solve for themselves, so only what the removed ones add is left to solve.
     stays = torch.zeros(matrix.shape[0], dtype=torch.bool, device=matrix.device)
     stays[columns] = True
     removed = (~stays).nonzero().flatten()
-    between = _block(matrix, removed, columns, means and (means[0], means[0])).T * scale[:, None]
+    between = _block(matrix, removed, columns, mean).T * scale[:, None]
     own = weight.index_select(1, removed)
     if len(removed) < len(weight):
         return kept + own @ (torch.cholesky_solve(between, factor) * scale[:, None]).T
     return kept + (torch.cholesky_solve(between @ own.T, factor) * scale[:, None]).T
 
 
-def _block(
-    matrix: torch.Tensor,
-    rows: torch.Tensor | None,
-    columns: torch.Tensor,
-    means: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    """Some rows (or all) and columns of a matrix, plus those of the product of two means."""
-    block = (matrix if rows is None else matrix.index_select(0, rows)).index_select(1, columns)
-    if means is None:
+def _block(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    """Some rows and columns of a matrix, plus those of a mean's product with itself."""
+    block = matrix.index_select(0, rows).index_select(1, columns)
+    if mean is None:
         return block
-    left = means[0] if rows is None else means[0].index_select(0, rows)
-    return block.add_(torch.outer(left, means[1].index_select(0, columns)))
+    return block.add_(torch.outer(mean.index_select(0, rows), mean.index_select(0, columns)))
 
 
 def _repair_experts(site: Site, kept: SitePlan, moments: Moments, config: RepairConfig) -> Repair:

@@ -100,7 +100,9 @@ def repairs_by_layer(
         plan ([`PruningPlan`]): which units stay.
         blocks ([`TokenBlocks`]): calibration windows without padding.
         config ([`RepairConfig`]): `target_mix` 0 regresses on what the dense matrix makes of the pruned model's inputs,
-            1 on the dense model's own outputs (OSSCAR's full sequential target, 2403.12983).
+            1 on what brings the residual stream behind the sublayer to where the dense model's is, so that a layer
+            makes up for errors of those before it. Where a norm stands between reader and stream, on the dense model's
+            own outputs (OSSCAR's full sequential target, 2403.12983).
         domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows.
         store ([`ActivationStore`], *optional*): whose memory the activations take.
         kept ([`Kept`], *optional*): where the repairs of every layer are kept.
@@ -126,7 +128,7 @@ def repairs_by_layer(
                     with masked(sites, own, repairs):
                         walk.advance(number, walk.pruned)
                 if config.target_mix > 0:
-                    walk.advance(number, walk.dense)
+                    walk.pass_dense(number)
 
 
 def _repairs_of(walk: _Walk, own: PruningPlan, config: RepairConfig) -> dict[str, Repair]:
@@ -234,6 +236,8 @@ class _Walk:
             )
         self.sites = sites
         self.pruned, self.dense = Activations(store), Activations(store)
+        self.passed = 0  # layers behind which the dense stream stands
+        self._adds: dict[int, bool] = {}
 
         def sink(hidden: torch.Tensor) -> None:
             self.dtype = hidden.dtype
@@ -278,49 +282,105 @@ class _Walk:
                 )
             hidden[index] = after
 
+    def pass_dense(self, number: int) -> None:
+        """Put the dense model's outputs of a layer in the place of its inputs, unless they are there."""
+        if self.passed <= number:
+            self.advance(number, self.dense)
+            self.passed = number + 1
+
     @torch.no_grad()
     def moments(self, site: Site, before: PruningPlan, repairs: Mapping[str, Repair], mix: float) -> Moments:
-        """Moments of a reader's inputs on the pruned stream; with `mix`, cross moments with the mixed target too."""
+        """Moments of a reader's inputs on the pruned stream; with `mix`, those of what the target has beside, too."""
         device = site.reader.parameter.device
         experts = site.kind == "experts"
         width = site.group_size if experts else site.columns
+        mixes = mix > 0 and not experts
         gram = torch.zeros(site.groups if experts else 1, width, width, device=device)
-        cross = torch.zeros_like(gram) if mix > 0 else gram
-        total, goal_total, tokens = torch.zeros(width, device=device), torch.zeros(width, device=device), 0.0
+        shift = torch.zeros(site.outputs if mixes else 0, width, device=device)
+        total, shift_total, tokens = torch.zeros(width, device=device), torch.zeros(len(shift), device=device), 0.0
+        adds = mixes and self.adds(site.layer)
+        if adds and site.kind == "mlp":
+            self.pass_dense(site.layer)
         for window, weight in enumerate(self.weights):
             seen: dict[int, torch.Tensor] = {}
-            with _until_seen(site), masked(self.sites, before, repairs), _collects(self.sites, site, seen):
-                self.call(site.layer, self.pruned[window][None].to(device))
-            goals = seen
-            if mix > 0 and not experts:
-                goals = {}
-                with _until_seen(site), _collects(self.sites, site, goals):
-                    self.call(site.layer, self.dense[window][None].to(device))
+            hidden = self.pruned[window][None].to(device)
+            with masked(self.sites, before, repairs):
+                output = self._shown(site, hidden, seen, whole=adds and site.kind == "mlp")
+            lag = self._lag(site, window, hidden, seen[0], output, adds) if mixes else None
             for expert, rows in seen.items():
-                slot = expert if experts else 0
-                goal = rows + mix * (goals[expert] - rows) if mix > 0 and not experts else rows
-                with exact_products(torch.float32 if experts or mix > 0 else self.dtype):
-                    gram[slot] += weight * (rows.T @ rows)
-                    if mix > 0:
-                        cross[slot] += weight * (goal.T @ rows)
+                with exact_products(torch.float32 if experts or mixes else self.dtype):
+                    gram[expert if experts else 0] += weight * (rows.T @ rows)
+                    if lag is not None:
+                        shift += weight * mix * (lag.T @ rows)
                 if not experts:
-                    total, goal_total = total + weight * rows.sum(0), goal_total + weight * goal.sum(0)
-                    tokens += weight * len(rows)
+                    total, tokens = total + weight * rows.sum(0), tokens + weight * len(rows)
+            if lag is not None:
+                shift_total += weight * mix * lag.sum(0)
         if experts:
             count = max(1.0, sum(self.weights) * self.length)
             return Moments(gram.cpu().double() / count, torch.zeros(site.columns, dtype=torch.float64))
-        mean, goal_mean = total.cpu().double() / tokens, goal_total.cpu().double() / tokens
+        mean = total.cpu().double() / tokens
         # In place: these are the largest matrices of the walk.
         centred = gram[0].cpu().double().div_(tokens).sub_(torch.outer(mean, mean))
-        if mix <= 0:
+        if not mixes:
             return Moments(centred, mean)
-        return Moments(centred, mean, cross[0].cpu().double() / tokens - torch.outer(goal_mean, mean), goal_mean)
+        return Moments(centred, mean, shift.cpu().double().div_(tokens), shift_total.cpu().double() / tokens)
+
+    def _shown(
+        self, site: Site, hidden: torch.Tensor, seen: dict[int, torch.Tensor], whole: bool
+    ) -> torch.Tensor | None:
+        """Let a layer show what the site's reader reads, and its output where the whole of it has to run."""
+        with _until_seen(site), _collects(self.sites, site, seen, whole):
+            return self.call(site.layer, hidden)
+        return None
+
+    def _lag(
+        self, site: Site, window: int, hidden: torch.Tensor, rows: torch.Tensor, output: torch.Tensor | None, adds: bool
+    ) -> torch.Tensor:
+        """How far the pruned model's residual stream is behind the dense model's after a sublayer, `[tokens, hidden]`.
+
+        Where the layer does not add the reader's output as it is, how far that output alone is behind.
+        """
+        dense = self.dense[window].to(hidden.device)
+        if output is not None:  # the MLP is the last to add, and the dense stream stands behind the layer
+            return dense.float() - output[0].float()
+        seen: dict[int, torch.Tensor] = {}
+        self._shown(site, dense[None], seen, whole=False)
+        lag = (seen[0] - rows) @ site.reader.weight.float().T
+        return lag + dense.float() - hidden[0].float() if adds else lag
+
+    @torch.no_grad()
+    def adds(self, number: int) -> bool:
+        """Whether a layer adds what its MLP's reader gives to the residual stream, without a norm in between.
+
+        Tried on a window, because a layer's code may do anything. Mixtures of experts (all that are built in) do.
+        """
+        site = next((own for own in self.sites if own.layer == number and own.kind == "mlp"), None)
+        if site is None:
+            return True
+        if number not in self._adds:
+            hidden = self.pruned[0][None].to(site.reader.parameter.device)
+            seen: dict[int, torch.Tensor] = {}
+            whole = self._shown(site, hidden, seen, whole=True)
+            assert whole is not None
+            silent = SitePlan(site.groups, site.group_size, ())
+            plan = PruningPlan(self.sites.architecture.model_type, len(self.sites.layers), {site.name: silent})
+            with masked(self.sites, plan):
+                without = self.call(number, hidden)
+            own = seen[0] @ site.reader.weight.float().T
+            if site.reader.bias is not None:
+                own = own + site.reader.bias.float()
+            parts = [part.reshape(own.shape).float() for part in (whole, without)]
+            size = own.abs() + parts[0].abs() + parts[1].abs()
+            error = (parts[0] - parts[1] - own).abs() / size.clamp(min=1e-30)
+            self._adds[number] = float(error.median()) <= max(8 * torch.finfo(self.dtype).eps, 1e-5)
+        return self._adds[number]
 
 
-def _collects(sites: ModelSites, site: Site, seen: dict[int, torch.Tensor]) -> Any:
+def _collects(sites: ModelSites, site: Site, seen: dict[int, torch.Tensor], whole: bool) -> Any:
     def sink(expert: int, rows: torch.Tensor) -> None:
         seen[expert] = rows.float()
-        if site.kind != "experts":
+        if site.kind != "experts" and not whole:
             raise Enough  # what follows the reader is of no use here
 
     return watched_inputs(sites, site, sink)

@@ -315,7 +315,8 @@ class RepairConfig:
             `sequential` (layer after layer on the pruned model's own activations), or `best` (both, and the one with
             the lower loss on held-out calibration windows stays).
         target_mix (`float`, *optional*, defaults to 0.0): sequential only. 0 regresses on what the dense matrix makes
-            of the pruned model's inputs, 1 on the dense model's output, values between on the mixture.
+            of the pruned model's inputs, 1 on what brings the residual stream to where the dense model's is (so that
+            layers make up for the errors of those before them), values between on the mixture.
         regional_steps (`int`, *optional*, defaults to 0): optimiser steps per block on all its matrices against the
             dense block's output, after the repair. 0 turns it off.
         regional_learning_rate (`float`, *optional*, defaults to 3e-4): Adam's learning rate for these steps.
@@ -344,7 +345,7 @@ class RepairConfig:
         check_number(
             "repair.damping", self.damping, 0.0, 1e6, what="ridge strength relative to the scale of the inputs"
         )
-        check_number("repair.target_mix", self.target_mix, 0.0, 1.0, what="0 the pruned, 1 the dense model's output")
+        check_number("repair.target_mix", self.target_mix, 0.0, 1.0, what="0 the pruned, 1 the dense stream")
         check_number("repair.holdout", self.holdout, 0.0, 0.5, what="share of windows held out")
         check_whole("repair.regional_steps", self.regional_steps, 0, what="optimiser steps per block")
         check_number(

@@ -26,7 +26,7 @@ from hf_adaprune.compensation import (
 )
 from hf_adaprune.config import RepairConfig
 from hf_adaprune.errors import CalibrationError, StatisticsError
-from hf_adaprune.layerwise import regional_weights, sequential_repairs
+from hf_adaprune.layerwise import _Walk, regional_weights, sequential_repairs
 from hf_adaprune.masking import masked
 from hf_adaprune.moments import covariance
 from hf_adaprune.parts import DAMPING_SCALES
@@ -267,25 +267,87 @@ def test_sequential_equals_cached_where_nothing_was_cut_before(family: str, mix:
     assert not torch.allclose(walked[last].weight, cached[last].weight, atol=1e-4)
 
 
+def streams_behind(sites: ModelSites, number: int) -> torch.Tensor:
+    """What a layer hands on, `[tokens, hidden]`, float64."""
+    seen: list[torch.Tensor] = []
+    handle = sites.layers[number].register_forward_hook(lambda _, args, output: seen.append(output))
+    logits_of(sites.model, BLOCKS.input_ids)
+    handle.remove()
+    output = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return output.reshape(-1, output.shape[-1]).double()
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("intercept", [True, False])
-def test_sequential_regresses_the_mixed_target(intercept: bool, mix: float) -> None:
-    """The second site, by lstsq on what the pruned model feeds it and what the dense model fed it."""
-    sites, _ = dense("llama")
-    plan = PruningPlan("llama", 3, {name: some_units(sites.by_name[name]) for name in ("layers.0.mlp", "layers.1.mlp")})
+@pytest.mark.parametrize(("family", "kind"), [("llama", "mlp"), ("llama", "attention"), ("gpt_neox", "mlp")])
+def test_sequential_regresses_the_mixed_target(family: str, kind: str, intercept: bool, mix: float) -> None:
+    """The second cut site, by lstsq on what the pruned model feeds it and how far its stream is behind."""
+    sites, _ = dense(family)
+    names = ("layers.0.mlp", f"layers.1.{kind}")
+    plan = PruningPlan(family, 3, {name: some_units(sites.by_name[name]) for name in names})
     config = RepairConfig(target_mix=mix, intercept=intercept, damping=0.0)
     repairs = sequential_repairs(sites, plan, BLOCKS, config)
-    site, rows = sites.by_name["layers.1.mlp"], []
-    before = PruningPlan("llama", 3, {"layers.0.mlp": plan.sites["layers.0.mlp"]})
+    site, rows = sites.by_name[names[1]], []
+    before = PruningPlan(family, 3, {"layers.0.mlp": plan.sites["layers.0.mlp"]})
+    full = inputs_of(family, site.name)[0]
+    # Behind the MLP the stream is the layer's output; behind attention its input and what attention adds.
+    number = 1 if kind == "mlp" else 0
+    wanted = streams_behind(sites, number)
     with masked(sites, before, repairs), watched_inputs(sites, site, lambda _, own: rows.append(own.double())):
-        logits_of(sites.model, BLOCKS.input_ids)
-    pruned, full = rows[0], inputs_of("llama", site.name)[0]
-    goal = (mix * full + (1 - mix) * pruned) @ site.reader.weight.double().T
+        behind = streams_behind(sites, number)
+    pruned, weight = rows[0], site.reader.weight.double()
+    lag = wanted - behind + (0 if kind == "mlp" else (full - pruned) @ weight.T)
+    goal = pruned @ weight.T + mix * lag
     inner = pruned[:, site.column_index(plan.sites[site.name])]
     data = torch.cat([inner, torch.ones(len(inner), int(intercept), dtype=torch.float64)], 1)
     solution = torch.linalg.lstsq(data, goal).solution.T
     made = repairs[site.name].weight.double()
     torch.testing.assert_close(made, solution[:, : made.shape[1]], rtol=2e-2, atol=2e-3)
+
+
+NORMED = ("gemma2", "gemma3_text", "olmo2")  # their sublayers' outputs are normed before the stream takes them
+
+
+def test_a_norm_behind_the_reader_is_noticed(family: str) -> None:
+    sites = find_sites(tiny_model(family))
+    walk = _Walk(sites, BLOCKS)
+    assert [walk.adds(number) for number in range(3)] == [family not in NORMED] * 3
+    for number in range(3):
+        walk.pass_dense(number)
+        walk.pass_dense(number)
+    assert walk.passed == 3
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in sites.model.modules())
+
+
+def test_an_opt_that_norms_its_outputs_is_noticed() -> None:
+    sites = find_sites(tiny_model("opt", do_layer_norm_before=False))
+    assert not _Walk(sites, BLOCKS).adds(1)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_behind_a_norm_the_target_is_the_dense_output(family: str) -> None:
+    sites, _ = dense(family)
+    names = ("layers.0.mlp", "layers.1.mlp")
+    plan = PruningPlan(family, 3, {name: some_units(sites.by_name[name]) for name in names})
+    repairs = sequential_repairs(sites, plan, BLOCKS, RepairConfig(target_mix=1.0, damping=0.0))
+    site, rows = sites.by_name[names[1]], []
+    first = PruningPlan(family, 3, {names[0]: plan.sites[names[0]]})
+    with masked(sites, first, repairs), watched_inputs(sites, site, lambda _, own: rows.append(own.double())):
+        logits_of(sites.model, BLOCKS.input_ids)
+    goal = inputs_of(family, site.name)[0] @ site.reader.weight.double().T
+    solution = torch.linalg.lstsq(rows[0][:, site.column_index(plan.sites[site.name])], goal).solution.T
+    torch.testing.assert_close(repairs[site.name].weight.double(), solution, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "phi3", "qwen3_moe"])
+def test_the_stream_ends_closer_to_the_dense_one(family: str) -> None:
+    sites, _ = dense(family)
+    plan, wanted, errors = narrow_plan(sites), streams_behind(sites, 2), []
+    for mix in (0.0, 1.0):
+        repairs = sequential_repairs(sites, plan, BLOCKS, RepairConfig(target_mix=mix))
+        with masked(sites, plan, repairs):
+            errors.append(float((streams_behind(sites, 2) - wanted).square().mean()))
+    assert errors[1] < 0.97 * errors[0]
 
 
 def test_the_dense_model_is_untouched_and_dropped_layers_are_skipped() -> None:
@@ -384,23 +446,24 @@ def test_weights_of_domains_choose_the_moments() -> None:
 
 @pytest.mark.parametrize("scale", DAMPING_SCALES)
 @pytest.mark.parametrize("removed", [3, 40])
-@pytest.mark.parametrize("with_cross", [False, True])
-def test_the_regression_equals_its_formula(scale: str, removed: int, with_cross: bool) -> None:
-    """`W_K* = (W C[:, K] + d W_K) (C_KK + d)^-1`, whichever of outputs and removed columns are fewer."""
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_regression_equals_its_formula(scale: str, removed: int, shifted: bool) -> None:
+    """`W_K* = (W C[:, K] + S_K + d W_K) (C_KK + d)^-1`, whichever of outputs and removed columns are fewer."""
     generator = torch.Generator().manual_seed(removed)
     rows = torch.randn(200, 48, generator=generator, dtype=torch.float64)
     rows = rows @ torch.randn(48, 48, generator=generator, dtype=torch.float64)
     matrix, weight = rows.T @ rows / 200, torch.randn(16, 48, generator=generator, dtype=torch.float64)
-    cross = torch.randn(48, 48, generator=generator, dtype=torch.float64) @ matrix if with_cross else None
+    shift = torch.randn(16, 48, generator=generator, dtype=torch.float64) @ matrix if shifted else None
     columns = torch.randperm(48, generator=generator)[removed:].sort().values
     config = RepairConfig(damping=0.03, damping_scale=scale)
     own = matrix.diagonal()[columns]
     chosen = {"mean": own.mean(), "column": own, "median": own.median()}[scale]
     ridge = torch.diag(config.damping * chosen * torch.ones_like(own) + 1e-6 * own.mean())
-    goal = weight @ (matrix if cross is None else cross)[:, columns] + weight[:, columns] @ ridge
+    goal = weight @ matrix[:, columns] + weight[:, columns] @ ridge
+    goal = goal if shift is None else goal + shift[:, columns]
     expected = goal @ torch.linalg.inv(matrix[columns][:, columns] + ridge)
     before = matrix.clone()
-    found = _regress(weight, matrix, columns, config, cross)
+    found = _regress(weight, matrix, columns, config, shift)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     assert torch.equal(matrix, before)
 
