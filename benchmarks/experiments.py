@@ -147,7 +147,8 @@ def _repairs() -> tuple[Case, ...]:
         *case("bias", method="bias"),
         *case("least squares", method="least_squares", schedule="cached"),
         *case("least squares with intercept", method="least_squares", intercept=True),
-        *case("least squares, sequential", method="least_squares", schedule="sequential"),
+        *case("least squares, sequential", method="least_squares", schedule="sequential", target_mix=0.0),
+        *case("sequential, towards the dense stream", method="least_squares", schedule="sequential", target_mix=0.5),
         # Minutes a row, so at one ratio.
         *case("least squares, then regional", method="least_squares", regional_steps=32)[:1],
     )

@@ -105,7 +105,10 @@ def _shape_of(case: Case) -> str:
 
 
 def _said_by(config: PruningConfig) -> dict[str, Any]:
-    return {**config.to_dict(), "version": None, "recipe_name": None}
+    said = {**config.to_dict(), "version": None, "recipe_name": None}
+    if config.repair.schedule == "cached" and not config.layer_by_layer:
+        said["repair"] = {**said["repair"], "target_mix": 0.0}  # of walks alone, so it does not tell rows apart
+    return said
 
 
 def _key(said: list[Any], protocol: Mapping[str, Any]) -> str:

@@ -314,7 +314,7 @@ class RepairConfig:
         schedule (`str`, *optional*, defaults to `"cached"`): `cached` (moments of the dense model, seconds),
             `sequential` (layer after layer on the pruned model's own activations), or `best` (both, and the one with
             the lower loss on held-out calibration windows stays).
-        target_mix (`float`, *optional*, defaults to 0.0): sequential only. 0 regresses on what the dense matrix makes
+        target_mix (`float`, *optional*, defaults to 0.5): sequential only. 0 regresses on what the dense matrix makes
             of the pruned model's inputs, 1 on what brings the residual stream to where the dense model's is (so that
             layers make up for the errors of those before them), values between on the mixture.
         regional_steps (`int`, *optional*, defaults to 0): optimiser steps per block on all its matrices against the
@@ -331,7 +331,7 @@ class RepairConfig:
     damping: float = 0.01
     damping_scale: str = "mean"
     schedule: str = "cached"
-    target_mix: float = 0.0
+    target_mix: float = 0.5
     regional_steps: int = 0
     regional_learning_rate: float = 3e-4
     holdout: float = 0.0625
