@@ -216,7 +216,8 @@ def _repair_work(sites: ModelSites, config: PruningConfig, share: float) -> _Wor
     if walks:
         mixes = repair.target_mix > 0
         squares = sum((sites.top_k(site) or 1) * gram_width(site) ** 2 for site in sites)
-        work += _Work(tokens * forward * (3 + mixes), 2.0 * tokens * squares * (1 + mixes))
+        lags = sum(site.columns * site.outputs for site in sites if site.kind != "experts") * mixes
+        work += _Work(tokens * forward * (3 + mixes), 2.0 * tokens * (squares + lags))
     if config.layer_by_layer:
         work += _Work(2.0 * held * forward)
     elif walks:

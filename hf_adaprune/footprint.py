@@ -174,11 +174,14 @@ def peak_by_layer(sites: ModelSites, config: PruningConfig, shard_bytes: int = 5
     solving += domains * (grams + stacked) * _WIDE if needs.gram else 0
     largest = max((site.reader.outputs * site.columns for site in sites if site.kind != "experts"), default=0)
     solving += 2 * 8 * largest * walks
+    mixes = walks and config.repair.target_mix > 0
+    solving += (_WIDE + 8) * largest * mixes  # moments of the stream's lag
     # The check of repairs has float32 copies of one matrix: the whole one, and its columns that go.
     solving += 2 * _WIDE * largest * checks
     rows = max(_FORWARD_TOKENS, own.sequence_length)
     # What a layer computes of a batch, and float32 copies of what a reader reads.
     working = rows * (8 * hidden * size + max(site.columns for site in sites) * (4 * size + 3 * _WIDE))
+    working += rows * 3 * hidden * _WIDE * mixes
     scored = own.evaluation_length if own.report else own.sequence_length
     head = scored * vocabulary * 2 * size if own.report or walks else 0
     kept = sum((1 + needs.squares) * own.samples * site.columns * _WIDE for site in sites if site.layer == 0)
@@ -240,8 +243,10 @@ def _gram_elements(sites: ModelSites) -> int:
 def _gram_bytes(sites: ModelSites, config: PruningConfig, needs: Needs) -> int:
     domains = domain_count(config) if is_per_domain(config, needs) else 1
     if config.repair.method == "least_squares" and config.layer_by_layer:
-        widest = max((site.columns**2 for site in sites if site.kind != "experts"), default=0)
-        return widest * _WIDE * (1 + (config.repair.target_mix > 0))  # of one site, and its cross moments
+        # Of one site, and of what its target has beside.
+        mixes = config.repair.target_mix > 0
+        own = [s.columns**2 + mixes * s.outputs * s.columns for s in sites if s.kind != "experts"]
+        return max(own, default=0) * _WIDE
     return domains * _gram_elements(sites) * _WIDE if needs.gram else 0
 
 
