@@ -26,7 +26,7 @@ from hf_adaprune.compensation import (
 )
 from hf_adaprune.config import RepairConfig
 from hf_adaprune.errors import CalibrationError, StatisticsError
-from hf_adaprune.layerwise import _Walk, regional_weights, sequential_repairs
+from hf_adaprune.layerwise import regional_weights, sequential_repairs
 from hf_adaprune.masking import masked
 from hf_adaprune.moments import covariance
 from hf_adaprune.parts import DAMPING_SCALES
@@ -37,6 +37,7 @@ from hf_adaprune.sites import ModelSites, Site, find_sites
 from hf_adaprune.statistics import Needs, Statistics
 from hf_adaprune.surgery import apply_plan, assign_layer
 from hf_adaprune.tracing import watched_inputs
+from hf_adaprune.walk import Walk
 
 BLOCKS = random_blocks(8, 40)
 
@@ -310,7 +311,7 @@ NORMED = ("gemma2", "gemma3_text", "olmo2")  # their sublayers' outputs are norm
 
 def test_a_norm_behind_the_reader_is_noticed(family: str) -> None:
     sites = find_sites(tiny_model(family))
-    walk = _Walk(sites, BLOCKS)
+    walk = Walk(sites, BLOCKS)
     assert [walk.adds(number) for number in range(3)] == [family not in NORMED] * 3
     for number in range(3):
         walk.pass_dense(number)
@@ -321,7 +322,7 @@ def test_a_norm_behind_the_reader_is_noticed(family: str) -> None:
 
 def test_an_opt_that_norms_its_outputs_is_noticed() -> None:
     sites = find_sites(tiny_model("opt", do_layer_norm_before=False))
-    assert not _Walk(sites, BLOCKS).adds(1)
+    assert not Walk(sites, BLOCKS).adds(1)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])

@@ -51,6 +51,7 @@ ORDER = [
     "surgery",
     "modeling",
     "remote_code",
+    "walk",
     "layerwise",
     "evaluation",
     "continuations",
