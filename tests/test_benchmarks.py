@@ -479,6 +479,7 @@ def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_p
         quality_row("default", 0.5, 0, 50.0, 0.4),
         quality_row("flap", 0.2, 0, 40.0, 0.45),
         quality_row("flap", 0.5, 0, 5000.0, 0.3),
+        quality_row("slow", 0.5, 0, 90.0, 0.3),
         quality_row("flap", 0.3, 0, 1.0, 0.3),
         {"label": "peer", "ratio": 0.2, "seed": 0, "status": "failed"},
         {**quality_row("default", 0.2, 0, 1.0, 1.0), "protocol": "other"},
@@ -495,6 +496,7 @@ def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_p
         "| dense | 20.00 | 0.600 | 20.00 | 0.600 |\n"
         "| default | **30.00** (1.50x) | **0.500** | **50.00** (2.50x) | **0.400** |\n"
         "| flap | 40.00 (2.00x) | 0.450 | 5,000 | 0.300 |\n"
+        "| slow | - | - | 90.00 (4.50x) | 0.300 |\n"
         "| cut, then recovered (1,024 tokens) | **24.00** (1.20x) | **0.550** | - | - |"
     )
     (tmp_path / "recovered.json").write_text(json.dumps(recovered).replace("128", "64"))
