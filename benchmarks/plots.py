@@ -94,7 +94,7 @@ def _training(file: Path, figure: Any, output: Path) -> Path:
 
 
 def _curves(data: dict[str, Any], text: str, report: Any) -> dict[str, dict[float, float]]:
-    """Mean perplexity over seeds, by label and measured ratio; the dense model begins every curve."""
+    """Mean perplexity over seeds, by label and measured ratio; the dense one begins curves of two points or more."""
     good = [row for row in data["rows"]
             if row["status"] == "done" and data["protocols"][row["protocol"]]["report"] == report]  # fmt: skip
     values: dict[str, dict[float, list[float]]] = {}
@@ -102,4 +102,6 @@ def _curves(data: dict[str, Any], text: str, report: Any) -> dict[str, dict[floa
         own = values.setdefault(row["label"], {})
         own.setdefault(row["ratio"], []).append(row["results"][text]["perplexity"]["value"])
     dense = values.pop("dense", {})
-    return {label: {ratio: mean(own) for ratio, own in {**dense, **points}.items()} for label, points in values.items()}
+    # A line from the dense model to the only ratio there is would state what nobody measured.
+    begun = {label: points if len(points) == 1 else {**dense, **points} for label, points in values.items()}
+    return {label: {ratio: mean(own) for ratio, own in points.items()} for label, points in begun.items()}
