@@ -111,13 +111,16 @@ def _after_cache(model: PreTrainedModel, batch: Sequence[_Shared]) -> dict[tuple
 
 def _at_once(model: PreTrainedModel, pairs: Sequence[tuple[_Tokens, _Tokens]]) -> dict[tuple[_Tokens, _Tokens], float]:
     """Scores of continuations that are read with their contexts."""
-    ids = _padded([(context + continuation)[:-1] for context, continuation in pairs])
+    # Continuations of one token after one context have equal inputs.
+    inputs = list(dict.fromkeys((context + continuation)[:-1] for context, continuation in pairs))
     skipped = min(len(context) for context, _ in pairs) - 1
+    ids = _padded(inputs)
     logits, _ = _forward(model, ids, ids.shape[1] - skipped, use_cache=False)
+    by_input = dict(zip(inputs, logits, strict=True))
     found = {}
-    for own, (context, continuation) in zip(logits, pairs, strict=True):
+    for context, continuation in pairs:
         start = len(context) - 1 - skipped
-        part = own[start : start + len(continuation)]
+        part = by_input[(context + continuation)[:-1]][start : start + len(continuation)]
         found[context, continuation] = -float(token_losses(part, torch.tensor(continuation)).sum())
     return found
 

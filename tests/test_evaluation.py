@@ -356,6 +356,23 @@ def test_every_choice_is_found_when_it_is_the_likely_one(
         multiple_choice(evaluation_model, evaluation_tokenizer, [])
 
 
+def test_continuations_of_one_token_share_a_forward(
+    evaluation_model: LlamaForCausalLM, evaluation_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sequences = 0
+
+    def counting(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal sequences
+        sequences += len(args[0])
+
+    row = ChoiceRow("0", "t", "rain", ("the", "river", "water"), 0)
+    lengths = [len(evaluation_tokenizer(" " + c, add_special_tokens=False)["input_ids"]) for c in row.choices]
+    handle = evaluation_model.get_input_embeddings().register_forward_pre_hook(counting)
+    multiple_choice(evaluation_model, evaluation_tokenizer, [row, row])
+    handle.remove()
+    assert sequences == (1 if 1 in lengths else 0) + sum(length > 1 for length in lengths)
+
+
 GOOD = {"id": "1", "task": "t", "context": "c", "choices": ["a", "b"], "label": 1}
 
 
