@@ -33,6 +33,7 @@ from benchmarks.experiments import (  # noqa: E402
     search_of,
 )
 from benchmarks.headline import headline  # noqa: E402
+from benchmarks.plots import _curves  # noqa: E402
 from benchmarks.results import FIELDS, Book, read_results  # noqa: E402
 from benchmarks.runner import rows_of, run  # noqa: E402
 from benchmarks.smoke import smoke_setting  # noqa: E402
@@ -502,3 +503,16 @@ def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_p
     (tmp_path / "recovered.json").write_text(json.dumps(recovered).replace("128", "64"))
     with pytest.raises(SystemExit, match="other tokens or questions"):
         headline(tmp_path, tmp_path)
+
+
+def test_a_curve_of_one_ratio_is_a_point() -> None:
+    rows = [
+        quality_row("dense", 0.0, 0, 20.0), quality_row("default", 0.2, 0, 30.0), quality_row("default", 0.5, 0, 50.0),
+        quality_row("slow", 0.5, 0, 40.0), quality_row("slow", 0.5, 1, 44.0),
+    ]  # fmt: skip
+    report = {"text": [128, "x"]}
+    data = {"rows": rows, "protocols": dict.fromkeys(("plain", "tasks"), {"report": report})}
+    assert _curves(data, "text", report) == {
+        "default": {0.0: 20.0, 0.2: 30.0, 0.5: 50.0},
+        "slow": {0.5: 42.0},
+    }
