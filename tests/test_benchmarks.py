@@ -511,7 +511,7 @@ def test_a_curve_of_one_ratio_is_a_point() -> None:
         quality_row("slow", 0.5, 0, 40.0), quality_row("slow", 0.5, 1, 44.0),
     ]  # fmt: skip
     report = {"text": [128, "x"]}
-    data = {"rows": rows, "protocols": dict.fromkeys(("plain", "tasks"), {"report": report})}
+    data = {"rows": rows, "protocols": {name: {"report": report} for name in ("plain", "tasks")}}
     assert _curves(data, "text", report) == {
         "default": {0.0: 20.0, 0.2: 30.0, 0.5: 50.0},
         "slow": {0.5: 42.0},
