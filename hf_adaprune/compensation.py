@@ -43,11 +43,11 @@ class Moments:
     """Moments of a reader's inputs: the covariance around `mean`, per token.
 
     Args:
-        covariance (`torch.Tensor`): `[columns, columns]`, float64; for experts `[experts, channels, channels]`, not
-            centred.
+        covariance (`torch.Tensor`): `[columns, columns]` or, of those that stay with all, `[columns, columns kept]`,
+            float64; for experts `[experts, channels, channels]`, not centred.
         mean (`torch.Tensor`): `[columns]`.
         shift (`torch.Tensor`, *optional*): what the target has beside the dense matrix's output on these inputs: its
-            second moments with the inputs, `[outputs, columns]`, not centred.
+            second moments with the inputs that stay, `[outputs, columns kept]`, not centred.
         shift_mean (`torch.Tensor`, *optional*): its mean, `[outputs]`.
     """
 
@@ -141,7 +141,7 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
     Raises:
         StatisticsError: the moments are not finite, or the repair is not, or too large for the dtype of the weights.
     """
-    if not torch.isfinite(moments.covariance.diagonal(dim1=-2, dim2=-1)).all():
+    if not torch.isfinite(moments.covariance.sum()):
         raise StatisticsError(
             f"{site.name}: moments of the reader's inputs are not finite. Weights or activations overflow; load the "
             "model in bfloat16 or float32 (float16 overflows on massive activations) and check its weights."
@@ -156,7 +156,7 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
         return _fitting(site, Repair(_regress(weight, matrix, columns, config, extra, mean).float().cpu()))
     extra_mean = torch.zeros(len(weight)).to(mean) if moments.shift_mean is None else moments.shift_mean
     if extra is not None:
-        extra = extra - torch.outer(extra_mean, mean).to(extra.device)
+        extra = extra - torch.outer(extra_mean, mean[columns]).to(extra.device)
     new = _regress(weight, matrix, columns, config, extra)
     shift = weight @ mean + extra_mean - new @ mean[columns]
     if site.reader.bias is not None:
@@ -185,7 +185,7 @@ def _regress(
     shift: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """New weights on the kept columns. A `mean` turns covariances into second moments; `shift` is as they are then.
+    """New weights on the kept columns. A `mean` turns covariances into second moments; `shift` is of these columns.
 
     Block by block: a second matrix as large as the first would set the peak of memory.
     """
@@ -198,10 +198,10 @@ def _regress(
     factor = cholesky(inner.mul_(scale).mul_(scale[:, None]))
     del inner
     if shift is not None:
-        moved = shift.index_select(1, columns) * scale
+        moved = shift * scale
         kept = kept + (torch.cholesky_solve(moved.T, factor) * scale[:, None]).T
     # The dense weights on the kept columns solve for themselves, so only what the removed ones add is left to solve.
-    stays = torch.zeros(matrix.shape[0], dtype=torch.bool, device=matrix.device)
+    stays = torch.zeros(weight.shape[1], dtype=torch.bool, device=matrix.device)
     stays[columns] = True
     removed = (~stays).nonzero().flatten()
     between = _block(matrix, removed, columns, mean).T * scale[:, None]
@@ -212,8 +212,10 @@ def _regress(
 
 
 def _block(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
-    """Some rows and columns of a matrix, plus those of a mean's product with itself."""
-    block = matrix.index_select(0, rows).index_select(1, columns)
+    """Some rows and columns of a matrix (which may have these columns alone), plus those of a mean's product."""
+    block = matrix.index_select(0, rows)
+    if block.shape[1] > len(columns):
+        block = block.index_select(1, columns)
     if mean is None:
         return block
     return block.add_(torch.outer(mean.index_select(0, rows), mean.index_select(0, columns)))

@@ -215,9 +215,13 @@ def _repair_work(sites: ModelSites, config: PruningConfig, share: float) -> _Wor
         work += _Work(double=rounds * _refit_flops(sites, share))
     if walks:
         mixes = repair.target_mix > 0
-        squares = sum((sites.top_k(site) or 1) * gram_width(site) ** 2 for site in sites)
-        lags = sum(site.columns * site.outputs for site in sites if site.kind != "experts") * mixes
-        work += _Work(tokens * forward * (3 + mixes), 2.0 * tokens * (squares + lags))
+        # Columns that stay meet all others, and what the target has beside. The pruned stream passes each layer twice,
+        # and once more up to what attention's reader reads; the dense one passes it once.
+        squares = sum(gram_width(site) ** 2 * (sites.top_k(site) or 1 - share) for site in sites)
+        lags = sum(site.columns * site.outputs for site in sites if site.kind != "experts") * (1 - share) * mixes
+        heads = [site for site in sites if site.kind == "attention"]
+        again = 2.0 * sum(s.sublayer_parameters - s.columns * (s.outputs - own.sequence_length) for s in heads)
+        work += _Work(tokens * (forward * (2 + mixes) + again), 2.0 * tokens * (squares + lags))
     if config.layer_by_layer:
         work += _Work(2.0 * held * forward)
     elif walks:

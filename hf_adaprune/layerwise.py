@@ -134,7 +134,7 @@ def _repairs_of(walk: Walk, own: PruningPlan, config: RepairConfig) -> dict[str,
         site = walk.sites.by_name[name]
         if not kept.is_whole and not kept.is_empty:
             before = PruningPlan(own.model_type, own.num_layers, dict(done))
-            moments = walk.moments(site, before, repairs, config.target_mix)
+            moments = walk.moments(site, kept, before, repairs, config.target_mix)
             repairs[name] = repair_from_moments(site, kept, moments, config)
             del moments
         done[name] = kept

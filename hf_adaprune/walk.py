@@ -93,17 +93,11 @@ class Walk:
         """Put the outputs of a layer in the place of its inputs.
 
         Raises:
-            StatisticsError: they are not finite.
+            StatisticsError: the outputs are not finite.
         """
         device = next(self.sites.layers[number].parameters()).device
         for index, window in enumerate(hidden):
-            after = self.call(number, window[None].to(device))[0]
-            if not torch.isfinite(after).all():
-                raise StatisticsError(
-                    f"layers.{number}: outputs are not finite while the layers are repaired one after the other. Load "
-                    "the model in bfloat16 or float32 and check its weights, or set repair.schedule='cached'."
-                )
-            hidden[index] = after
+            hidden[index] = _finite(number, self.call(number, window[None].to(device))[0])
 
     def pass_dense(self, number: int) -> None:
         """Put the dense model's outputs of a layer in the place of its inputs, unless they are there."""
@@ -112,14 +106,28 @@ class Walk:
             self.passed = number + 1
 
     @torch.no_grad()
-    def moments(self, site: Site, before: PruningPlan, repairs: Mapping[str, Repair], mix: float) -> Moments:
-        """Moments of a reader's inputs on the pruned stream; with `mix`, those of what the target has beside, too."""
+    def moments(
+        self, site: Site, kept: SitePlan, before: PruningPlan, repairs: Mapping[str, Repair], mix: float
+    ) -> Moments:
+        """Moments of a reader's inputs on the pruned stream; with `mix`, those of what the target has beside, too.
+
+        A target with a share of the dense stream lets that stream pass the layer on the way.
+
+        Args:
+            site ([`Site`]): whose reader, still dense.
+            kept ([`SitePlan`]): which inputs stay; moments with the others alone are not summed.
+            before ([`PruningPlan`]): what the layer has lost already.
+            repairs (`dict[str, Repair]`): of those sites.
+            mix (`float`): share of the lag in the target.
+        """
         device = site.reader.parameter.device
         experts = site.kind == "experts"
         width = site.group_size if experts else site.columns
+        columns = torch.arange(width) if experts else site.column_index(kept)
+        columns = columns.to(device)
         mixes = mix > 0 and not experts
-        gram = torch.zeros(site.groups if experts else 1, width, width, device=device)
-        shift = torch.zeros(site.outputs if mixes else 0, width, device=device)
+        gram = torch.zeros(site.groups if experts else 1, width, len(columns), device=device)
+        shift = torch.zeros(site.outputs if mixes else 0, len(columns), device=device)
         total, shift_total, tokens = torch.zeros(width, device=device), torch.zeros(len(shift), device=device), 0.0
         adds = mixes and self.adds(site.layer)
         if adds and site.kind == "mlp":
@@ -131,20 +139,23 @@ class Walk:
                 output = self._shown(site, hidden, seen, whole=adds and site.kind == "mlp")
             lag = self._lag(site, window, hidden, seen[0], output, adds) if mixes else None
             for expert, rows in seen.items():
-                with exact_products(torch.float32 if experts or mixes else self.dtype):
-                    gram[expert if experts else 0] += weight * (rows.T @ rows)
-                    if lag is not None:
-                        shift += weight * mix * (lag.T @ rows)
+                inner = rows if experts else rows.index_select(1, columns)
+                with exact_products(torch.float32 if experts else self.dtype):
+                    gram[expert if experts else 0] += weight * (rows.T @ inner)
                 if not experts:
                     total, tokens = total + weight * rows.sum(0), tokens + weight * len(rows)
-            if lag is not None:
-                shift_total += weight * mix * lag.sum(0)
+                if lag is not None:
+                    with exact_products(torch.float32):
+                        shift += weight * mix * (lag.T @ inner)
+                    shift_total += weight * mix * lag.sum(0)
+        if adds:
+            self.passed = site.layer + 1
         if experts:
             count = max(1.0, sum(self.weights) * self.length)
             return Moments(gram.cpu().double() / count, torch.zeros(site.columns, dtype=torch.float64))
         mean = total.cpu().double() / tokens
         # In place: these are the largest matrices of the walk.
-        centred = gram[0].cpu().double().div_(tokens).sub_(torch.outer(mean, mean))
+        centred = gram[0].cpu().double().div_(tokens).sub_(torch.outer(mean, mean[columns.cpu()]))
         if not mixes:
             return Moments(centred, mean)
         return Moments(centred, mean, shift.cpu().double().div_(tokens), shift_total.cpu().double() / tokens)
@@ -168,8 +179,11 @@ class Walk:
         if output is not None:  # the MLP is the last to add, and the dense stream stands behind the layer
             return dense.float() - output[0].float()
         seen: dict[int, torch.Tensor] = {}
-        self._shown(site, dense[None], seen, whole=False)
-        lag = (seen[0] - rows) @ site.reader.weight.float().T
+        after = self._shown(site, dense[None], seen, whole=adds)
+        if after is not None:
+            self.dense[window] = _finite(site.layer, after[0])
+        with exact_products(torch.float32):
+            lag = (seen[0] - rows) @ site.reader.weight.float().T
         return lag + dense.float() - hidden[0].float() if adds else lag
 
     @torch.no_grad()
@@ -198,6 +212,15 @@ class Walk:
             error = (parts[0] - parts[1] - own).abs() / size.clamp(min=1e-30)
             self._adds[number] = float(error.median()) <= max(8 * torch.finfo(self.dtype).eps, 1e-5)
         return self._adds[number]
+
+
+def _finite(number: int, hidden: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(hidden).all():
+        raise StatisticsError(
+            f"layers.{number}: outputs are not finite while the layers are repaired one after the other. Load "
+            "the model in bfloat16 or float32 and check its weights, or set repair.schedule='cached'."
+        )
+    return hidden
 
 
 def _collects(sites: ModelSites, site: Site, seen: dict[int, torch.Tensor], whole: bool) -> Any:

@@ -454,19 +454,26 @@ def test_the_regression_equals_its_formula(scale: str, removed: int, shifted: bo
     rows = torch.randn(200, 48, generator=generator, dtype=torch.float64)
     rows = rows @ torch.randn(48, 48, generator=generator, dtype=torch.float64)
     matrix, weight = rows.T @ rows / 200, torch.randn(16, 48, generator=generator, dtype=torch.float64)
-    shift = torch.randn(16, 48, generator=generator, dtype=torch.float64) @ matrix if shifted else None
+    shift = torch.randn(16, 48, generator=generator, dtype=torch.float64) @ matrix
     columns = torch.randperm(48, generator=generator)[removed:].sort().values
     config = RepairConfig(damping=0.03, damping_scale=scale)
     own = matrix.diagonal()[columns]
     chosen = {"mean": own.mean(), "column": own, "median": own.median()}[scale]
     ridge = torch.diag(config.damping * chosen * torch.ones_like(own) + 1e-6 * own.mean())
     goal = weight @ matrix[:, columns] + weight[:, columns] @ ridge
-    goal = goal if shift is None else goal + shift[:, columns]
+    shift = shift[:, columns] if shifted else None
+    goal = goal if shift is None else goal + shift
     expected = goal @ torch.linalg.inv(matrix[columns][:, columns] + ridge)
     before = matrix.clone()
     found = _regress(weight, matrix, columns, config, shift)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     assert torch.equal(matrix, before)
+    # Moments of the columns that stay, with all, say as much; and a mean turns covariances into second moments.
+    assert torch.equal(_regress(weight, matrix[:, columns], columns, config, shift), found)
+    mean = torch.randn(48, generator=generator, dtype=torch.float64)
+    centred = matrix - torch.outer(mean, mean)
+    for part in (centred, centred[:, columns]):
+        torch.testing.assert_close(_regress(weight, part, columns, config, shift, mean), expected, rtol=1e-8, atol=1e-8)
 
 
 def with_massive_column(statistics: Statistics, kept: SitePlan, stays: bool) -> Statistics:
