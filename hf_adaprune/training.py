@@ -6,48 +6,35 @@ are masked until the end, and cut then: a wrapped model cannot change its shapes
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .adapters import base_of, is_peft, merged, save_base
+from .adapters import base_of, is_peft, save_base
 from .budgets import check_budgets
-from .calibration import TokenBlocks
 from .card import model_card
-from .compensation import check_enough_tokens
 from .config import CONFIG_NAME, PruningConfig
 from .costs import Costs
 from .cut_schedule import CutSchedule
-from .errors import CalibrationError, CheckpointError, ConfigError
-from .evaluation import per_window_loss
-from .importance import unit_of
-from .masking import masked
-from .model_config import MODEL_TAGS, known_architecture
-from .optimizer_state import OptimizerFollower
+from .errors import CheckpointError, ConfigError
+from .model_config import MODEL_TAGS
 from .parallel import processes
-from .pipeline import Decision, carry_out, decide_and_repair, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
-from .recording import quiet_bars, quiet_model
 from .restoring import Restorer
-from .search_checks import check_search, search_needs
+from .search_checks import check_search
 from .searching import shared_costs
-from .sites import ModelSites, find_sites
-from .stages import check_weights, even_plan, gather_texts, what_to_collect
+from .stages import check_weights, even_plan
 from .training_checks import check_config, check_engine, check_masked, has_budget
-from .training_masks import UnitMasks, cut_copy, take_repairs
-from .training_text import dataset_blocks
+from .training_cuts import Cuts
 from .whole_files import write_whole
-from .workers import Alone
 
 if TYPE_CHECKING:
     from .architectures import Architecture
@@ -57,7 +44,6 @@ __all__ = ["AdaPrunerCallback"]
 logger = logging.getLogger(__name__)
 
 PLAN_NAME = "pruning_plan.json"
-LOSS_WINDOWS = 8  # of held-out text, for the losses before and after a cut
 _running: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -131,18 +117,19 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             raise ConfigError(f"`data` should be 'train' or 'calibration'. Found {data!r}.")
         check_config(self.config, mode)
         self.done: list[dict[str, Any]] = []
-        self.plan: PruningPlan | None = None
-        self.first: dict[str, int] = {}  # sizes before the first cut
         self.steps: tuple[int, ...] = ()
         self.ratios: tuple[float, ...] = ()
-        self._blocks: tuple[TokenBlocks | None, TokenBlocks | None] | None = None
-        self._masks = UnitMasks()
+        self._cuts = Cuts(self.config, self.schedule, samples, architecture)
         self._restorer: Restorer | None = None
         self._text: dict[str, Any] = {}
         self._base_model = ""
         self._pending: list[dict[str, float]] = []
         self._folder = ""
-        self._workers = Alone()
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """Everything that has been removed so far, as one plan for the model that was given."""
+        return self._cuts.plan
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -150,7 +137,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         """Refuse what cannot be pruned, and let checkpoints of other sizes be loaded."""
         base = base_of(model)
         check_engine(args, model, base)
-        sites = self._sites(base)
+        sites = self._cuts.sites(base)
         check_weights(sites)
         if self.config.search is not None:
             check_search(self.config)
@@ -158,7 +145,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self._folder = args.output_dir
         if self._restorer is not None:
             self._restorer.close()
-        self._restorer = Restorer(base, self._architecture(base), self._known_plans)
+        self._restorer = Restorer(base, sites.architecture, self._known_plans)
 
     def on_train_begin(
         self,
@@ -177,19 +164,18 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         if other is not None and other[0]() is state and other[1] is not self:
             raise ConfigError(f"this Trainer has {name} twice. Leave one of them; its schedule may have many cuts.")
         _running[base] = (weakref.ref(state), self)
-        self._workers = processes()
-        if self._workers.count > 1:
+        self._cuts.workers = processes()
+        if self._cuts.workers.count > 1:
             check_masked(self.config, self.schedule.mode, args, model)
         self._take_state(state, base, name)
         state.stateful_callbacks[name] = self.state()
         if len(self.done) < len(self.steps):
-            # Of the first process: data sets and collators need not give the same windows everywhere.
-            self._blocks = self._workers.lead(
-                lambda: self._texts(base, self.tokenizer or processing_class, train_dataloader)
-            )
-        if self._is_masked() and self.plan is not None:
-            self._masks.put_on(self._sites(base), self.plan)
-        self._cut_what_is_due(args, state, control, model, optimizer, processing_class)
+            self._cuts.read(
+                base, self.tokenizer or processing_class, train_dataloader,
+                from_sources=self.data == "calibration" or self.config.search is not None,
+            )  # fmt: skip
+        self._cuts.mask(base)
+        self._cut_what_is_due(state, model, optimizer, processing_class)
 
     def on_step_end(
         self,
@@ -202,9 +188,8 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> Any:
         """Cut where the schedule says so."""
-        if self.schedule.mode == "progressive" and self._cut_what_is_due(
-            args, state, control, model, optimizer, processing_class
-        ):
+        progressive = self.schedule.mode == "progressive"
+        if progressive and self._cut_what_is_due(state, model, optimizer, processing_class):
             control.should_log = True
         return control
 
@@ -238,19 +223,16 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         base = base_of(model)
         late = self.schedule.mode == "at_end" and len(self.done) < len(self.steps)
         if late:
-            self._cut(args, state, model, None, processing_class, self.ratios[-1])
-        elif self._is_masked() and self.plan is not None:
-            self._masks.take_off()
-            with merged(model):
-                cut = carry_out(self._sites(base), Decision(self.config, self.plan))
-                note_provenance(cut, self.config, self.plan)
+            self._cut(state, model, None, processing_class, self.ratios[-1])
+        elif self._cuts.is_masked and self.plan is not None:
+            self._cuts.finish(model)
         _running.pop(base, None)
         if self.plan is None or not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         # What was cut after the last step is in no checkpoint of the Trainer.
-        if late or self._is_masked() or str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+        if late or self._cuts.is_masked or str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
             base.add_model_tags(list(MODEL_TAGS))
             model.save_pretrained(folder)
             if processing_class is not None:
@@ -276,8 +258,8 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             "args": {},
             "attributes": {
                 "asked": self._asked(),
-                "first": dict(self.first),
-                "text": self._text if self._blocks is None or self._blocks[0] is None else self._blocks[0].facts(),
+                "first": dict(self._cuts.first),
+                "text": self._text_facts(),
                 "base_model": self._base_model,
                 "steps": list(self.steps),
                 "ratios": list(self.ratios),
@@ -311,16 +293,16 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
                     f"the checkpoint was made with another recipe: {', '.join(different)} differ. Give the callback "
                     "the same arguments, or start a new run from the checkpoint's model."
                 )
-            self.first, self.done = dict(attributes["first"]), list(attributes["done"])
+            self._cuts.first, self.done = dict(attributes["first"]), list(attributes["done"])
             self._text, self._base_model = attributes["text"], attributes["base_model"]
             self.steps, self.ratios = tuple(attributes["steps"]), tuple(attributes["ratios"])
             plan = attributes["saved_plan"]
-            self.plan = None if plan is None else PruningPlan.from_dict(plan)
+            self._cuts.plan = None if plan is None else PruningPlan.from_dict(plan)
             return
-        sites = self._sites(base)
-        self.done, self.plan, self.first = [], None, _sizes(sites)
+        sites = self._cuts.sites(base)
+        self.done, self._cuts.plan, self._cuts.first = [], None, self._cuts.sizes(base)
         self._base_model = base_model_name(base)
-        costs = shared_costs(sites, self.config, self._workers)  # all have to cut at the same steps
+        costs = shared_costs(sites, self.config, self._cuts.workers)  # all have to cut at the same steps
         whole = even_plan(sites, self.config, costs)
         ratio = (
             costs.removed(whole) / sites.decoder_parameters if has_budget(self.config) else self.config.pruning_ratio
@@ -328,122 +310,24 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self.ratios = self.schedule.ratios(ratio)
         self.steps = self.schedule.steps(ratio, state.max_steps)
 
-    def _cut_what_is_due(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, tokenizer: Any) -> bool:
+    def _cut_what_is_due(self, state: Any, model: Any, optimizer: Any, tokenizer: Any) -> bool:
         if self.schedule.mode == "at_end":
             return False
         due = sum(step <= state.global_step for step in self.steps)
         if due <= len(self.done):
             return False
         # A run that goes on from a checkpoint without this callback may owe several: one cut goes as far.
-        self._cut(args, state, model, optimizer, tokenizer, self.ratios[due - 1])
+        self._cut(state, model, optimizer, tokenizer, self.ratios[due - 1])
         while len(self.done) < due:
             self.done.insert(-1, {})
         state.stateful_callbacks[type(self).__name__] = self.state()
         return True
 
-    # -- a cut --------------------------------------------------------------------------------------------------------
-
-    def _cut(self, args: Any, state: Any, model: Any, optimizer: Any, tokenizer: Any, ratio: float) -> None:
-        base = base_of(model)
-        check_weights(self._sites(base))  # training may have broken them since it began
-        if self._blocks is None:
-            raise CalibrationError("no calibration text was read before this cut. Please report this.")
-        with merged(model), quiet_bars() if self.config.search is None else contextlib.nullcontext():
-            if self._is_masked():
-                numbers, plan = self._mask_more(base, tokenizer, ratio)
-            else:
-                sites = self._sites(base)
-                made, numbers = self._decided(sites, tokenizer, ratio)
-                follower = None if optimizer is None else OptimizerFollower(optimizer, model)
-                cut = carry_out(sites, made, None if follower is None else follower.follow)
-                if follower is not None:
-                    follower.finish()
-                note_provenance(cut, made.config, made.plan)
-                numbers["pruning/loss_after"] = self._loss(base)
-                plan = made.plan
-        self.plan = plan if self.plan is None else self.plan.then(plan)
-        if self._is_masked():
-            self._masks.put_on(self._sites(base), self.plan)
-        after, left = self._sites(base), self.plan if self._is_masked() else None
-        sizes = _sizes(after, left)
-        numbers |= {
-            "pruning/parameters": sizes["total"],
-            "pruning/decoder_parameters": sizes["decoder"],
-            "pruning/ratio": 1 - sizes["decoder"] / self.first["decoder"],
-        }
-        numbers |= _mean_widths(after, left)
-        self._note(state, numbers, plan)
-
-    def _decided(self, sites: ModelSites, tokenizer: Any, ratio: float) -> tuple[Decision, dict[str, float]]:
-        """What the next cut removes and how it is repaired; the model is untouched.
-
-        Several processes share the windows, and all go by what the first one decides.
-        """
-        blocks, held_out = self._blocks or (None, None)
-        config = self._config_of(sites, ratio)
-        needs = what_to_collect(config, None)
-        if config.search is not None:
-            needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
-        before = self._loss(sites.model)
-        made = decide_and_repair(
-            sites, self.tokenizer or tokenizer, config, blocks, held_out, needs=needs, workers=self._workers
+    def _cut(self, state: Any, model: Any, optimizer: Any, tokenizer: Any, ratio: float) -> None:
+        numbers, plan = self._cuts.cut(
+            model, optimizer, self.tokenizer or tokenizer, ratio, is_last=ratio == self.ratios[-1]
         )
-        return self._workers.share(replace(made, search=None)), {"pruning/loss_before": before}
-
-    def _config_of(self, sites: ModelSites, ratio: float) -> PruningConfig:
-        """The config of one cut: it removes what is left to remove of the share that is due."""
-        config = self.config
-        if self.schedule.mode != "progressive":
-            return config
-        if self.samples is None:
-            gradients = min(config.calibration.gradient_samples, 16)
-            config = config.with_changes(calibration={"gradient_samples": gradients})
-        if ratio == self.ratios[-1] and has_budget(config):
-            return config
-        own = max(0.0, 1 - self.first["decoder"] * (1 - ratio) / sites.decoder_parameters)
-        return config.with_changes(pruning_ratio=own, target_parameters=None, target_bytes=None, budgets={})
-
-    def _mask_more(self, base: Any, tokenizer: Any, ratio: float) -> tuple[dict[str, float], PruningPlan]:
-        """A cut of a model that is wrapped: decided on a copy that is really cut; the model takes the repairs."""
-        self._masks.take_off()
-        copied = self._workers.each(lambda: self._sites(cut_copy(self._sites(base), self.plan)))
-        made, numbers = self._decided(copied, tokenizer, ratio)
-        with masked(copied, made.plan, made.repairs):
-            numbers["pruning/loss_after"] = self._loss(copied.model)
-        take_repairs(self._sites(base), made.plan if self.plan is None else self.plan.then(made.plan), made.repairs)
-        return numbers, made.plan
-
-    def _is_masked(self) -> bool:
-        return self._workers.count > 1 and self.schedule.mode != "at_end"
-
-    def _loss(self, model: Any) -> float:
-        """Mean loss per token on a few windows that no repair has seen."""
-        blocks, held_out = self._blocks or (None, None)
-        text = held_out if held_out is not None and len(held_out) else blocks
-        if text is None:
-            return float("nan")
-        with quiet_model(model):
-            sums = per_window_loss(model, text.select(slice(0, LOSS_WINDOWS))).sum(0)
-        return float(sums[0] / sums[1])
-
-    def _texts(self, base: Any, tokenizer: Any, dataloader: Any) -> tuple[TokenBlocks | None, TokenBlocks | None]:
-        """Calibration windows and held-out ones, from the trainer's data or from the config's sources."""
-        config = self.config
-        own = config.calibration
-        samples = self.samples or (min(own.samples, 64) if self.schedule.mode == "progressive" else own.samples)
-        sites = self._sites(base)
-        if self.data == "calibration" or config.search is not None:
-            measures = config.search is not None or what_to_collect(config, None) is not None
-            asked = config.with_changes(calibration={"samples": max(samples, len(own.sources)), "report": ()})
-            blocks, held_out, _ = gather_texts(sites, tokenizer, asked, measures)
-            return blocks, held_out
-        blocks = dataset_blocks(dataloader, samples, own.sequence_length, config.seed)
-        held_out = None
-        if config.repair.method != "none" and config.repair.holdout > 0 and len(blocks) > 1:
-            blocks, held_out = blocks.split(config.repair.holdout, config.seed)
-        widest = {site.name: site.whole for site in sites if unit_of(site, config.units)}
-        check_enough_tokens(sites, blocks.tokens, config.repair, widest)
-        return blocks, held_out
+        self._note(state, numbers, plan)
 
     # -- what is left behind ------------------------------------------------------------------------------------------
 
@@ -470,23 +354,25 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         from . import __version__
 
         assert self.plan is not None
-        sites = self._sites(base_of(model))
-        after = _sizes(sites, self.plan if self._masks.on else None)
-        blocks = (self._blocks or (None, None))[0]
-        calibration = self._text if blocks is None else blocks.facts()
+        after, first = self._cuts.sizes(base_of(model)), self._cuts.first
         return {
             "version": __version__,
             "config": self.config.to_dict(),
             "plan": self.plan.to_dict(),
             "plan_digest": self.plan.digest,
-            "pruning_ratio": 1 - after["decoder"] / self.first["decoder"],
-            "before": dict(self.first),
+            "pruning_ratio": 1 - after["decoder"] / first["decoder"],
+            "before": dict(first),
             "after": after,
-            "calibration": calibration,
+            "calibration": self._text_facts(),
             "base_model": self._base_model,
             "schedule": self._asked()["schedule"],
             "cuts": [cut for cut in self.done if cut],
         }
+
+    def _text_facts(self) -> dict[str, Any]:
+        """What the calibration windows were, of this run or of the one that it goes on from."""
+        blocks = (self._cuts.blocks or (None, None))[0]
+        return self._text if blocks is None else blocks.facts()
 
     def _write(self, folder: Path, base: Any) -> None:
         assert self.plan is not None
@@ -496,31 +382,3 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
     def _known_plans(self) -> Iterator[PruningPlan]:
         for path in sorted(Path(self._folder).glob(f"checkpoint-*/{PLAN_NAME}")):
             yield PruningPlan.load(path)
-
-    def _sites(self, base: Any) -> ModelSites:
-        return find_sites(base, self._architecture(base))
-
-    def _architecture(self, base: Any) -> Any:
-        return (
-            known_architecture(base.config, self.architecture) if self.architecture else known_architecture(base.config)
-        )
-
-
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def _sizes(sites: ModelSites, plan: PruningPlan | None = None) -> dict[str, int]:
-    """Sizes of a model, or of what a plan that is masked will leave of it."""
-    removed = 0 if plan is None else sum(sites.by_name[n].removed_parameters(kept) for n, kept in plan.changed())
-    total = sites.total_parameters - removed
-    size = next(sites.model.parameters()).element_size()
-    return {"decoder": sites.decoder_parameters - removed, "total": total, "bytes": total * size}
-
-
-def _mean_widths(sites: ModelSites, plan: PruningPlan | None) -> dict[str, float]:
-    widths: dict[str, list[int]] = {}
-    for site in sites:
-        kept = plan.sites.get(site.name) if plan is not None else None
-        widths.setdefault(site.kind, []).append(len(kept.kept) if kept is not None else site.groups * site.group_size)
-    names = {"mlp": "channels", "attention": "heads", "experts": "expert_channels"}
-    return {f"pruning/mean_{names[kind]}": sum(values) / len(sites.layers) for kind, values in widths.items()}

@@ -31,7 +31,7 @@ class Watched(AdaPrunerCallback):
         run = recording._Recorder.run
 
         def seen(recorder: Any, indices: torch.Tensor, backward: bool) -> None:
-            if recorder.blocks.digest == self._blocks[0].digest and not backward:
+            if recorder.blocks.digest == self._cuts.blocks[0].digest and not backward:
                 ran.append(indices.tolist())
             run(recorder, indices, backward)
 
@@ -61,7 +61,7 @@ def run(folder: Path, mode: str, resume: str | None) -> None:
         "plan": callback.plan.digest,
         "first": callback.done[0]["plan"],
         "ran": ran,
-        "windows": len(callback._blocks[0]) if callback._blocks else 0,
+        "windows": len(callback._cuts.blocks[0]) if callback._cuts.blocks else 0,
         "masked": callback.seen,
         "cut": logits_of(trainer.model.eval(), tokens()),
         "parameters": sum(value.numel() for value in trainer.model.parameters()),

@@ -104,6 +104,7 @@ ORDER = [
     "training_masks",
     "training_text",
     "training_checks",
+    "training_cuts",
     "training",
     "skeleton",
     "footprint",

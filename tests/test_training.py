@@ -284,7 +284,7 @@ def test_a_second_training_goes_on_with_the_same_trainer(tmp_path: Path) -> None
 
 
 def test_an_exception_leaves_a_usable_model_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hf_adaprune.training as module
+    import hf_adaprune.training_cuts as module
 
     real, calls = module.decide_and_repair, []
 
