@@ -306,6 +306,21 @@ def test_sequential_regresses_the_mixed_target(family: str, kind: str, intercept
     torch.testing.assert_close(made, solution[:, : made.shape[1]], rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize(("family", "dense_passes"), [("llama", 1), ("gemma2", 2)])
+def test_the_dense_stream_passes_a_layer_on_the_way(family: str, dense_passes: int) -> None:
+    """MLPs run once per window for the dense stream and twice for the pruned one; a norm behind a reader asks again."""
+    sites, _ = dense(family)
+    plan, ran = narrow_plan(sites), []
+    assert {"layers.1.attention", "layers.1.mlp"} <= set(plan.sites)
+    handle = sites.by_name["layers.1.mlp"].sublayer.register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        sequential_repairs(sites, plan, BLOCKS, RepairConfig(target_mix=0.5))
+    finally:
+        handle.remove()
+    tried = 2  # whether the layer adds what the reader gives
+    assert len(ran) == len(BLOCKS) * (2 + dense_passes) + tried
+
+
 NORMED = ("gemma2", "gemma3_text", "olmo2")  # their sublayers' outputs are normed before the stream takes them
 
 
