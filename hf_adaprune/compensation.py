@@ -141,7 +141,7 @@ def repair_from_moments(site: Site, kept: SitePlan, moments: Moments, config: Re
     Raises:
         StatisticsError: the moments are not finite, or the repair is not, or too large for the dtype of the weights.
     """
-    if not torch.isfinite(moments.covariance.sum()):
+    if not all(torch.isfinite(sums.sum()) for sums in (moments.covariance, moments.shift) if sums is not None):
         raise StatisticsError(
             f"{site.name}: moments of the reader's inputs are not finite. Weights or activations overflow; load the "
             "model in bfloat16 or float32 (float16 overflows on massive activations) and check its weights."

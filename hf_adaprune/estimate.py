@@ -14,6 +14,7 @@ from typing import Any
 from .config import PruningConfig
 from .footprint import domain_count, footprint
 from .gram_sums import strip_elements
+from .importance import unit_of
 from .layerwise import WINDOWS_PER_STEP
 from .machine_speed import Speed, gram_width, measure_speed
 from .pipeline import Sizes
@@ -215,13 +216,16 @@ def _repair_work(sites: ModelSites, config: PruningConfig, share: float) -> _Wor
         work += _Work(double=rounds * _refit_flops(sites, share))
     if walks:
         mixes = repair.target_mix > 0
-        # Columns that stay meet all others, and what the target has beside. The pruned stream passes each layer twice,
-        # and once more up to what attention's reader reads; the dense one passes it once.
-        squares = sum(gram_width(site) ** 2 * (sites.top_k(site) or 1 - share) for site in sites)
-        lags = sum(site.columns * site.outputs for site in sites if site.kind != "experts") * (1 - share) * mixes
-        heads = [site for site in sites if site.kind == "attention"]
+        # Columns that stay meet all others. The pruned stream passes each layer twice, and once more up to what
+        # attention's reader reads; the dense one passes it once, where no norm stands behind the readers.
+        cut = [site for site in sites if unit_of(site, config.units)]
+        heads = [site for site in cut if site.kind == "attention"]
+        squares = sum(gram_width(site) ** 2 * (sites.top_k(site) or 1 - share) for site in cut)
         again = 2.0 * sum(s.sublayer_parameters - s.columns * (s.outputs - own.sequence_length) for s in heads)
-        work += _Work(tokens * (forward * (2 + mixes) + again), 2.0 * tokens * (squares + lags))
+        # What the target has beside is multiplied in float32: half of what float64 takes.
+        lags = sum(s.columns * s.outputs for s in cut if s.kind != "experts") * (1 - share)
+        lags += sum(s.columns * s.outputs for s in heads)
+        work += _Work(tokens * (forward * (2 + mixes) + again), 2.0 * tokens * squares, tokens * lags * mixes)
     if config.layer_by_layer:
         work += _Work(2.0 * held * forward)
     elif walks:

@@ -243,7 +243,7 @@ def _gram_elements(sites: ModelSites) -> int:
 def _gram_bytes(sites: ModelSites, config: PruningConfig, needs: Needs) -> int:
     domains = domain_count(config) if is_per_domain(config, needs) else 1
     if config.repair.method == "least_squares" and config.layer_by_layer:
-        # Of one site, and of what its target has beside.
+        # At most: of one site with columns that stay, and of what its target has beside.
         mixes = config.repair.target_mix > 0
         own = [s.columns**2 + mixes * s.outputs * s.columns for s in sites if s.kind != "experts"]
         return max(own, default=0) * _WIDE

@@ -127,6 +127,11 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self._folder = ""
 
     @property
+    def first(self) -> dict[str, int]:
+        """Elements of decoder and model, and bytes, before the first cut."""
+        return self._cuts.first
+
+    @property
     def plan(self) -> PruningPlan | None:
         """Everything that has been removed so far, as one plan for the model that was given."""
         return self._cuts.plan
@@ -258,7 +263,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             "args": {},
             "attributes": {
                 "asked": self._asked(),
-                "first": dict(self._cuts.first),
+                "first": dict(self.first),
                 "text": self._text_facts(),
                 "base_model": self._base_model,
                 "steps": list(self.steps),
@@ -293,6 +298,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
                     f"the checkpoint was made with another recipe: {', '.join(different)} differ. Give the callback "
                     "the same arguments, or start a new run from the checkpoint's model."
                 )
+            self._cuts.begin(base)
             self._cuts.first, self.done = dict(attributes["first"]), list(attributes["done"])
             self._text, self._base_model = attributes["text"], attributes["base_model"]
             self.steps, self.ratios = tuple(attributes["steps"]), tuple(attributes["ratios"])
@@ -300,7 +306,8 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             self._cuts.plan = None if plan is None else PruningPlan.from_dict(plan)
             return
         sites = self._cuts.sites(base)
-        self.done, self._cuts.plan, self._cuts.first = [], None, self._cuts.sizes(base)
+        self.done = []
+        self._cuts.begin(base)
         self._base_model = base_model_name(base)
         costs = shared_costs(sites, self.config, self._cuts.workers)  # all have to cut at the same steps
         whole = even_plan(sites, self.config, costs)
@@ -354,14 +361,14 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         from . import __version__
 
         assert self.plan is not None
-        after, first = self._cuts.sizes(base_of(model)), self._cuts.first
+        after = self._cuts.sizes(base_of(model))
         return {
             "version": __version__,
             "config": self.config.to_dict(),
             "plan": self.plan.to_dict(),
             "plan_digest": self.plan.digest,
-            "pruning_ratio": 1 - after["decoder"] / first["decoder"],
-            "before": dict(first),
+            "pruning_ratio": 1 - after["decoder"] / self.first["decoder"],
+            "before": dict(self.first),
             "after": after,
             "calibration": self._text_facts(),
             "base_model": self._base_model,

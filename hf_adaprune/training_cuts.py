@@ -1,6 +1,7 @@
 """Cuts of a model that trains: what goes, how it is repaired, and what is left.
 
-One process cuts the model; with several it is masked, and cut in the end: a wrapped model cannot change its shapes.
+One process cuts the model. With several it is masked, and cut when training ends: a wrapped model cannot change its
+shapes.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Cuts:
 
     @property
     def is_masked(self) -> bool:
-        """Whether the model keeps its shapes until training ends."""
+        """Whether cuts are masks until training ends."""
         return self.workers.count > 1 and self.schedule.mode != "at_end"
 
     def sites(self, base: Any) -> ModelSites:
@@ -79,6 +80,12 @@ class Cuts:
     def sizes(self, base: Any) -> dict[str, int]:
         """Elements of decoder and model and bytes, of the model or of what masks will leave of it."""
         return _sizes(self.sites(base), self.plan if self._masks.on else None)
+
+    def begin(self, base: Any) -> None:
+        """Forget what was cut before: the model is what a training begins with, without masks of one that failed."""
+        self._masks.take_off()
+        self.plan = None
+        self.first = self.sizes(base)
 
     def mask(self, base: Any) -> None:
         """Mask what the plan says, where the model is not cut."""

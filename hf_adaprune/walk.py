@@ -111,7 +111,8 @@ class Walk:
     ) -> Moments:
         """Moments of a reader's inputs on the pruned stream; with `mix`, those of what the target has beside, too.
 
-        A target with a share of the dense stream lets that stream pass the layer on the way.
+        With `mix` the dense stream passes the layer on the way, where the layer adds what its readers give; so the
+        sites of a layer are asked for once, attention first.
 
         Args:
             site ([`Site`]): whose reader, still dense.
@@ -130,6 +131,7 @@ class Walk:
         shift = torch.zeros(site.outputs if mixes else 0, len(columns), device=device)
         total, shift_total, tokens = torch.zeros(width, device=device), torch.zeros(len(shift), device=device), 0.0
         adds = mixes and self.adds(site.layer)
+        assert not adds or site.kind == "mlp" or self.passed == site.layer
         if adds and site.kind == "mlp":
             self.pass_dense(site.layer)
         for window, weight in enumerate(self.weights):
@@ -173,7 +175,8 @@ class Walk:
     ) -> torch.Tensor:
         """How far the pruned model's residual stream is behind the dense model's after a sublayer, `[tokens, hidden]`.
 
-        Where the layer does not add the reader's output as it is, how far that output alone is behind.
+        Where the layer does not add the reader's output as it is, how far that output alone is behind. Puts the dense
+        window behind the layer where attention has made it run.
         """
         dense = self.dense[window].to(hidden.device)
         if output is not None:  # the MLP is the last to add, and the dense stream stands behind the layer

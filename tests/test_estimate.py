@@ -257,6 +257,11 @@ def test_repairs_and_their_checks_take_time() -> None:
     bare, checked = repair(holdout=0.0), repair()
     assert bare < checked < repair(regional_steps=8) < repair(regional_steps=16)
     assert repair(schedule="sequential") < repair(schedule="best")
+    assert repair(schedule="sequential", target_mix=0.0) < repair(schedule="sequential")
+    # A walk sums nothing of sites that stay.
+    walk = plain.with_changes(repair={"schedule": "sequential"}, pruning_ratio=0.1)
+    narrow = walk.with_changes(units=("channel",))
+    assert estimate(sites, narrow, SPEED).repair_flops < estimate(sites, walk, SPEED).repair_flops
     assert repair("flap", holdout=0.0) == 0 < repair("flap")
     # Held-out windows do not calibrate.
     held, whole = estimate(sites, plain, SPEED), estimate(sites, plain.with_changes(repair={"holdout": 0.0}), SPEED)

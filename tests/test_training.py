@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from trainings import Rows, Timed, progressive, pruning_config, training, weight
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_adaprune import AdaPrunerCallback
+from hf_adaprune.cut_schedule import CutSchedule
 from hf_adaprune.errors import AdaPruneError, BudgetError, CheckpointError, ConfigError, UnsupportedModelError
 from hf_adaprune.hub import check_checkpoint
 from hf_adaprune.plan import PruningPlan
 from hf_adaprune.sites import find_sites
 from hf_adaprune.surgery import apply_plan
+from hf_adaprune.training_cuts import Cuts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -304,6 +307,23 @@ def test_an_exception_leaves_a_usable_model_and_checkpoint(tmp_path: Path, monke
     again = training(tmp_path, progressive())
     again.train(resume_from_checkpoint=str(checkpoint))
     assert cuts_of(again)[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_training_that_begins_anew_forgets_the_masks_of_one_that_failed() -> None:
+    model = tiny_model("llama")
+    sites, logits = find_sites(model), logits_of(model, tokens())
+    cuts = Cuts(pruning_config(), CutSchedule("progressive", None, 0.05, None, (), "linear", "geometric"), None, None)
+    cuts.workers = SimpleNamespace(count=2)  # type: ignore[assignment]
+    cuts.begin(model)
+    whole = dict(cuts.first)
+    assert whole["decoder"] == sites.decoder_parameters
+    cuts.plan = plan_of_kind(sites, "channel")
+    cuts.mask(model)
+    assert cuts.sizes(model)["decoder"] < whole["decoder"]
+    assert not torch.equal(logits_of(model, tokens()), logits)
+    cuts.begin(model)
+    assert cuts.plan is None and cuts.first == cuts.sizes(model) == whole
+    assert torch.equal(logits_of(model, tokens()), logits)
 
 
 def test_a_checkpoint_without_the_callback_goes_on(tmp_path: Path) -> None:
