@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from math import nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -46,10 +47,10 @@ def plot_all(results: Path, output: Path) -> list[Path]:
             curves = _curves(data, text, protocol["report"])
             figure = Figure(figsize=(7, 4.5), layout="constrained")
             axes = figure.subplots()
-            # The best at the largest ratio first; ten colours do not do, so markers differ too.
-            best = sorted(curves.items(), key=lambda own: sorted(own[1].items())[-1][1])
-            for (label, points), marker in zip(best, itertools.cycle(MARKERS), strict=False):
-                axes.plot(*zip(*sorted(points.items()), strict=True), marker=marker, label=label)
+            # Ten colours do not do, so markers differ too.
+            ratios, lines = _lines(curves)
+            for (label, values), marker in zip(lines.items(), itertools.cycle(MARKERS), strict=False):
+                axes.plot(ratios, values, marker=marker, label=label)
             axes.set(xlabel="decoder parameters removed", ylabel=f"perplexity, {text}", yscale="log")
             dense = min(value for points in curves.values() for value in points.values())
             axes.set_ylim(0.9 * dense, HIGHEST * dense)  # what is worse speaks no language any more
@@ -93,8 +94,18 @@ def _training(file: Path, figure: Any, output: Path) -> Path:
     return path
 
 
+def _lines(curves: dict[str, dict[float, float]]) -> tuple[list[float], dict[str, list[float]]]:
+    """All ratios, and every curve's values at them, the best at its largest ratio first.
+
+    Where a curve lacks a ratio that others have, its line breaks: it would state what nobody measured.
+    """
+    ratios = sorted({ratio for points in curves.values() for ratio in points})
+    best = sorted(curves, key=lambda label: curves[label][max(curves[label])])
+    return ratios, {label: [curves[label].get(ratio, nan) for ratio in ratios] for label in best}
+
+
 def _curves(data: dict[str, Any], text: str, report: Any) -> dict[str, dict[float, float]]:
-    """Mean perplexity over seeds, by label and measured ratio; the dense one begins curves of two points or more."""
+    """Mean perplexity over seeds, by label and measured ratio; the dense one begins every curve."""
     good = [row for row in data["rows"]
             if row["status"] == "done" and data["protocols"][row["protocol"]]["report"] == report]  # fmt: skip
     values: dict[str, dict[float, list[float]]] = {}
@@ -102,6 +113,4 @@ def _curves(data: dict[str, Any], text: str, report: Any) -> dict[str, dict[floa
         own = values.setdefault(row["label"], {})
         own.setdefault(row["ratio"], []).append(row["results"][text]["perplexity"]["value"])
     dense = values.pop("dense", {})
-    # A line from the dense model to the only ratio there is would state what nobody measured.
-    begun = {label: points if len(points) == 1 else {**dense, **points} for label, points in values.items()}
-    return {label: {ratio: mean(own) for ratio, own in points.items()} for label, points in begun.items()}
+    return {label: {ratio: mean(own) for ratio, own in {**dense, **points}.items()} for label, points in values.items()}

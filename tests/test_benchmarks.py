@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -33,7 +34,7 @@ from benchmarks.experiments import (  # noqa: E402
     search_of,
 )
 from benchmarks.headline import headline  # noqa: E402
-from benchmarks.plots import _curves  # noqa: E402
+from benchmarks.plots import _curves, _lines  # noqa: E402
 from benchmarks.results import FIELDS, Book, read_results  # noqa: E402
 from benchmarks.runner import rows_of, run  # noqa: E402
 from benchmarks.smoke import smoke_setting  # noqa: E402
@@ -505,14 +506,16 @@ def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_p
         headline(tmp_path, tmp_path)
 
 
-def test_a_curve_of_one_ratio_is_a_point() -> None:
+def test_a_line_breaks_where_nothing_was_measured() -> None:
     rows = [
         quality_row("dense", 0.0, 0, 20.0), quality_row("default", 0.2, 0, 30.0), quality_row("default", 0.5, 0, 50.0),
         quality_row("slow", 0.5, 0, 40.0), quality_row("slow", 0.5, 1, 44.0),
     ]  # fmt: skip
     report = {"text": [128, "x"]}
     data = {"rows": rows, "protocols": {name: {"report": report} for name in ("plain", "tasks")}}
-    assert _curves(data, "text", report) == {
-        "default": {0.0: 20.0, 0.2: 30.0, 0.5: 50.0},
-        "slow": {0.5: 42.0},
-    }
+    curves = _curves(data, "text", report)
+    assert curves == {"default": {0.0: 20.0, 0.2: 30.0, 0.5: 50.0}, "slow": {0.0: 20.0, 0.5: 42.0}}
+    ratios, lines = _lines(curves)
+    assert ratios == [0.0, 0.2, 0.5] and list(lines) == ["slow", "default"]
+    assert lines["default"] == [20.0, 30.0, 50.0]
+    assert lines["slow"] == pytest.approx([20.0, math.nan, 42.0], nan_ok=True)
