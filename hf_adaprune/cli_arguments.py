@@ -17,6 +17,7 @@ from .cli_run import add_run_arguments
 from .cli_search import SEARCH_FIELDS, SUFFIXES, add_search_arguments, read_budgets, read_space
 from .config import RECIPES, UNITS, PruningConfig
 from .errors import ConfigError
+from .parts import SCHEDULES
 from .search_config import BUDGETS
 
 __all__ = ["build_config", "command_line"]
@@ -30,6 +31,7 @@ FIELDS = {
     "uniform": ("uniform",),
     "channel_multiple": ("channel_multiple",),
     "layer_by_layer": ("layer_by_layer",),
+    "repair_schedule": ("repair", "schedule"),
     "seed": ("seed",),
     "calibration": ("calibration", "sources"),
     "selection": ("calibration", "selection"),
@@ -142,6 +144,10 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
     add("--units", nargs="+", action="extend", metavar="UNIT", help=f"what may go, of {', '.join(UNITS)}")
     add("--uniform", action="store_true", default=None, help="every layer equally wide: loads without this package")
     add("--channel-multiple", type=int, metavar="N", help="keep MLP widths multiples of N")
+    add(
+        "--repair-schedule", metavar="NAME",
+        help=f"{', '.join(SCHEDULES)}: sequential repairs better than cached, the default, and takes longer",
+    )  # fmt: skip
     add("--layer-by-layer", action="store_true", default=None, help="hold one layer of the model in memory at a time")
     add("--seed", type=int, metavar="N", help="of everything drawn at random")
     add_run_arguments(prune)

@@ -10,6 +10,7 @@ from typing import Any
 from .errors import ConfigError
 
 __all__ = [
+    "SCHEDULES",
     "AllocationConfig",
     "CalibrationConfig",
     "ImportanceConfig",

@@ -215,6 +215,7 @@ def test_options_override_the_file_and_the_file_the_recipe(tmp_path: Path) -> No
     config.save_pretrained(tmp_path)
     assert config_of("--config", str(tmp_path / "pruning_config.json")) == config
     assert config_of() == config_of("--recipe", "default")
+    assert config_of("--repair-schedule", "best") == config_of().with_changes(repair={"schedule": "best"})
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,7 @@ def test_options_override_the_file_and_the_file_the_recipe(tmp_path: Path) -> No
         (["--pruning-ratio", "20"], r"For 20 percent write 0.2"),
         (["--recipe", "best"], "`recipe` should be one of default"),
         (["--units", "neuron"], "`units` should be one of channel"),
+        (["--repair-schedule", "twice"], "`repair.schedule` should be one of cached, sequential"),
         (["--target-parameters", "9G"], "above the model's"),
         (["--target-parameters", "1"], "at most|budget|reach"),
         (["--config", "nowhere.json"], "there is no config at nowhere.json"),
