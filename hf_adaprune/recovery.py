@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 
 from .calibration import TokenBlocks
 from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
-from .distillation import vocabulary_of
 from .documents import input_device
 from .errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
@@ -34,6 +33,7 @@ from .run_artefacts import kept_blocks
 from .run_facts import bytes_digest, text_digests, tokenizer_digest
 from .run_folder import RunFolder, once_noted, open_run
 from .saving import PLAN_NAME
+from .teacher_cache import vocabulary_of
 from .training import AdaPrunerCallback
 from .workers import Alone
 

@@ -9,12 +9,12 @@ import torch
 
 from .calibration import TokenBlocks, packed_blocks, report_blocks
 from .config import CalibrationConfig, Source
-from .distillation import vocabulary_of
 from .documents import Documents, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError
 from .pipeline import as_sources
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
 from .stages import text_part
+from .teacher_cache import vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,13 +17,14 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .calibration import TokenBlocks
-from .distillation import DistillationTrainer, Windows, cache_teacher
+from .distillation import DistillationTrainer, Windows
 from .documents import input_device
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
 from .recovery_course import Checkpoints, Course, schedule_shape
 from .run_folder import RunFolder
 from .saving import quiet_global_values
 from .surgery import cast_parameters
+from .teacher_cache import cache_teacher
 from .whole_files import scratch_folder
 
 __all__ = ["train"]

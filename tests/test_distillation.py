@@ -13,7 +13,7 @@ from texts import random_blocks
 from transformers import TrainingArguments
 
 from hf_adaprune import DistillationTrainer, distillation_loss
-from hf_adaprune.distillation import CachedTeacher, Windows, cache_teacher
+from hf_adaprune.distillation import Windows
 from hf_adaprune.distillation_loss import (
     DistillationTerms,
     FullTeaching,
@@ -23,6 +23,7 @@ from hf_adaprune.distillation_loss import (
 )
 from hf_adaprune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_adaprune.evaluation import per_window_top_kl, top_tokens
+from hf_adaprune.teacher_cache import CachedTeacher, cache_teacher
 
 TERMS = [DistillationTerms(1.0, 1.0), DistillationTerms(2.0, 1.0), DistillationTerms(2.0, 0.3), DistillationTerms(1, 0)]
 
@@ -259,7 +260,7 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def full(*args: object, **options: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("hf_adaprune.distillation.save_file", full)
+    monkeypatch.setattr("hf_adaprune.teacher_cache.save_file", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         cache_teacher(tiny_model("llama"), random_blocks(2), tmp_path / "cache")
     assert not list(tmp_path.iterdir())

@@ -114,6 +114,7 @@ ORDER = [
     "recovery_config",
     "recovery_course",
     "distillation_loss",
+    "teacher_cache",
     "distillation",
     "recovery_texts",
     "recovery_training",
