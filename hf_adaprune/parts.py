@@ -314,7 +314,7 @@ class RepairConfig:
             the diagonal, or `column` (each column's own variance: a massive activation damps only itself).
         schedule (`str`, *optional*, defaults to `"cached"`): `cached` (moments of the dense model, seconds),
             `sequential` (layer after layer on the pruned model's own activations), or `best` (both, and the one with
-            the lower loss on held-out calibration windows stays).
+            the lower loss on held-out calibration windows stays). The last two are of least squares alone.
         target_mix (`float`, *optional*, defaults to 0.5): sequential only. 0 regresses on what the dense matrix makes
             of the pruned model's inputs, 1 on what brings the residual stream to where the dense model's is (so that
             layers make up for the errors of those before them), values between on the mixture.
@@ -352,7 +352,12 @@ class RepairConfig:
         check_number(
             "repair.regional_learning_rate", self.regional_learning_rate, 0.0, 1.0, what="Adam's learning rate"
         )
-        if self.method == "least_squares" and self.schedule == "best" and self.holdout <= 0:
+        if self.method != "least_squares" and self.schedule != "cached":
+            raise ConfigError(
+                f"`repair.schedule` {self.schedule!r} is of least squares, and `repair.method` is {self.method!r}. Set "
+                "`repair.method` to 'least_squares', or `repair.schedule` to 'cached'."
+            )
+        if self.schedule == "best" and self.holdout <= 0:
             raise ConfigError("`repair.schedule='best'` compares on held-out windows; set `repair.holdout` above 0.")
         check_number(
             "repair.min_tokens_per_column", self.min_tokens_per_column, 0.0, 1e6, what="tokens per input column"

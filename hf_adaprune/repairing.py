@@ -113,7 +113,7 @@ def is_repaired(run: RunFolder | None, plan: PruningPlan, config: PruningConfig)
 def own_repair(config: PruningConfig) -> RepairConfig:
     """The repair that the rest of a config leaves possible."""
     walks = config.layer_by_layer and config.repair.method == "least_squares"
-    schedule = "sequential" if walks else "cached" if config.repair.method == "bias" else config.repair.schedule
+    schedule = "sequential" if walks else config.repair.schedule
     return replace(config.repair, intercept=config.repair.intercept and not config.uniform, schedule=schedule)
 
 
@@ -149,7 +149,7 @@ def choose_repairs(
     place = partial(repair_name, config=config, plan=plan)
     schedule = own.schedule if own.method != "none" else "none"
     repairs = dict(cached)
-    if own.method == "least_squares" and schedule in ("sequential", "best"):
+    if schedule in ("sequential", "best"):
         with quiet_model(sites.model):
             kept = Kept(run, place("walked"))
             walked = sequential_repairs(sites, plan, blocks, own, config.calibration.domain_weights, kept)

@@ -226,6 +226,7 @@ def test_options_override_the_file_and_the_file_the_recipe(tmp_path: Path) -> No
         (["--recipe", "best"], "`recipe` should be one of default"),
         (["--units", "neuron"], "`units` should be one of channel"),
         (["--repair-schedule", "twice"], "`repair.schedule` should be one of cached, sequential"),
+        (["--recipe", "flap", "--repair-schedule", "best"], "'best' is of least squares.*Set `repair.method` to"),
         (["--target-parameters", "9G"], "above the model's"),
         (["--target-parameters", "1"], "at most|budget|reach"),
         (["--config", "nowhere.json"], "there is no config at nowhere.json"),

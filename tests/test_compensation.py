@@ -25,11 +25,11 @@ from hf_adaprune.compensation import (
     repair_plan,
 )
 from hf_adaprune.config import RepairConfig
-from hf_adaprune.errors import CalibrationError, StatisticsError
+from hf_adaprune.errors import CalibrationError, ConfigError, StatisticsError
 from hf_adaprune.layerwise import regional_weights, sequential_repairs
 from hf_adaprune.masking import masked
 from hf_adaprune.moments import covariance
-from hf_adaprune.parts import DAMPING_SCALES
+from hf_adaprune.parts import DAMPING_SCALES, REPAIRS, SCHEDULES
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.repairing import check_repairs
@@ -238,6 +238,22 @@ def test_few_tokens_are_refused_with_the_number_that_would_do() -> None:
     check_enough_tokens(sites, 0, RepairConfig(min_tokens_per_column=0), kept)
     experts = dense("mixtral")[0]
     check_enough_tokens(experts, 0, config, {"layers.0.experts": experts.by_name["layers.0.experts"].whole})
+
+
+@pytest.mark.parametrize("method", REPAIRS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_a_schedule_that_would_change_nothing_is_refused(method: str, schedule: str, holdout: float) -> None:
+    refused = {
+        "walks without least squares": method != "least_squares" and schedule != "cached",
+        "compares without windows": schedule == "best" and not holdout,
+    }
+    if not any(refused.values()):
+        assert RepairConfig(method, schedule=schedule, holdout=holdout).schedule == schedule
+        return
+    told = "is of least squares" if refused["walks without least squares"] else "held-out windows"
+    with pytest.raises(ConfigError, match=told):
+        RepairConfig(method, schedule=schedule, holdout=holdout)
 
 
 def narrow_plan(sites: ModelSites) -> PruningPlan:
