@@ -16,7 +16,7 @@ from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.evaluation import Measurement, perplexity, throughputs
 from hf_adaprune.pipeline import Decision, carry_out
 from hf_adaprune.repairing import cached_repairs, choose_repairs
-from hf_adaprune.searching import SearchResult, find_best
+from hf_adaprune.searching import SearchResult
 from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.stages import decide, layer_by_layer_config
 
@@ -292,9 +292,9 @@ def _config(row: Row, setting: Setting, pool: Pool, matrix: bool) -> dict[str, A
     config = row.config
     assert config is not None
     if row.case.searches:
-        searches = _searched(row, setting, pool)
+        searches, taken = _searched(row, setting, pool)
         config, plan = searches[-1].config, searches[-1].plan
-        seconds["search"] = round(time.perf_counter() - started, 3)
+        seconds["search"] = round(taken, 3)
     else:
         plan, kept = decide(sites, pool.blocks, config, statistics=statistics, costs=Costs.of(sites, config))
         statistics = statistics or kept
@@ -327,22 +327,18 @@ def _config(row: Row, setting: Setting, pool: Pool, matrix: bool) -> dict[str, A
     return found
 
 
-def _searched(row: Row, setting: Setting, pool: Pool) -> list[SearchResult]:
-    """The searches of a case, each from the winner of the one before."""
-    assert row.config is not None and pool.statistics is not None
+def _searched(row: Row, setting: Setting, pool: Pool) -> tuple[list[SearchResult], float]:
+    """The searches of a case, each from the winner of the one before, and the seconds that they took."""
+    assert row.config is not None
     found: list[SearchResult] = []
-    config = row.config
+    config, seconds = row.config, 0.0
     for number, free in enumerate(row.case.searches):
         if number:
             config = search_of(row.case, found[-1].config, free, setting.scale, setting.texts)
-        # Cached scores are exact at the weights that a search begins with.
-        shared = None if config.calibration.domain_weights else pool.scores
-        found.append(
-            find_best(
-                setting.sites, setting.tokenizer, config, pool.statistics, measure=pool.measure(config), scores=shared
-            )
-        )
-    return found
+        result, own = pool.search(config)
+        found.append(result)
+        seconds += own
+    return found, seconds
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.measures import Measure
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search_checks import search_needs
+from hf_adaprune.searching import SearchResult, find_best
 from hf_adaprune.selection import measure_of
 from hf_adaprune.sites import ModelSites
 from hf_adaprune.stages import gather_texts, what_to_collect
@@ -136,6 +137,7 @@ class Pool:
         self.blocks, self.held_out, _ = gather_texts(setting.sites, setting.tokenizer, bare, self.needs is not None)
         self.seconds = 0.0
         self._measures: dict[str, Measure] = {}
+        self._searches: dict[str, tuple[SearchResult, float]] = {}
 
     @functools.cached_property
     def statistics(self) -> Statistics | None:
@@ -163,3 +165,23 @@ class Pool:
         if key not in self._measures:
             self._measures[key] = measure_of(self.setting.sites, self.setting.tokenizer, config)
         return self._measures[key]
+
+    def search(self, config: PruningConfig) -> tuple[SearchResult, float]:
+        """The result of a search and the seconds it took; searches that differ by the repair's schedule are one.
+
+        Trials are compared by their cached repairs under every schedule, so they have the same winner.
+        """
+        assert self.statistics is not None
+        cached = config.with_changes(repair={"schedule": "cached", "target_mix": 0.0})
+        key = digest_of(cached.to_dict())
+        if key not in self._searches:
+            # Cached scores are exact at the weights that a search begins with.
+            scores = None if config.calibration.domain_weights else self.scores
+            measure, started = self.measure(cached), time.perf_counter()
+            result = find_best(
+                self.setting.sites, self.setting.tokenizer, cached, self.statistics, measure=measure, scores=scores
+            )
+            self._searches[key] = result, time.perf_counter() - started
+        found, seconds = self._searches[key]
+        repair = {"schedule": config.repair.schedule, "target_mix": config.repair.target_mix}
+        return replace(found, asked=config, config=found.config.with_changes(repair=repair)), seconds

@@ -6,7 +6,6 @@ files that had arrived are not sent twice). Content that is there already makes 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -15,14 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .card import EVALUATION_NAME, PICTURE_NAME, model_card, read_run
+from .card import PICTURE_NAME, model_card, read_run
 from .config import CONFIG_NAME
-from .errors import AdaPruneError, CheckpointError, HubError, JournalError, MissingDependencyError
-from .plan import PruningPlan, SitePlan, split_site_name
-from .public import find_token, public, without_tokens
-from .remote_code import add_remote_code, module_name
-from .reporting import Description, LayerWidths, describe_checkpoint
-from .saving import PLAN_NAME, check_round_trip, save_pruned
+from .errors import AdaPruneError, HubError, MissingDependencyError
+from .public import without_tokens
+from .publication import check_checkpoint, forbid_tokens, is_ours, public_files, stays_inside
+from .reporting import Description
+from .saving import save_pruned
 from .width_plot import plot_widths
 
 if TYPE_CHECKING:
@@ -30,16 +28,10 @@ if TYPE_CHECKING:
 
     from .pipeline import PruningResult
 
-__all__ = ["check_checkpoint", "push_to_hub"]
+__all__ = ["push_to_hub"]
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_NAME = "pruning_journal.jsonl"
-# What a model repository is made of. Everything else stays at home: pickles (training_args.bin, optimizer.pt), logs.
-_ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".png")
-_FOLDERS = ("additional_chat_templates",)
-_NOT = ("trainer_state.json", "README.md", CONFIG_NAME, PICTURE_NAME, JOURNAL_NAME)
-_INDEX = "model.safetensors.index.json"
 _ADVICE = {
     401: "Log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
     403: "The token may not write there. Use one with write access, or another repository.",
@@ -97,25 +89,16 @@ def push_to_hub(
 
     secret = token if isinstance(token, str) else get_token() if token is not False else None
     with _folder(source, remote_code) as folder, tempfile.TemporaryDirectory(prefix="hf_adaprune_") as staging:
-        if journal is None:
-            journal = _journal_of(source, folder)
-        _stays_inside(folder / CONFIG_NAME, folder)
+        searched = _journal_of(source, folder) if journal is None else Path(journal)
+        stays_inside(folder / CONFIG_NAME, folder)
         record = read_run(folder)
         description = check_checkpoint(folder, record)
-        files: dict[str, Path | bytes] = {**_files(folder)}
-        files[CONFIG_NAME] = _json(record)
-        for name, copy in _public_copies(files):
-            files[name] = copy
-        if journal is not None:
-            files[JOURNAL_NAME] = _public_journal(Path(journal))
-        shown = folder
-        if _code_in(folder) or remote_code:
-            shown = _with_remote_code(folder, Path(staging), files)
-        _forbid_tokens(files, secret)  # before anything is sent
+        # Everything is checked before anything is sent.
+        files, shown = public_files(folder, record, searched, Path(staging), remote_code, secret)
         with _told(secret, repo_id):
             api = _api(token)
             if (folder / "README.md").is_file():
-                _stays_inside(folder / "README.md", folder)
+                stays_inside(folder / "README.md", folder)
                 files["README.md"] = folder / "README.md"
             else:
                 picture = _picture(description, Path(staging) / PICTURE_NAME, repo_id)
@@ -127,7 +110,7 @@ def push_to_hub(
                 if license is None and dense:
                     card = model_card(shown, repo_id, license=_license_of(api, dense), **options)
                 files["README.md"] = str(card).encode()
-            _forbid_tokens({"README.md": files["README.md"]}, secret)
+            forbid_tokens({"README.md": files["README.md"]}, secret)
             repo_id = _repository(api, repo_id, private, create_pr)
             return _commit(api, repo_id, files, revision, create_pr, commit_message or "Upload pruned model")
 
@@ -152,179 +135,6 @@ def _journal_of(source: Any, folder: Path) -> Path | None:
     return beside if beside is not None and beside.is_file() else None
 
 
-def check_checkpoint(folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> Description:
-    """Check that a folder is a whole checkpoint of this package, and that its plan is the one it was cut by.
-
-    Reads JSON and the headers of weight files; runs no code of the folder and loads no weights.
-
-    Args:
-        folder (`str`): the checkpoint.
-        run (`dict[str, Any]`, *optional*): its record, where it was read already.
-
-    Returns:
-        [`Description`]: what it is.
-
-    Raises:
-        CheckpointError: with what is missing or contradicts what.
-        PlanError: the plan is none.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder at {folder}. Name the folder of a pruned checkpoint.")
-    description = describe_checkpoint(folder)
-    if description.parameters is None:
-        raise CheckpointError(
-            f"{folder} has no weights in safetensors, and other formats are not published. Save the model again."
-        )
-    _check_shards(folder)
-    run = read_run(folder) if run is None else run
-    plan = PruningPlan.load(folder / PLAN_NAME)
-    if plan.digest != run.get("plan_digest"):
-        raise CheckpointError(
-            f"{folder}: {PLAN_NAME} is not the plan of {CONFIG_NAME}. One of them is from another run; save again."
-        )
-    if plan.model_type != description.model_type:
-        raise CheckpointError(
-            f"{folder}: the plan is for {plan.model_type!r} and the checkpoint a {description.model_type!r}."
-        )
-    found = {row.layer: row for row in description.layers if not row.dropped}
-    if found and (tuple(found) != plan.kept_layers() or not all(_fits(*cut, found) for cut in plan.changed())):
-        raise CheckpointError(
-            f"{folder}: the layers are not as wide as the plan says. Config, weights and plan are of different runs."
-        )
-    return description
-
-
-def _fits(name: str, kept: SitePlan, found: Mapping[int, LayerWidths]) -> bool:
-    layer, kind = split_site_name(name)
-    row, groups, each = found[layer], len(kept.kept_groups), kept.kept_per_group
-    planned = {
-        "attention": ((row.heads, groups * each), (row.groups, groups)),
-        "mlp": ((row.channels, each),),
-        "experts": ((row.experts, groups), (row.channels, each)),
-    }
-    return all(pair is None or pair[0] == count for pair, count in planned[kind])
-
-
-def _check_shards(folder: Path) -> None:
-    index = folder / _INDEX
-    if not index.is_file():
-        return
-    try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(name for name in named if Path(name).name != name or not (folder / name).is_file())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error!r}. Save the model again.") from error
-    if missing:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names. Is the copy complete?")
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Files that go to the Hub, by their names there."""
-    found: dict[str, Path] = {}
-    left = []
-    places = [folder, *(folder / name for name in _FOLDERS if (folder / name).is_dir())]
-    for path in sorted(path for place in places for path in place.iterdir()):
-        name = path.relative_to(folder).as_posix()
-        if path.name in _NOT or (path.is_dir() and name in _FOLDERS):
-            continue
-        if path.is_file() and path.suffix in _ENDINGS and not path.name.startswith("."):
-            _stays_inside(path, folder)
-            found[name] = path
-        elif not path.name.startswith(module_name("")):
-            left.append(name)
-    if left:
-        logger.info("left out of the upload: %s", ", ".join(left))
-    return found
-
-
-def _public_copies(files: Mapping[str, Path | bytes]) -> Iterator[tuple[str, bytes]]:
-    """Other files that may say where something lay on this machine."""
-    for name in (EVALUATION_NAME, "tokenizer_config.json"):
-        file = files.get(name)
-        if isinstance(file, Path):
-            try:
-                data = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}. Write it again, or remove it.") from error
-            if name == EVALUATION_NAME:
-                yield name, _json(public(data))
-            elif isinstance(data, dict) and "name_or_path" in data:
-                # The rest are tokens and templates, in which a slash is a slash.
-                yield name, _json({**data, "name_or_path": public(data["name_or_path"])})
-
-
-def _stays_inside(path: Path, folder: Path) -> None:
-    """A link must not publish a file from elsewhere; the Hub's own cache is made of links, next door."""
-    target, own = path.resolve(), folder.resolve()
-    blobs = own.parent.parent / "blobs"
-    if not target.is_relative_to(own) and not (own.parent.name == "snapshots" and target.is_relative_to(blobs)):
-        raise CheckpointError(f"{path.name} is a link to a file outside of {folder}. Put the file itself there.")
-
-
-def _code_in(folder: Path) -> bool:
-    """Whether a folder carries this package's remote code; other code is refused, and none of it is run."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    references = config.get("auto_map") or {}
-    if not isinstance(references, dict) or any(
-        not str(reference).startswith(module_name("")) for reference in references.values()
-    ):
-        raise CheckpointError(
-            f"config.json of {folder} names code of its own (`auto_map`), which is not published from here. Upload the "
-            "folder with `hf upload`, or take the entry out."
-        )
-    return bool(references)
-
-
-def _with_remote_code(folder: Path, staging: Path, files: dict[str, Path | bytes]) -> Path:
-    """A copy of the folder (of links) with remote code written anew and checked against the plugin's model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from .loading import install
-
-    install()
-    copy = staging / "model"
-    copy.mkdir()
-    for name, file in {**_files(folder), CONFIG_NAME: folder / CONFIG_NAME}.items():
-        if "/" not in name:
-            (copy / name).symlink_to(file.resolve())
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("auto_map", None)
-    (copy / "config.json").unlink()
-    (copy / "config.json").write_bytes(_json(config))
-    try:
-        loaded = AutoConfig.from_pretrained(copy, trust_remote_code=False)
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(loaded)]
-        written = add_remote_code(copy, kind, loaded)
-        if written is not None:
-            model = AutoModelForCausalLM.from_pretrained(copy, dtype="auto", trust_remote_code=False)
-            check_round_trip(model, copy)
-    except AdaPruneError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{folder} does not load, so it is not published: {error}") from error
-    files["config.json"] = (copy / "config.json").read_bytes()
-    if written is not None:
-        files[written.name] = written.read_bytes()
-    return copy
-
-
-def _public_journal(path: Path) -> bytes:
-    from .search.journal import Journal
-
-    Journal.load(path)
-    lines = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break  # torn by a kill
-        try:
-            lines.append(json.dumps(public(json.loads(line)), separators=(",", ":")))
-        except (ValueError, RecursionError) as error:
-            raise JournalError(f"{path}, line {number} is no event of a search: {error}.") from error
-    return ("\n".join(lines) + "\n").encode()
-
-
 def _picture(description: Description, file: Path, repo_id: str) -> bytes | None:
     if not description.layers:
         return None
@@ -334,21 +144,6 @@ def _picture(description: Description, file: Path, repo_id: str) -> bytes | None
         logger.warning("the card has no picture of the widths: %s", error)
         return None
     return file.read_bytes()
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _forbid_tokens(files: Mapping[str, Path | bytes], secret: str | None) -> None:
-    for name, content in files.items():
-        if not name.endswith((".safetensors", ".png", ".model")):
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            if find_token(data.decode("utf-8", errors="replace"), secret):
-                raise CheckpointError(
-                    f"{name} holds what looks like an access token of the Hub. Take it out (and revoke it, if the "
-                    "file has been elsewhere), then push again."
-                )
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------
@@ -436,7 +231,7 @@ def _commit(
     additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     there = api.list_repo_files(repo_id, revision=revision)
     # What an earlier push left and this one has no more: other shards would load instead of these weights.
-    stale = [name for name in there if _is_ours(name) and name not in files]
+    stale = [name for name in there if is_ours(name) and name not in files]
     operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in stale)]
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     tree = api.list_repo_tree(repo_id, recursive=True, revision=commit.oid)
@@ -448,10 +243,3 @@ def _commit(
             "Push again."
         )
     return commit
-
-
-def _is_ours(name: str) -> bool:
-    if "/" in name:
-        return False
-    weights = name.endswith(".safetensors") or name == _INDEX
-    return weights or name.startswith(module_name("")) or name in (JOURNAL_NAME, PICTURE_NAME)

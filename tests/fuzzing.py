@@ -21,7 +21,7 @@ from hf_adaprune.choices import read_rows
 from hf_adaprune.cli_search import read_budgets, read_space
 from hf_adaprune.documents import read_source
 from hf_adaprune.errors import AdaPruneError
-from hf_adaprune.hub import check_checkpoint
+from hf_adaprune.publication import check_checkpoint
 from hf_adaprune.reporting import describe
 from hf_adaprune.search.journal import Journal
 

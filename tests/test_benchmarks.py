@@ -195,6 +195,35 @@ def test_what_experiments_share_is_measured_once(setting: Any, tmp_path: Path, m
     assert both(tmp_path, fresh=True) == {"plain": 5, "tasks": 1}
 
 
+def test_searches_that_differ_by_the_schedule_of_the_repair_are_one(
+    setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedules = {
+        "cached": {},
+        "walk": {"schedule": "sequential"},
+        "half a walk": {"schedule": "sequential", "target_mix": 0.25},
+    }
+    cases = [
+        Case(label, 0.3, changes={"repair": own}, searches=(("repair.damping", "allocation.attention_balance"),))
+        for label, own in schedules.items()
+    ]
+    alone: dict[str, Any] = {}
+    for case in cases:
+        measured(setting, tmp_path / case.label, Experiment("one", "", (case,), seeds=(0,)))
+        (alone[case.label],) = rows_in(tmp_path / case.label, "one")
+    begun: list[int] = []
+    find_best = setting_module.find_best
+    monkeypatch.setattr(setting_module, "find_best", lambda *own, **named: begun.append(1) or find_best(*own, **named))
+    assert measured(setting, tmp_path, Experiment("all", "", tuple(cases), seeds=(0,))) == 3
+    assert len(begun) == 1
+    together = {row["label"]: row for row in rows_in(tmp_path, "all")}
+    for label, row in together.items():
+        assert row["search"] == alone[label]["search"] and row["plan_digest"] == alone[label]["plan_digest"]
+        assert row["results"] == alone[label]["results"] and row["repair"] == alone[label]["repair"]
+        assert row["seconds"]["search"] == together["cached"]["seconds"]["search"] > 0
+    assert len({str(row["results"]) for row in together.values()}) == 3
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("cost", "computed_cost")])
 def test_rows_of_a_group_read_the_same_windows(setting: Any, name: str) -> None:
     groups: dict[str, set[str]] = {}

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from hf_adaprune import PruningConfig, PruningPlan, prune, push_to_hub
 from hf_adaprune.cli import main
 from hf_adaprune.errors import AdaPruneError, CheckpointError, UnsupportedModelError
-from hf_adaprune.hub import check_checkpoint
+from hf_adaprune.publication import check_checkpoint
 from hf_adaprune.reporting import describe
 
 # See test_hub.

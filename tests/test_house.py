@@ -98,6 +98,7 @@ ORDER = [
     "journal_report",
     "journal_plot",
     "card",
+    "publication",
     "hub",
     "restoring",
     "adapters",

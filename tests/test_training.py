@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from hf_adaprune import AdaPrunerCallback
 from hf_adaprune.cut_schedule import CutSchedule
 from hf_adaprune.errors import AdaPruneError, BudgetError, CheckpointError, ConfigError, UnsupportedModelError
-from hf_adaprune.hub import check_checkpoint
 from hf_adaprune.plan import PruningPlan
+from hf_adaprune.publication import check_checkpoint
 from hf_adaprune.sites import find_sites
 from hf_adaprune.surgery import apply_plan
 from hf_adaprune.training_cuts import Cuts
