@@ -109,22 +109,32 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         architecture: Architecture | None = None,
         trainer: Any = None,
     ) -> None:
-        self.schedule = CutSchedule(mode, cuts, share, every, tuple(at), spacing, targets)
-        self.config = PruningConfig.read("default" if config is None else config)
-        self.data, self.samples, self.reset_best = data, samples, reset_best
-        self.architecture, self.trainer, self.tokenizer = architecture, trainer, tokenizer
+        schedule = CutSchedule(mode, cuts, share, every, tuple(at), spacing, targets)
+        config = PruningConfig.read("default" if config is None else config)
+        self.data, self.reset_best = data, reset_best
+        self.trainer, self.tokenizer = trainer, tokenizer
         if data not in ("train", "calibration"):
             raise ConfigError(f"`data` should be 'train' or 'calibration'. Found {data!r}.")
-        check_config(self.config, mode)
+        check_config(config, mode)
+        self._cuts = Cuts(config, schedule, samples, architecture)
         self.done: list[dict[str, Any]] = []
         self.steps: tuple[int, ...] = ()
         self.ratios: tuple[float, ...] = ()
-        self._cuts = Cuts(self.config, self.schedule, samples, architecture)
         self._restorer: Restorer | None = None
         self._text: dict[str, Any] = {}
         self._base_model = ""
         self._pending: list[dict[str, float]] = []
         self._folder = ""
+
+    @property
+    def config(self) -> PruningConfig:
+        """What to prune and how, as it was given; its cuts are made by it, so it stays."""
+        return self._cuts.config
+
+    @property
+    def schedule(self) -> CutSchedule:
+        """When cuts happen and how far they go, as it was given."""
+        return self._cuts.schedule
 
     @property
     def first(self) -> dict[str, int]:
@@ -279,7 +289,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         schedule = {
             key: list(value) if isinstance(value, tuple) else value for key, value in vars(self.schedule).items()
         }
-        asked = {**self.config.to_dict(), "schedule": schedule, "data": self.data, "samples": self.samples}
+        asked = {**self.config.to_dict(), "schedule": schedule, "data": self.data, "samples": self._cuts.samples}
         asked.pop("version")
         asked["calibration"].pop("report")
         return asked

@@ -414,6 +414,14 @@ def test_bad_arguments_are_refused_at_once(config: dict, fields: dict, error: ty
         progressive(config=pruning_config(**config), **fields)
 
 
+def test_a_callback_keeps_what_it_was_made_with() -> None:
+    callback = AdaPrunerCallback(pruning_config(), cuts=3)
+    for name, value in {"config": pruning_config(pruning_ratio=0.5), "schedule": None}.items():
+        with pytest.raises(AttributeError):  # its cuts would not hear of it
+            setattr(callback, name, value)
+    assert callback.config == pruning_config() and callback.schedule.cuts == 3
+
+
 def test_bad_models_and_engines_are_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
     from transformers import BertConfig, BertLMHeadModel
 
