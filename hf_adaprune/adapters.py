@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .whole_files import write_whole
 
-__all__ = ["base_of", "is_peft", "merged", "save_base"]
+__all__ = ["base_of", "is_peft", "merged", "name_without_adapters", "save_base"]
 
 
 def is_peft(model: Any) -> bool:
@@ -29,6 +30,15 @@ def base_of(model: Any) -> Any:
         model (`nn.Module`): as a Trainer has it.
     """
     return model.get_base_model() if is_peft(model) else model
+
+
+def name_without_adapters(name: str) -> str:
+    """What a parameter of a model with adapters is called without them; experts lie in several wrappers.
+
+    Args:
+        name (`str`): of the parameter.
+    """
+    return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 @contextlib.contextmanager
@@ -51,17 +61,20 @@ def merged(model: Any) -> Iterator[None]:
 def save_base(model: Any, folder: Path) -> None:
     """Save the cut base model of LoRA factors, so that `from_pretrained` of the folder finds what they fit.
 
+    What peft saves from now on names this base, too: the one that training began with does not fit any more.
+
     Args:
         model (`PeftModel`): the model.
         folder (`Path`): holds the factors; the base goes into `base` in it.
     """
     base = model.get_base_model()
-    state = {
-        name.replace(".base_layer.", "."): value for name, value in base.state_dict().items() if ".lora_" not in name
-    }
-    base.save_pretrained(folder / "base", state_dict=state)
+    state = {name_without_adapters(name): value for name, value in base.state_dict().items() if ".lora_" not in name}
+    place = folder / "base"
+    base.save_pretrained(place, state_dict=state)
+    for tuner in model.peft_config.values():
+        tuner.base_model_name_or_path = str(place.absolute())
     path = folder / "adapter_config.json"
     if path.exists():
         data = json.loads(path.read_text(encoding="utf-8"))
-        data["base_model_name_or_path"] = str((folder / "base").absolute())
+        data["base_model_name_or_path"] = str(place.absolute())
         write_whole(path, json.dumps(data, indent=2, sort_keys=True))

@@ -126,6 +126,8 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher
         if isinstance(teacher, CachedTeacher):
             self._check_cache(teacher)
+            self._check_windows(self.train_dataset)
+            self._check_windows(self.eval_dataset)
         elif isinstance(teacher, torch.nn.Module):
             self._take_teacher(teacher)
 
@@ -138,6 +140,28 @@ class DistillationTrainer(Trainer):
             )
         if self.hidden_weight:
             raise ConfigError("`hidden_weight` needs a teacher in memory: a cache holds no hidden states. Set it to 0.")
+
+    def _check_windows(self, dataset: Any) -> None:
+        """A cache answers by a window's number; of other windows it would say what it saw in its own."""
+        for own in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
+            blocks = getattr(own, "blocks", None)
+            if not isinstance(self.teacher, CachedTeacher) or blocks is None:
+                continue
+            if blocks.digest != self.teacher.facts["sha256"]:
+                raise ConfigError(
+                    "these windows are not those that the teacher was cached for. Cache it for them, or evaluate with "
+                    "a DistillationTrainer that has the teacher itself."
+                )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Those of the `Trainer`, of windows that a cached teacher knows."""
+        self._check_windows(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Those of the `Trainer`, of windows that a cached teacher knows."""
+        self._check_windows(test_dataset)
+        return super().get_test_dataloader(test_dataset)
 
     def _check_vocabulary(self, size: int) -> None:
         own = vocabulary_of(self._student)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
     from .pipeline import PruningResult
+    from .recovery_result import RecoveryResult
 
 __all__ = ["push_to_hub"]
 
@@ -44,7 +45,7 @@ _ADVICE = {
 
 
 def push_to_hub(
-    source: PruningResult | str | os.PathLike[str],
+    source: PruningResult | RecoveryResult | str | os.PathLike[str],
     repo_id: str,
     *,
     private: bool | None = None,
@@ -63,7 +64,8 @@ def push_to_hub(
     stands; otherwise a card is written.
 
     Args:
-        source ([`PruningResult`] or `str`): what [`prune`] returned, or the folder it was saved to.
+        source ([`PruningResult`], [`RecoveryResult`] or `str`): what [`prune`] or [`recover`] returned, or the folder
+            it was saved to.
         repo_id (`str`): `owner/name`, or a name of your own; made where it is missing.
         private (`bool`, *optional*): of a repository that is made. With `True`, one that is public is refused.
         token (`str` or `bool`, *optional*): the one of `hf auth login` or `HF_TOKEN` where not given.
@@ -119,7 +121,7 @@ def push_to_hub(
 
 
 @contextmanager
-def _folder(source: PruningResult | str | os.PathLike[str], remote_code: bool) -> Iterator[Path]:
+def _folder(source: PruningResult | RecoveryResult | str | os.PathLike[str], remote_code: bool) -> Iterator[Path]:
     if isinstance(source, (str, os.PathLike)):
         yield Path(source)
         return
@@ -131,7 +133,8 @@ def _journal_of(source: Any, folder: Path) -> Path | None:
     if isinstance(source, (str, os.PathLike)):
         beside: Path | None = folder.absolute().with_name(folder.absolute().name + ".journal.jsonl")
     else:
-        beside = source.search.journal.path if source.search is not None else None
+        search = getattr(source, "search", None)  # what `recover` returned has none
+        beside = search.journal.path if search is not None else None
     return beside if beside is not None and beside.is_file() else None
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from .adapters import is_peft
 from .calibration import TokenBlocks
 from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .documents import input_device
@@ -172,9 +173,14 @@ def check_student(model: Any, config: RecoveryConfig) -> None:
         config ([`RecoveryConfig`]): whether there are adapters.
 
     Raises:
-        UnsupportedModelError: quantised weights without adapters.
+        UnsupportedModelError: quantised weights without `lora`, or adapters that are there already.
         MissingDependencyError: adapters without peft.
     """
+    if is_peft(model):
+        raise UnsupportedModelError(
+            "the student has adapters, and a recovered checkpoint holds none. Give it without them (merge_and_unload() "
+            "keeps what they learned); `lora` (--lora) trains adapters of its own, and merges them."
+        )
     if config.lora is None and getattr(model, "quantization_method", None) is not None:
         raise UnsupportedModelError(
             "the student's weights are quantised and cannot be trained. Set `lora` (--lora) to train adapters beside "

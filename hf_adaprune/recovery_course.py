@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback, get_scheduler
 from transformers.utils import logging as transformers_logging
 
+from .parallel import processes
 from .recovery_config import RecoveryConfig
 from .run_folder import RunFolder, digest_of_file
 
@@ -31,6 +32,8 @@ LOGGED = 50  # rows of the log
 class Course(TrainerCallback):
     """How far a training is, by steps or by the clock; ends it when time is up.
 
+    Of several processes the first one has the clock: learning rates and the end are the same on all.
+
     Args:
         config ([`RecoveryConfig`]): its `minutes`, and windows per step.
         steps (`int`): of the training, where the clock does not end it.
@@ -40,6 +43,7 @@ class Course(TrainerCallback):
 
     def __init__(self, config: RecoveryConfig, steps: int, started: float, windows: float) -> None:
         self.limit = None if config.minutes is None else config.minutes * 60
+        self.workers = processes()
         self.steps, self.started, self.done = steps, started, 0
         self.first: float | None = None
         self.begun, self.over = 0, False
@@ -51,11 +55,17 @@ class Course(TrainerCallback):
         """Share of the training that is over in the middle of the next step."""
         if self.limit is None:
             return min((self.done + 0.5) / self.steps, 1.0)
-        return min((time.perf_counter() - self.started + self._step() / 2) / self.limit, 1.0)
+        return min(self._next() / self.limit, 1.0)
 
-    def _step(self) -> float:
+    def _next(self) -> float:
+        """Seconds from the start to the middle of the next step; every process has to ask, and gets the same."""
         steps = self.done - self.begun
-        return 0.0 if self.first is None or not steps else (time.perf_counter() - self.first) / steps
+
+        def expected() -> float:
+            now = time.perf_counter()
+            return now - self.started + (0.0 if self.first is None or not steps else (now - self.first) / steps / 2)
+
+        return self.workers.lead(expected)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, where an earlier run stopped."""
@@ -70,9 +80,10 @@ class Course(TrainerCallback):
         if self.done <= self.epoch < self.done + 1 and (self.limit or self.steps > self.epoch + 1):
             logger.info("the training text was read once after %d steps; it is read again.", self.done + 1)
         self.done += 1
-        if self.share() >= self.told + 1 / LOGGED or self.done in (1, self.steps):
-            self.told, control.should_log = self.share(), True
-        if self.limit is not None and time.perf_counter() - self.started + self._step() / 2 >= self.limit:
+        share = self.share()
+        if share >= self.told + 1 / LOGGED or self.done in (1, self.steps):
+            self.told, control.should_log = share, True
+        if self.limit is not None and share >= 1.0:
             control.should_log = control.should_training_stop = self.over = True
         self.over = self.over or self.done >= self.steps
 

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .adapters import name_without_adapters
 from .calibration import TokenBlocks
 from .distillation import DistillationTrainer, Windows
 from .documents import input_device
@@ -114,7 +115,7 @@ def _trained_part(model: Any, config: RecoveryConfig) -> Iterator[Any]:
         narrow = {n: torch.float32 for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
         before = cast_parameters(model, narrow)
         adapted.merge_and_unload()
-        named = {name.replace(".base_layer.", "."): dtype for name, dtype in before.items()}
+        named = {name_without_adapters(name): dtype for name, dtype in before.items()}
         cast_parameters(model, named)
     finally:
         model.__dict__.pop("peft_config", None)

@@ -44,6 +44,10 @@ class Restorer:
         self.config = copy.deepcopy(model.config)
         self.handle = model.register_load_state_dict_pre_hook(self._before_load)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Restorer:
+        """The same: a copy of the model must not copy the callback behind `known`, and the Trainer behind that."""
+        return self
+
     def close(self) -> None:
         """Take the hook away."""
         self.handle.remove()

@@ -380,6 +380,13 @@ def model_architecture(model: Any, own: Iterable[Architecture] = ()) -> Architec
             f"{type(model).__name__} holds quantised weights. Prune first and quantise the result: load the original "
             "weights, or dequantise (for GGUF files: quantization_config=GgufConfig(dequantize=True))."
         )
+    # transformers' own word for adapters inside of a model, without peft's model around it.
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds adapters of `add_adapter` or of an adapter's folder, whose weights would go "
+            "without those that they fit. Load the model without them, or put them around it with "
+            "peft.get_peft_model; merge_and_unload() of a PeftModel makes them part of the weights."
+        )
     return architecture_for(config.model_type, own)
 
 
@@ -430,7 +437,8 @@ def _matrix(layer: nn.Module, path: str) -> Matrix | None:
         return None
     from transformers.pytorch_utils import Conv1D
 
-    return Matrix(path, module, transposed=isinstance(module, Conv1D))
+    # A LoRA layer around it shows its weight as it is stored.
+    return Matrix(path, module, transposed=isinstance(getattr(module, "base_layer", module), Conv1D))
 
 
 def _attention_site(number: int, layer: nn.Module, architecture: Architecture) -> Site | None:

@@ -192,10 +192,12 @@ def skip_sublayers(
 
 
 def add_bias(module: nn.Module, outputs: int) -> None:
-    """Give a projection that has none a zero bias `[outputs]`, in the dtype and on the device of its weight."""
+    """Give a projection that has none a zero bias `[outputs]`, in dtype, device and `requires_grad` as its weight."""
     if getattr(module, "bias", None) is None:
         weight: Any = module.weight
-        module.bias = nn.Parameter(torch.zeros(outputs, dtype=weight.dtype, device=weight.device))
+        bias = torch.zeros(outputs, dtype=weight.dtype, device=weight.device)
+        # Under adapters weights are frozen, and so is what a repair adds to them.
+        module.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
 
 
 def _replace(owner: nn.Module, path: str, module: nn.Module) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from .adapters import base_of, is_peft, save_base
 from .budgets import check_budgets
@@ -44,10 +43,13 @@ __all__ = ["AdaPrunerCallback"]
 logger = logging.getLogger(__name__)
 
 PLAN_NAME = "pruning_plan.json"
+# In the trainer's state. The name of the class would have transformers make a callback of default arguments from it,
+# where `restore_callback_states_from_checkpoint` is set.
+STATE_NAME = "hf_adaprune"
 _running: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-class AdaPrunerCallback(TrainerCallback, ExportableState):
+class AdaPrunerCallback(TrainerCallback):
     """Prunes the model of a `Trainer` (also trl's `SFTTrainer`; all weights or LoRA).
 
     Mode `progressive` (Adapt-Pruner, arXiv 2502.03460): small cuts with training in between. Mode `once`: one cut
@@ -151,7 +153,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot be pruned, and let checkpoints of other sizes be loaded."""
         base = base_of(model)
-        check_engine(args, model, base)
+        check_engine(args, model, base, self.schedule.mode)
         sites = self._cuts.sites(base)
         check_weights(sites)
         if self.config.search is not None:
@@ -174,16 +176,17 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Make the schedule or take it from the checkpoint, read texts, and cut what is due."""
-        name, base = type(self).__name__, base_of(model)
+        base = base_of(model)
         other = _running.get(base)
         if other is not None and other[0]() is state and other[1] is not self:
+            name = type(self).__name__
             raise ConfigError(f"this Trainer has {name} twice. Leave one of them; its schedule may have many cuts.")
         _running[base] = (weakref.ref(state), self)
         self._cuts.workers = processes()
         if self._cuts.workers.count > 1:
             check_masked(self.config, self.schedule.mode, args, model)
-        self._take_state(state, base, name)
-        state.stateful_callbacks[name] = self.state()
+        self._take_state(state, base)
+        state.stateful_callbacks[STATE_NAME] = self._state()
         if len(self.done) < len(self.steps):
             self._cuts.read(
                 base, self.tokenizer or processing_class, train_dataloader,
@@ -237,6 +240,14 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         """Cut what was masked or was to be cut last, and leave plan, config and history in the output folder."""
         base = base_of(model)
         late = self.schedule.mode == "at_end" and len(self.done) < len(self.steps)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and not self._cuts.is_masked:
+            self._take_plan_of(Path(state.best_model_checkpoint))
+        elif not late and len(self.done) < len(self.steps):
+            logger.warning(
+                "training ended after %d of %d cuts, with %.1f %% of the decoder removed and not %.1f %%.",
+                len(self.done), len(self.steps),
+                100 * (self.done[-1]["pruning/ratio"] if self.done else 0.0), 100 * self.ratios[-1],
+            )  # fmt: skip
         if late:
             self._cut(state, model, None, processing_class, self.ratios[-1])
         elif self._cuts.is_masked and self.plan is not None:
@@ -252,8 +263,9 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
             model.save_pretrained(folder)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
-            if is_peft(model):
-                save_base(model, folder)
+        # Factors that the user saves afterwards fit nothing else.
+        if is_peft(model):
+            save_base(model, folder)
         self._write(folder, base)
         base.config.save_pretrained(folder)
         if not is_peft(model) and (folder / "model.safetensors").exists():
@@ -263,25 +275,14 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Plan and history go up with the model."""
         if self.plan is not None and state.is_world_process_zero:
+            if is_peft(model):
+                logger.warning(
+                    "LoRA factors of a cut model fit the base in the folder `base` beside them alone, and name it by "
+                    "its place on this machine. Push merge_and_unload() of the model for one that loads by its name."
+                )
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             self._write(Path(args.output_dir), base_of(model))
             base_of(model).add_model_tags(list(MODEL_TAGS))
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback, as JSON types."""
-        return {
-            "args": {},
-            "attributes": {
-                "asked": self._asked(),
-                "first": dict(self.first),
-                "text": self._text_facts(),
-                "base_model": self._base_model,
-                "steps": list(self.steps),
-                "ratios": list(self.ratios),
-                "done": copy.deepcopy(self.done),
-                "saved_plan": None if self.plan is None else self.plan.to_dict(),
-            },
-        }
 
     # -- the schedule -------------------------------------------------------------------------------------------------
 
@@ -294,25 +295,35 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         asked["calibration"].pop("report")
         return asked
 
-    def _take_state(self, state: Any, base: Any, name: str) -> None:
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback, as JSON types."""
+        return {
+            "asked": self._asked(),
+            "first": dict(self.first),
+            "text": self._text_facts(),
+            "base_model": self._base_model,
+            "steps": list(self.steps),
+            "ratios": list(self.ratios),
+            "done": copy.deepcopy(self.done),
+            "saved_plan": None if self.plan is None else self.plan.to_dict(),
+        }
+
+    def _take_state(self, state: Any, base: Any) -> None:
         """Begin anew, or go on as the checkpoint says."""
-        saved = (state.stateful_callbacks or {}).get(name)
-        attributes = saved.get("attributes", {}) if isinstance(saved, dict) and state.global_step > 0 else {}
-        if isinstance(saved, list):
-            raise ConfigError(f"this Trainer has {name} twice. Leave one of them; its schedule may have many cuts.")
-        if attributes.get("steps"):
+        saved = (state.stateful_callbacks or {}).get(STATE_NAME, {}) if state.global_step > 0 else {}
+        if saved.get("steps"):
             asked = self._asked()
-            different = sorted(key for key in asked if attributes["asked"].get(key) != asked[key])
+            different = sorted(key for key in asked if saved["asked"].get(key) != asked[key])
             if different:
                 raise CheckpointError(
                     f"the checkpoint was made with another recipe: {', '.join(different)} differ. Give the callback "
                     "the same arguments, or start a new run from the checkpoint's model."
                 )
             self._cuts.begin(base)
-            self._cuts.first, self.done = dict(attributes["first"]), list(attributes["done"])
-            self._text, self._base_model = attributes["text"], attributes["base_model"]
-            self.steps, self.ratios = tuple(attributes["steps"]), tuple(attributes["ratios"])
-            plan = attributes["saved_plan"]
+            self._cuts.first, self.done = dict(saved["first"]), list(saved["done"])
+            self._text, self._base_model = saved["text"], saved["base_model"]
+            self.steps, self.ratios = tuple(saved["steps"]), tuple(saved["ratios"])
+            plan = saved["saved_plan"]
             self._cuts.plan = None if plan is None else PruningPlan.from_dict(plan)
             return
         sites = self._cuts.sites(base)
@@ -327,6 +338,12 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self.ratios = self.schedule.ratios(ratio)
         self.steps = self.schedule.steps(ratio, state.max_steps)
 
+    def _take_plan_of(self, best: Path) -> None:
+        """The model is that of the best checkpoint again, which may be from before a cut."""
+        step = int(best.name.rpartition("-")[2])
+        self.done = [cut for cut in self.done if cut.get("step", 0) <= step]
+        self._cuts.plan = PruningPlan.load(best / PLAN_NAME) if (best / PLAN_NAME).is_file() else None
+
     def _cut_what_is_due(self, state: Any, model: Any, optimizer: Any, tokenizer: Any) -> bool:
         if self.schedule.mode == "at_end":
             return False
@@ -337,7 +354,7 @@ class AdaPrunerCallback(TrainerCallback, ExportableState):
         self._cut(state, model, optimizer, tokenizer, self.ratios[due - 1])
         while len(self.done) < due:
             self.done.insert(-1, {})
-        state.stateful_callbacks[type(self).__name__] = self.state()
+        state.stateful_callbacks[STATE_NAME] = self._state()
         return True
 
     def _cut(self, state: Any, model: Any, optimizer: Any, tokenizer: Any, ratio: float) -> None:

@@ -36,17 +36,18 @@ def check_config(config: PruningConfig, mode: str) -> None:
         raise ConfigError("`repair.regional_steps` trains layers, as the Trainer does after a cut anyway. Set it to 0.")
 
 
-def check_engine(args: Any, model: Any, base: Any) -> None:
+def check_engine(args: Any, model: Any, base: Any, mode: str) -> None:
     """Refuse engines, weights and adapters that cannot be cut.
 
     Args:
         args (`TrainingArguments`): the trainer's; accelerate's state is looked at, too.
         model (`nn.Module`): the trainer's model.
         base (`PreTrainedModel`): the same without adapters.
+        mode (`str`): of the callback.
 
     Raises:
-        ConfigError: DeepSpeed or FSDP.
-        UnsupportedModelError: quantised weights, or adapters other than LoRA.
+        ConfigError: DeepSpeed, FSDP, or a training that may begin twice.
+        UnsupportedModelError: quantised weights, or adapters other than LoRA of matrices.
     """
     # A launcher's own config (`accelerate launch --use_fsdp`) is not in the trainer's arguments.
     launched = PartialState().distributed_type
@@ -60,6 +61,11 @@ def check_engine(args: Any, model: Any, base: Any) -> None:
             "FSDP shards the weights, which cannot be cut under it. Prune before the Trainer is made, with "
             "hf_adaprune.prune()."
         )
+    if getattr(args, "auto_find_batch_size", False) and mode != "at_end":
+        raise ConfigError(
+            "`auto_find_batch_size` starts the training again with the model that is cut by then, and would cut it "
+            "twice. Find the batch size first, and set per_device_train_batch_size."
+        )
     if getattr(base, "is_quantized", False) or getattr(base.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             "quantised weights cannot be cut. Load the model in bfloat16 or float32, prune, and quantise afterwards."
@@ -69,6 +75,11 @@ def check_engine(args: Any, model: Any, base: Any) -> None:
             raise UnsupportedModelError(
                 f"adapters of type {tuner.peft_type} cannot be cut with their weights. Use LoRA without DoRA."
             )
+    if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
+        raise UnsupportedModelError(
+            "LoRA factors of whole parameters, such as those of experts, cannot be cut with them. Name the attention's "
+            "projections in `target_modules`, and leave `target_parameters` and 'all-linear' out."
+        )
 
 
 def check_masked(config: PruningConfig, mode: str, args: Any, model: Any) -> None:

@@ -52,6 +52,8 @@ def run(folder: Path, mode: str, resume: str | None) -> None:
         callback = Watched(pruning_config(), mode=mode, **({"at": (0.0, 0.5)} if mode == "progressive" else {}))
         changes = {}
     trainer = training(folder / "run", callback, per_device_train_batch_size=2, save_steps=2, **changes)
+    if mode == "progressive":
+        callback.trainer = trainer  # which a copy of the model must not take with it
     ran = callback.watch()
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index
@@ -77,14 +79,15 @@ def refused(folder: Path) -> None:
     training(folder / "run", callback).train()
 
 
-def recovered(folder: Path) -> None:
+def recovered(folder: Path, minutes: float | None = None) -> None:
     """A recovery of half the windows at once in each process."""
     from test_recovery import pruned, short, text, tiny_model, tiny_tokenizer
 
-    config = short(tokens=RECOVERY_TOKENS, batch_size=4)
+    length = {"tokens": RECOVERY_TOKENS} if minutes is None else {"tokens": None, "minutes": minutes}
+    config = short(batch_size=4, **length)
     found = recover(pruned().model, tiny_tokenizer(), tiny_model("llama"), config, sources=text())
     rank = int(torch.distributed.get_rank())
-    said = {"weights": weights(found.model), "tokens": found.tokens, "steps": found.steps}
+    said = {"weights": weights(found.model), "tokens": found.tokens, "steps": found.steps, "log": found.log}
     torch.save({**said, "held_out": found.held_out}, folder / f"rank{rank}.pt")
 
 
@@ -95,6 +98,8 @@ if __name__ == "__main__":
         refused(where)
     elif what == "recover":
         recovered(where)
+    elif what == "minutes":
+        recovered(where, 0.1)
     else:
         run(where, what, sys.argv[3] if len(sys.argv) > 3 else None)
     if torch.distributed.is_initialized():

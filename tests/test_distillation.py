@@ -284,6 +284,21 @@ def test_facts_that_are_none_are_refused(tmp_path: Path, facts: str) -> None:
         CachedTeacher(tmp_path / "cache", blocks)
 
 
+def test_a_cache_answers_for_its_own_windows_alone(tmp_path: Path) -> None:
+    own, other = random_blocks(4), random_blocks(4, seed=7)
+    assert own.digest != other.digest
+    cached = cache_teacher(tiny_model("llama"), own, tmp_path / "cache", 8)
+    with pytest.raises(ConfigError, match="not those that the teacher was cached for"):
+        trainer_of(tmp_path, cached, other)
+    trainer = trainer_of(tmp_path, cached, own)
+    assert trainer.evaluate(Windows(own))["eval_loss"] > 0
+    for data in (Windows(other), {"other": Windows(other)}):
+        with pytest.raises(ConfigError, match="not those that the teacher was cached for"):
+            trainer.evaluate(data)
+    with pytest.raises(ConfigError, match="not those that the teacher was cached for"):
+        trainer.predict(Windows(other))
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     blocks, dense = random_blocks(4), tiny_model("llama")
     with pytest.raises(ConfigError, match="one vocabulary"):

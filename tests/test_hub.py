@@ -20,14 +20,17 @@ from conftest import logits_of, tokens
 from fakehub import FakeHub, card_errors, running
 from test_pipeline import TEXT, config_of, tiny_model, tiny_tokenizer
 from texts import calibration_prose
+from transformers import AutoModelForCausalLM
 
-from hf_adaprune import PruningPlan, PruningResult, TextSource, prune, push_to_hub
+from hf_adaprune import PruningPlan, PruningResult, RecoveryConfig, TextSource, prune, push_to_hub, recover
 from hf_adaprune.cli import main
 from hf_adaprune.errors import CheckpointError, HubError, PlanError
 from hf_adaprune.search.journal import Journal
 
 # huggingface_hub 2.4 sends large files in a way that its own HTTP library calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Use 'content=:DeprecationWarning", "ignore:.*is_gradient_checkpointing:FutureWarning"
+)
 TOKEN = "hf_RecognisableTokenThatMustNotLeak42"
 REPORT = TextSource("report words", [calibration_prose(seed, 60) for seed in range(900, 930)])
 
@@ -148,6 +151,17 @@ def test_one_commit_holds_everything_and_the_same_again_is_none(hub: FakeHub, sa
     assert files["model.safetensors"] == (saved / "model.safetensors").read_bytes()
     assert card_errors(files["README.md"].decode()) == []
     assert not list(saved.glob("*.png")) and not (saved / "README.md").exists()
+
+
+def test_what_a_recovery_returned_is_pushed_as_its_folder_is(hub: FakeHub, saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    config = RecoveryConfig(tokens=256, batch_size=4, sequence_length=32, precision="fp32", held_out=0)
+    result = recover(model, tiny_tokenizer(), tiny_model("llama"), config, sources=TEXT)
+    push_to_hub(result, "me/recovered", remote_code=True)
+    push_to_hub(result.save_pretrained(tmp_path / "out", remote_code=True), "me/folder")
+    one, other = (hub.repositories[name].files for name in ("me/recovered", "me/folder"))
+    assert one.keys() == other.keys() and one["model.safetensors"] == other["model.safetensors"]
+    assert json.loads(one["pruning_config.json"])["recovery"]["tokens"] == result.tokens
 
 
 def test_a_result_pushed_twice_is_one_commit(hub: FakeHub) -> None:

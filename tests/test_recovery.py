@@ -292,6 +292,24 @@ def test_what_cannot_work_fails_before_training(monkeypatch: pytest.MonkeyPatch,
     assert all(torch.equal(before[name], value) for name, value in weights(model).items())
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's own, of its own patterns
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_adapters_of_experts_leave_every_weight_in_its_dtype(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = in_dtype(tiny_model(family), torch.bfloat16)
+    before = {name: value.dtype for name, value in model.named_parameters()}
+    result = recover(model, tiny_tokenizer(), model, short(tokens=500, held_out=0, lora={"rank": 2}), sources=text())
+    assert {name: value.dtype for name, value in result.model.named_parameters()} == before
+    result.save_pretrained(tmp_path / "out")  # reloads, and compares
+
+
+def test_adapters_that_are_there_already_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+        recover(model, tiny_tokenizer(), tiny_model("llama"), short(), sources=text())
+
+
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
 def test_an_interrupted_training_leaves_a_whole_model(lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = in_dtype(pruned().model, torch.bfloat16)

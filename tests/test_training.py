@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -335,6 +337,60 @@ def test_a_checkpoint_without_the_callback_goes_on(tmp_path: Path) -> None:
     assert cuts_of(trainer)[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
 
 
+def test_a_run_goes_on_where_other_callbacks_are_restored(finished: Trainer, tmp_path: Path) -> None:
+    options = {"restore_callback_states_from_checkpoint": True}
+    training(tmp_path, progressive(), **options).train()
+    trainer = training(tmp_path, progressive(), **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    same(trainer.model, finished.model)
+
+
+def test_the_best_model_brings_its_own_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Earlier(Trainer):
+        """Every evaluation is worse than the one before."""
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            return {**super().evaluate(*args, **kwargs), "eval_loss": float(self.state.global_step)}
+
+    callback = progressive(reset_best=False)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = training(tmp_path, callback, trainer=Earlier, **options)
+    trainer.train()
+    best = tmp_path / "checkpoint-1"
+    assert (
+        callback.plan
+        == PruningPlan.load(best / "pruning_plan.json")
+        != PruningPlan.load(tmp_path / "checkpoint-10" / "pruning_plan.json")
+    )
+    assert [cut["step"] for cut in callback.done] == [0]
+    check_checkpoint(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(opened, tokens()), logits_of(trainer.model.eval(), tokens()))
+
+
+def test_a_training_that_ends_before_its_cuts_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    trainer = training(tmp_path, progressive(), save_strategy="no")
+    trainer.add_callback(Stop())
+    with caplog.at_level(logging.WARNING, "hf_adaprune.training"):
+        trainer.train()
+    assert "after 2 of 3 cuts" in caplog.text and "not 40.0 %" in caplog.text
+
+
+def test_a_copy_of_the_model_is_no_copy_of_the_trainer(tmp_path: Path) -> None:
+    class Alone(Trainer):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            raise AssertionError("copied")
+
+    callback = progressive()
+    trainer = training(tmp_path, callback, trainer=Alone)
+    callback.trainer = trainer
+    same(copy.deepcopy(trainer.model), trainer.model)
+
+
 def test_the_trainers_own_log_gets_the_numbers(tmp_path: Path) -> None:
     callback = progressive()
     seen: list[dict[str, Any]] = []
@@ -390,6 +446,65 @@ def test_lora_is_cut_with_its_base(tmp_path: Path) -> None:
     assert torch.equal(logits_of(again, tokens()), logits_of(merged, tokens()))
 
 
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_factors_that_are_saved_afterwards_open(strategy: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = training(tmp_path / "run", progressive(), lora_model(), save_strategy=strategy)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "mine"))
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mine")
+    assert torch.equal(logits_of(opened, tokens()), logits_of(trainer.model.eval(), tokens()))
+
+
+def test_biases_of_a_repair_are_frozen_as_their_weights_are(tmp_path: Path) -> None:
+    config = pruning_config(repair={"method": "bias", "min_tokens_per_column": 0})
+    callback = progressive(config=config)
+    trainer = training(tmp_path / "run", callback, lora_model())
+    trainer.train()
+    trained = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
+    assert trained and all(".lora_" in name for name in trained)
+    peft = pytest.importorskip("peft")
+    place = tmp_path / "run" / "checkpoint-7"
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(place / "base"), place, is_trainable=True
+    )
+    again = training(tmp_path / "run", progressive(config=config), model)
+    again.train(resume_from_checkpoint=str(place))
+    same(again.model, trainer.model)
+
+
+def test_lora_around_matrices_that_are_stored_transposed(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    trainer = training(tmp_path, progressive(), peft.get_peft_model(tiny_model("gpt2"), config), save_strategy="no")
+    trainer.train()
+    assert cuts_of(trainer)[-1]["pruning/ratio"] == pytest.approx(0.4, abs=0.02)
+    expected = logits_of(trainer.model.eval(), tokens())
+    assert torch.allclose(logits_of(trainer.model.merge_and_unload(), tokens()), expected, atol=1e-5)
+
+
+def test_adapters_without_a_model_around_them_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match="get_peft_model"):
+        training(tmp_path, progressive(), model)
+    with pytest.raises(UnsupportedModelError, match="get_peft_model"):
+        find_sites(model)
+
+
+def test_lora_of_experts_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    names = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    model = peft.get_peft_model(
+        tiny_model("mixtral"), peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=names)
+    )
+    with pytest.raises(UnsupportedModelError, match="target_parameters"):
+        training(tmp_path, progressive(), model)
+
+
 def test_lora_of_another_size_is_refused_with_the_way_out(tmp_path: Path) -> None:
     training(tmp_path, progressive(), lora_model()).train()
     again = training(tmp_path, progressive(), lora_model())
@@ -412,6 +527,12 @@ def test_lora_of_another_size_is_refused_with_the_way_out(tmp_path: Path) -> Non
 def test_bad_arguments_are_refused_at_once(config: dict, fields: dict, error: type[Exception], what: str) -> None:
     with pytest.raises(error, match=what):
         progressive(config=pruning_config(**config), **fields)
+
+
+def test_a_search_for_the_batch_size_would_cut_twice(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="auto_find_batch_size"):
+        training(tmp_path, progressive(), auto_find_batch_size=True)
+    training(tmp_path, AdaPrunerCallback(pruning_config(), mode="at_end"), auto_find_batch_size=True)
 
 
 def test_a_callback_keeps_what_it_was_made_with() -> None:

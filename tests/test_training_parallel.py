@@ -129,3 +129,14 @@ def test_a_recovery_of_two_is_that_of_one_with_batches_twice_as_large(tmp_path: 
         assert torch.equal(one["weights"][name], other["weights"][name]), name
         moved = (value - start[name]).abs().max()
         assert (one["weights"][name] - value).abs().max() <= 0.02 * moved + 1e-7, name
+
+
+def test_the_clock_of_the_first_process_is_that_of_all(tmp_path: Path) -> None:
+    code, said = started(str(tmp_path), "minutes")
+    assert code == 0, said[-6000:]
+    one, other = both(tmp_path)
+    assert one["steps"] == other["steps"] > 1
+    rates = [[row["learning_rate"] for row in own["log"] if "learning_rate" in row] for own in (one, other)]
+    assert rates[0] and rates[0] == rates[1]
+    for name, value in one["weights"].items():
+        assert torch.equal(value, other["weights"][name]), name
