@@ -1,7 +1,7 @@
 """The README's headline table: every method at 20 % and 50 %, without training and after a recovery.
 
 From the rows of the experiment `quality` (means over seeds) and from `recovered.json`, which `benchmarks/training.py`
-writes with the report tokens and questions of those rows.
+writes with the model, the report tokens and the questions of those rows.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from .groups import groups_of
 from .results import read_results
 
 __all__ = ["headline"]
 
 RATIOS = (0.2, 0.5)
 TASKS = "tasks"  # mean of the tasks' acc_norm
+MEASURED_ON = ("report", "report_window", "rows")  # of a protocol, beside the weights: names, tokens and digests
 TITLES = {"wikitext2_test_raw": "WikiText-2", "c4_report": "C4"}
 
 
-def headline(experiments: Path, earlier: Path) -> str | None:
+def headline(experiments: Path, earlier: Path, *, strict: bool = False) -> str | None:
     """The table in Markdown; `None` where `quality` lacks the dense model.
 
     Args:
         experiments (`Path`): folder of the experiments' results.
-        earlier (`Path`): folder of `recovered.json`.
+        earlier (`Path`): folder of `recovered.json`; where it is of another model, other tokens or other questions than
+            the rows of `quality`, the table has no recovered models.
+        strict (`bool`, *optional*, defaults to `False`): whether that is an error.
 
     Raises:
-        SystemExit: a recovered model was measured on other tokens or questions than the rows of `quality`.
+        SystemExit: `strict`, and the recovered models do not belong to the rows of `quality`.
     """
     data = read_results(experiments / "quality.json")
     done = [row for row in data["rows"] if row["status"] == "done"]
@@ -38,8 +42,10 @@ def headline(experiments: Path, earlier: Path) -> str | None:
     # Of the dense model measured last: rows of other models, texts or tokens may lie in the same file.
     last = next(row for row in reversed(done) if not row["ratio"])
     asked = data["protocols"][last["protocol"]]
-    same = {name for name, own in data["protocols"].items() if _measured_on(own) == _measured_on(asked)}
-    rows = [row for row in done if row["protocol"] in same]
+    # A dense model is of every run of its texts, of which the one that went on last is shown.
+    own_groups = [group for group in groups_of(data) if last in group.rows]
+    shown = max(own_groups, key=lambda group: data["rows"].index(group.rows[-1]))
+    rows = [row for row in shown.rows if row["status"] == "done"]
     dense = _values(last["results"])
     columns = list(dense)
     found: dict[str, dict[float, dict[str, float]]] = {}
@@ -54,7 +60,7 @@ def headline(experiments: Path, earlier: Path) -> str | None:
     order = sorted(found, key=lambda label: _place(label, found, columns[0]))
     lines = [["dense", *(_shown(name, dense[name]) for _ in RATIOS for name in columns)]]
     lines += _lines([(label, found[label]) for label in order], dense)
-    trained = _recovered(earlier / "recovered.json", asked)
+    trained = _recovered(earlier / "recovered.json", asked, strict)
     lines += _lines(trained, dense)
     header = ["", *(f"{TITLES.get(name, name)}, {ratio:.0%} removed" for ratio in RATIOS for name in columns)]
     first, *rest = ["| " + " | ".join(line) + " |" for line in [header, *lines]]
@@ -71,11 +77,6 @@ def _place(label: str, found: Mapping[str, Mapping[float, Mapping[str, float]]],
         own for name, own in first.items() if own is not None and None not in (other, last[name]) and other < last[name]
     ]
     return min(beaten, default=float("inf")), True
-
-
-def _measured_on(protocol: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Model and report text; that of the first seed has tasks besides."""
-    return protocol["model"], protocol["report"], protocol.get("report_window")
 
 
 def _values(results: Mapping[str, Any]) -> dict[str, float]:
@@ -120,15 +121,21 @@ def _shown(name: str, value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _recovered(path: Path, asked: Mapping[str, Any]) -> list[tuple[str, dict[float, dict[str, float]]]]:
-    """Models after training, by how they were cut."""
+def _recovered(path: Path, asked: Mapping[str, Any], strict: bool) -> list[tuple[str, dict[float, dict[str, float]]]]:
+    """Models after training, by how they were cut; none where they are of another model or other texts."""
     if not path.exists():
         return []
     found: dict[str, dict[float, dict[str, float]]] = {}
     said = json.loads(path.read_text())
-    tokens = {tokens for tokens, _ in asked["report"].values()}
-    if tokens != {said["protocol"]["report_tokens"]} or asked.get("task_rows") != said["protocol"]["task_rows"]:
-        raise SystemExit(f"{path.name} was measured on other tokens or questions than quality.json.")
+    wanted = {"weights": asked["model"]["weights"], **{name: asked.get(name) for name in MEASURED_ON}}
+    if said["protocol"].get("measured_on") != wanted:
+        if not strict:
+            return []
+        raise SystemExit(
+            f"{path.name} was measured on another model, other tokens or other questions than quality.json. Measure it "
+            f"anew with benchmarks/training.py --name {path.stem}, or `quality` on what its `measured_on` says. "
+            "Results of one's own model belong into a folder of their own (--results)."
+        )
     for row in said["rows"]:
         how, ratio, _, _ = row["run"].split(":")
         own = {name: value for name, value in row["after"].items() if not isinstance(value, list)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from math import nan
 from pathlib import Path
 from statistics import mean
@@ -11,6 +12,7 @@ from typing import Any
 
 from hf_adaprune.errors import MissingDependencyError
 
+from .groups import Row, groups_of
 from .results import PLACE, read_results
 
 __all__ = ["plot_all"]
@@ -20,7 +22,7 @@ HIGHEST = 50  # times the dense perplexity
 
 
 def plot_all(results: Path, output: Path) -> list[Path]:
-    """Draw what there are results for, one picture per text and one of speed.
+    """Draw what there are results for: per group of rows that were measured alike, one per text and one of speed.
 
     Args:
         results (`Path`): folder of the experiments' results.
@@ -36,15 +38,17 @@ def plot_all(results: Path, output: Path) -> list[Path]:
             "pictures need matplotlib, which the extra `report` brings: pip install 'hf_adaprune[report]'."
         ) from error
     output.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     if results == PLACE:  # what was measured by benchmarks/training.py is beside the experiments' results
         written.append(
             _training(results.parent / "training.json", Figure(figsize=(9, 4), layout="constrained"), output)
         )
-    data = read_results(results / "quality.json")
-    for protocol in data["protocols"].values():
-        for text in protocol["report"]:
-            curves = _curves(data, text, protocol["report"])
+    groups = groups_of(read_results(results / "quality.json"))
+    for group in groups:
+        for text in group.protocol["report"]:
+            curves = _curves(group.rows, text)
+            if not curves:  # nothing is cut yet
+                continue
             figure = Figure(figsize=(7, 4.5), layout="constrained")
             axes = figure.subplots()
             # Ten colours do not do, so markers differ too.
@@ -55,12 +59,15 @@ def plot_all(results: Path, output: Path) -> list[Path]:
             dense = min(value for points in curves.values() for value in points.values())
             axes.set_ylim(0.9 * dense, HIGHEST * dense)  # what is worse speaks no language any more
             axes.legend(fontsize="small")
-            path = output / f"quality_{protocol['model']['name']}_{text}.png".replace(" ", "_")
-            figure.savefig(path, dpi=150)
-            if path not in written:
-                written.append(path)
-    rows = [row for row in read_results(results / "speed.json")["rows"] if row["status"] == "done"]
-    if rows:
+            if len(groups) > 1:
+                axes.set_title(group.title, fontsize="x-small", wrap=True)
+            written.append(_free(output, f"quality_{group.protocol['model']['name']}_{text}", written))
+            figure.savefig(written[-1], dpi=150)
+    groups = groups_of(read_results(results / "speed.json"))
+    for group in groups:
+        rows = [row for row in group.rows if row["status"] == "done"]
+        if not rows:
+            continue
         figure = Figure(figsize=(9, 4), layout="constrained")
         for axes, kind in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
             for label in dict.fromkeys(row["label"] for row in rows):
@@ -70,9 +77,18 @@ def plot_all(results: Path, output: Path) -> list[Path]:
             axes.plot(*zip((0.0, 1.0), *ideal, strict=True), "k:", label="ideal")
             axes.set(xlabel="decoder parameters removed", ylabel=f"{kind}, times the dense model")
         axes.legend(fontsize="small")
-        written.append(output / "speed.png")
+        if len(groups) > 1:
+            figure.suptitle(group.title, fontsize="x-small", wrap=True)
+        written.append(_free(output, "speed", written))
         figure.savefig(written[-1], dpi=150)
     return written
+
+
+def _free(output: Path, name: str, written: Sequence[Path]) -> Path:
+    """A picture's file, numbered where another group has the name."""
+    name = name.replace(" ", "_")
+    numbered = (output / f"{name}_{number}.png" for number in itertools.count(2))
+    return next(path for path in itertools.chain([output / f"{name}.png"], numbered) if path not in written)
 
 
 def _training(file: Path, figure: Any, output: Path) -> Path:
@@ -104,12 +120,10 @@ def _lines(curves: dict[str, dict[float, float]]) -> tuple[list[float], dict[str
     return ratios, {label: [curves[label].get(ratio, nan) for ratio in ratios] for label in best}
 
 
-def _curves(data: dict[str, Any], text: str, report: Any) -> dict[str, dict[float, float]]:
+def _curves(rows: Sequence[Row], text: str) -> dict[str, dict[float, float]]:
     """Mean perplexity over seeds, by label and measured ratio; the dense one begins every curve."""
-    good = [row for row in data["rows"]
-            if row["status"] == "done" and data["protocols"][row["protocol"]]["report"] == report]  # fmt: skip
     values: dict[str, dict[float, list[float]]] = {}
-    for row in good:
+    for row in (row for row in rows if row["status"] == "done"):
         own = values.setdefault(row["label"], {})
         own.setdefault(row["ratio"], []).append(row["results"][text]["perplexity"]["value"])
     dense = values.pop("dense", {})

@@ -1,9 +1,10 @@
 """Results on disk: one JSON file per experiment, written anew, whole, after every row.
 
-`{"experiment", "protocols": {digest: ...}, "machines": {digest: ...}, "rows": [...]}`. A row names by digest the
-protocol (model, texts, tokens, dtype) and the machine (commit, versions, processor, threads) that it was measured
-under, and its `key` is a digest of config, model and texts: what has a row is not measured again. Several processes may
-write into one folder: a write reads the file anew, and [`claimed`] shares the work out.
+`{"experiment", "protocols": {digest: ...}, "machines": {digest: ...}, "runs": {digest: ...}, "rows": [...]}`. A row
+names by digest the protocol (model, texts, tokens, dtype) and the machine (commit, versions, processor, threads) that
+it was measured under, and its `key` is a digest of config, model and texts: what has a row is not measured again.
+`runs` says which keys a scale and its calibration text give; files of before have none. Several processes may write
+into one folder: a write reads the file anew, and [`claimed`] shares the work out.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Book:
 
     def __init__(self, folder: Path, name: str, fresh: bool = False) -> None:
         self.path, self.fresh = folder / f"{name}.json", fresh
-        self.data: dict[str, Any] = {"experiment": name, "protocols": {}, "machines": {}, "rows": []}
+        self.data: dict[str, Any] = {"experiment": name, "protocols": {}, "machines": {}, "runs": {}, "rows": []}
         self.reread()
         self.written: set[str] = set()
 
@@ -84,11 +85,31 @@ class Book:
             self.data["protocols"][row["protocol"]] = dict(protocol)
             self.data["machines"][row["machine"]] = dict(machine)
             self.data["rows"] = [*(old for old in self.data["rows"] if old["key"] != row["key"]), dict(row)]
-            # A kill between two writes leaves the file of the row before.
-            waiting = self.path.with_suffix(f".{os.getpid()}.part")
-            waiting.write_text(json.dumps(self.data, indent=1) + "\n")
-            os.replace(waiting, self.path)
+            self._write()
         self.written.add(row["key"])
+
+    def name_run(self, facts: Mapping[str, Any], keys: Iterable[str]) -> None:
+        """Keep which rows belong to a scale and its texts, those among them that were there before.
+
+        Args:
+            facts (`Mapping`): what the run reads besides what protocols say, as JSON.
+            keys (iterable of `str`): of all rows that it gives, measured or not.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(self.path.with_suffix(".lock")):
+            self.reread()
+            runs, digest = self.data.setdefault("runs", {}), digest_of(facts)
+            before = set(runs.get(digest, {"keys": ()})["keys"])
+            named = before.union(keys)
+            if named != before:
+                runs[digest] = {"facts": dict(facts), "keys": sorted(named)}
+                self._write()
+
+    def _write(self) -> None:
+        # A kill between two writes leaves the file of the row before.
+        waiting = self.path.with_suffix(f".{os.getpid()}.part")
+        waiting.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(waiting, self.path)
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.stages import decide, layer_by_layer_config
 
 from .cost import measure_cost
-from .experiments import COMPUTED, Case, Experiment, Shape, config_of, expand, search_of
+from .experiments import COMPUTED, EXPERIMENTS, Case, Experiment, Shape, config_of, expand, search_of
 from .machine import facts, forget_peak, peak_bytes
 from .peers import load_torch_pruning, prune_with_torch_pruning
 from .results import Book, Entry, claimed, digest_of
@@ -140,7 +140,12 @@ def run(
     groups: dict[str, list[Asked]] = {}
     for experiment, book in experiments:
         work.failed |= {row["key"] for row in book.data["rows"] if row["status"] == "failed"}
-        for row in rows_of(experiment, setting, seeds):
+        asked = rows_of(experiment, setting, seeds)
+        if not {"cost", "computed"} & set(experiment.measures):  # of models of their own, which read none of its texts
+            # Other seeds and cases of the same scale are of the same run, whether this one asks for them or not.
+            whole = rows_of(EXPERIMENTS.get(experiment.name, experiment), setting)
+            book.name_run(setting.run_facts, {row.key for row in (*asked, *whole)})
+        for row in asked:
             if not work.is_there(experiment, book, row):
                 groups.setdefault(_group(experiment, row), []).append((experiment, book, row))
     # What is timed waits until no process measures anything else.

@@ -84,6 +84,13 @@ class Setting:
         """The texts of the matrix of domains."""
         return self.texts.domains()
 
+    @functools.cached_property
+    def run_facts(self) -> dict[str, Any]:
+        """What a run reads besides what a protocol says: a scale, and digests of texts."""
+        said = self.texts.facts()
+        digests = {role: digest_of(said[role])[:8] for role in ("calibration", "selection")}
+        return {**vars(self.scale), **digests, "questions": digest_of([said["rows"], said["tasks"]])[:8]}
+
     @functools.lru_cache(maxsize=2)  # noqa: B019  settings live as long as the process
     def report(self, matrix: bool) -> dict[str, TokenBlocks]:
         """Report windows by source."""

@@ -14,9 +14,10 @@ from typing import Any
 
 from .earlier import EARLIER
 from .experiments import EXPERIMENTS
+from .groups import groups_of
 from .headline import headline
 from .machine import HERE
-from .results import read_results
+from .results import PLACE, read_results
 
 __all__ = ["made", "markdown", "show_tables", "stale", "written"]
 
@@ -46,21 +47,6 @@ def spread(values: Sequence[float], show: Callable[[float], str] = number) -> st
 
 
 # -- tables of experiments --------------------------------------------------------------------------------------------
-
-
-def _by_protocol(data: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows that may stand in one table. The first seed's protocol has tasks, so it is the text that tells."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in data["rows"]:
-        said = data["protocols"][row["protocol"]]
-        title = f"{said['model']['name']}, {said['model']['dtype']}"
-        report = ", ".join(f"{name} ({tokens:,} tokens)" for name, (tokens, _) in said.get("report", {}).items())
-        machine = data["machines"][row["machine"]]
-        title += f"; {report}" if report else ""
-        if {"speed", "cost"} & set(said["measures"]):
-            title += f"; {machine['cpu']}, {machine['threads']} threads"
-        groups.setdefault(f"{title}.", []).append(row)
-    return groups
 
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -161,25 +147,26 @@ RENDER: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
 }
 
 
-def made(name: str, folder: Path) -> str | None:
+def made(name: str, folder: Path, *, strict: bool = False) -> str | None:
     """A table by name; `None` where its results are not there.
 
     Args:
         name (`str`): of an experiment, `headline`, or of [`benchmarks.earlier`].
         folder (`Path`): of the experiments' results.
+        strict (`bool`, *optional*, defaults to `False`): see [`headline`].
     """
     if name in EARLIER:
         return EARLIER[name](HERE / "results")
     if name == "headline":
-        return headline(folder, HERE / "results")
+        return headline(folder, HERE / "results", strict=strict)
     if name not in EXPERIMENTS:
         raise SystemExit(f"there is no table {name!r}. There are: {', '.join(['headline', *EARLIER, *EXPERIMENTS])}.")
     data = read_results(folder / f"{name}.json")
     order = {case.label: number for number, case in reversed(list(enumerate(EXPERIMENTS[name].cases)))}
     parts = []
-    for title, rows in _by_protocol(data).items():
-        rows = sorted(rows, key=lambda row: (order.get(row["label"], len(order)), row["ratio"], row["seed"]))
-        parts.append(f"{title}\n\n{RENDER.get(name, _quality)(rows)}")
+    for group in groups_of(data):
+        rows = sorted(group.rows, key=lambda row: (order.get(row["label"], len(order)), row["ratio"], row["seed"]))
+        parts.append(f"{group.title}\n\n{RENDER.get(name, _quality)(rows)}")
     return "\n\n".join(parts) or None
 
 
@@ -198,7 +185,7 @@ def written(text: str, folder: Path) -> str:
     """
 
     def anew(match: re.Match[str]) -> str:
-        table = made(match[2], folder)
+        table = made(match[2], folder, strict=_is_own(folder))
         if table is None:
             raise SystemExit(f"there are no results for the table {match[2]!r}: python -m benchmarks run {match[2]}")
         return match[1] + table + "\n<!-- /table -->"
@@ -208,7 +195,13 @@ def written(text: str, folder: Path) -> str:
 
 def stale(text: str, folder: Path) -> list[str]:
     """Names of the marked tables that are not what the results say."""
-    return [match[2] for match in MARKED.finditer(text) if match[3] != made(match[2], folder)]
+    strict = _is_own(folder)
+    return [match[2] for match in MARKED.finditer(text) if match[3] != made(match[2], folder, strict=strict)]
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether these are the results that the documents and the files of `earlier` belong to."""
+    return folder.resolve() == PLACE.resolve()
 
 
 def show_tables(names: Sequence[str], folder: Path, *, write: bool = False, check: bool = False) -> int:
@@ -226,7 +219,8 @@ def show_tables(names: Sequence[str], folder: Path, *, write: bool = False, chec
         for path, text in anew.items():
             path.write_text(text, encoding="utf-8")
         return 0
-    for name in names or ["headline", *EARLIER, *EXPERIMENTS]:
+    # Tables of another model's results are of that model alone.
+    for name in names or ["headline", *(EARLIER if _is_own(folder) else ()), *EXPERIMENTS]:
         table = made(name, folder)
         if table is not None:
             print(f"{name}\n\n{table}\n")

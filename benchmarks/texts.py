@@ -15,7 +15,7 @@ from typing import Any
 from hf_adaprune import TextSource
 from hf_adaprune.calibration import TokenBlocks, report_blocks
 from hf_adaprune.choices import ChoiceRow, read_rows
-from hf_adaprune.documents import Documents, json_rows, read_source, refuse_overlap
+from hf_adaprune.documents import Documents, distinct_names, json_rows, read_source, refuse_overlap
 from hf_adaprune.errors import CalibrationError
 from hf_adaprune.stages import text_part
 
@@ -124,10 +124,8 @@ def read(sources: Sources, tokenizer: Any, characters: int = CHARACTERS, task_ro
     Raises:
         CalibrationError: a text is missing or two roles share text.
     """
-    roles: dict[str, list[TextSource]] = {}
     read_as: dict[str, list[Documents]] = {}
     for role in ("calibration", "selection", "report"):
-        taken: list[TextSource] = []
         read_as[role] = []
         for source in getattr(sources, role):
             # A txt file is one document, which no limit cuts.
@@ -135,15 +133,21 @@ def read(sources: Sources, tokenizer: Any, characters: int = CHARACTERS, task_ro
                 source, tokenizer=tokenizer, limit_characters=characters, part=text_part(source, role)
             )
             read_as[role].append(documents)
-            names = [other.name for other in taken]
-            name = documents.name if documents.name not in names else f"{documents.name}-{len(names) + 1}"
-            taken.append(TextSource(name, documents.texts))
-        roles[role] = taken
     refuse_overlap(read_as)
     files = [name for name in sources.rows if Path(name).suffix == ".jsonl"]
-    rows = {Path(name).stem: tuple(read_rows(name)[:task_rows]) for name in files}
     tasks = tuple(name for name in sources.rows if name not in files)
-    return Texts(*(tuple(roles[role]) for role in ("calibration", "selection", "report")), rows, tasks)
+    calibration, selection, report = read_as.values()
+    # Results are kept by name: report texts, files of rows, and the tasks of lm-eval, which are asked for by theirs.
+    named = [*tasks, *(documents.name for documents in report), *(Path(file).stem for file in files)]
+    names = distinct_names(named)[len(tasks) :]
+    asked = (tuple(read_rows(file)[:task_rows]) for file in files)
+    rows = dict(zip(names[len(report) :], asked, strict=True))
+    return Texts(_named(calibration), _named(selection), _named(report, names[: len(report)]), rows, tasks)
+
+
+def _named(read: Sequence[Documents], names: Sequence[str] | None = None) -> tuple[TextSource, ...]:
+    names = distinct_names(documents.name for documents in read) if names is None else names
+    return tuple(TextSource(name, documents.texts) for name, documents in zip(names, read, strict=True))
 
 
 def held_out(source: TextSource) -> tuple[TextSource, TextSource]:

@@ -15,15 +15,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import HERE, load, machine_line, short_names, versions  # beside this file
+from machine import HERE, load, machine_line, short_names, versions, weights_digest  # beside this file
+from texts import rows_digest
 from transformers import AutoTokenizer, TrainerCallback
 
 from hf_adaprune import AdaPrunerCallback, PruningConfig, PruningPlan, RecoveryConfig, prune, recover
 from hf_adaprune.calibration import report_blocks
 from hf_adaprune.choices import multiple_choice, read_rows
+from hf_adaprune.documents import distinct_names
 from hf_adaprune.evaluation import per_window_loss, perplexity
 from hf_adaprune.recording import quiet_model
 from hf_adaprune.sites import find_sites
+
+WINDOW = 1024  # tokens of a report window
 
 
 def arguments() -> argparse.Namespace:
@@ -75,11 +79,16 @@ class Curve(TrainerCallback):
 def main() -> None:
     args = arguments()
     path = HERE / "results" / f"{args.name}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"protocol": facts(args), "rows": []}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = {Path(source).stem: report_blocks(source, tokenizer, tokens=args.tokens, sequence_length=1024)
-             for source in args.report}  # fmt: skip
-    rows = {Path(source).stem: read_rows(source)[: args.task_rows] for source in args.rows}
+    names = distinct_names(Path(source).stem for source in (*args.report, *args.rows))
+    texts = {name: report_blocks(source, tokenizer, tokens=args.tokens, sequence_length=WINDOW)
+             for name, source in zip(names, args.report, strict=False)}  # fmt: skip
+    rows = {name: read_rows(source)[: args.task_rows]
+            for name, source in zip(names[len(texts) :], args.rows, strict=True)}  # fmt: skip
+    if path.exists():
+        results = json.loads(path.read_text())
+    else:
+        results = {"protocol": {**facts(args), "measured_on": measured_on(args.model, texts, rows)}, "rows": []}
     selection = [report_blocks(source, tokenizer, tokens=8192, sequence_length=512) for source in args.selection]
 
     def evaluate(model: Any) -> dict[str, Any]:
@@ -147,6 +156,16 @@ def main() -> None:
         results["rows"].append(row)
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(row), flush=True)
+
+
+def measured_on(model: str, texts: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """Model, report text and questions as the protocols of experiments say them: the headline compares the two."""
+    found: dict[str, Any] = {
+        "weights": weights_digest(load(model)[0])[:16],
+        "report": {name: [blocks.tokens, blocks.digest[:16]] for name, blocks in texts.items()},
+        "report_window": WINDOW,
+    }
+    return found | ({"rows": {name: [len(own), rows_digest(own)] for name, own in rows.items()}} if rows else {})
 
 
 def pruning(args: argparse.Namespace, ratio: float) -> PruningConfig:

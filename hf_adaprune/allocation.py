@@ -24,6 +24,8 @@ from .sites import ModelSites
 
 __all__ = ["TargetError", "allocate"]
 
+_FINE = ("channel", "expert_channel")
+
 
 class TargetError(BudgetError):
     """The rules do not let the target go; `reached` is how many parameters they do, at most."""
@@ -78,6 +80,7 @@ def allocate(
             f"allocation {config.allocation.method!r} shares widths, but `units` {config.units} leaves none to share. "
             "Add channel or kv_group, or use the method `global`."
         )
+    _check_whole_parts(config)
     if config.uniform:
         # Equal widths leave a method nothing to share out but the units within a layer.
         return _shaped(sites, config, offers, target, [1.0] * len(offers))
@@ -85,8 +88,25 @@ def allocate(
         return _global(sites, scores, config, offers, target, start, per_parameter=False)
     if config.allocation.method == "flap" and config.allocation.structure.startswith("AL"):
         return _manual_adaptive(sites, config, offers, target)
-    shape = SHAPES[config.allocation.method]
-    return _shaped(sites, config, offers, target, shape(sites, config, offers, target, cosine))
+    shape = SHAPES[config.allocation.method](sites, config, offers, target, cosine)
+    if config.allocation.method == "ratios":
+        return _named_first(sites, config, offers, target, shape)
+    return _shaped(sites, config, offers, target, shape)
+
+
+def _check_whole_parts(config: PruningConfig) -> None:
+    """Refuse whole parts beside widths where the method shares widths alone, and would never let one go.
+
+    `ratios` says by name what goes; strategies that refine a plan of whole parts and widths give it the widths.
+    """
+    own = config.allocation
+    whole = [unit for unit in config.units if unit in ("attention", "mlp", "layer")]
+    if whole and own.method != "ratios" and (own.method, own.structure) != ("flap", "AL-AM"):
+        raise ConfigError(
+            f"allocation {own.method!r} shares widths, and {', '.join(whole)} of `units` would never go. Use the "
+            "method `global` (or `flap` with the structure AL-AM), which ranks whole parts beside widths, or take "
+            f"{', '.join(whole)} out of `units`."
+        )
 
 
 def _check_equal_layers(sites: ModelSites, offers: list[Offer]) -> None:
@@ -283,29 +303,73 @@ class _State:
 # -- ratios per layer -------------------------------------------------------------------------------------------------
 
 
-def _shaped(
+def _named_first(
     sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, shape: Sequence[float]
+) -> PruningPlan:
+    """Offers with a share above 0 in proportion to it; only when these are at their most the others, all alike."""
+    named = [number for number, share in enumerate(shape) if share > 0]
+    others = [number for number, share in enumerate(shape) if not share > 0]
+    if named:
+        try:
+            return _shaped(sites, config, offers, target, shape, named, nearest=True)
+        except TargetError:
+            if not others:
+                raise
+    levels = [offer.most if shape[number] > 0 else offer.levels[0] for number, offer in enumerate(offers)]
+    return _shaped(sites, config, offers, target, [1.0] * len(offers), others, levels)
+
+
+def _shaped(
+    sites: ModelSites,
+    config: PruningConfig,
+    offers: list[Offer],
+    target: int,
+    shape: Sequence[float],
+    movable: Sequence[int] | None = None,
+    fixed: list[int] | None = None,
+    nearest: bool = False,
 ) -> PruningPlan:
     """Scale a shape until the target is met, rounding every offer to its levels.
 
     Heads, groups and experts are coarse: they go by the ratio that would meet the target if nothing were rounded,
     rounded down, and the channels make up the rest (as Wanda-sp's `int(0.2 * 3) = 0` groups ask for). The last channels
     to move do so one by one where layers may differ.
+
+    Offers that are not in `movable` (all are, by default) stay at `fixed`, or where they start. With `nearest`, coarse
+    ones round to the nearest level, as shares that were asked for by name want; those that were rounded up go back as
+    far as the target is met without them.
     """
-    fine = [number for number, offer in enumerate(offers) if offer.unit in ("channel", "expert_channel")]
-    if len(fine) in (0, len(offers)):
-        return _scaled(sites, config, offers, target, shape, range(len(offers)), [0] * len(offers)).plan(sites)
-    coarse = [number for number in range(len(offers)) if number not in fine]
+    movable = range(len(offers)) if movable is None else movable
+    fixed = [offer.levels[0] for offer in offers] if fixed is None else fixed
+    fine = [number for number in movable if offers[number].unit in _FINE]
+    if len(fine) in (0, len(movable)):
+        return _scaled(sites, config, offers, target, shape, movable, fixed, nearest).plan(sites)
+    coarse = [number for number in movable if number not in fine]
     manual = config.allocation.method == "flap" and config.allocation.structure == "UL-MM"
-    factor = (config.allocation.attention_ratio or 0.0) if manual else _continuous_factor(offers, shape, target)
+    still = set(range(len(offers))) - set(movable)
+    rest = target - sum(offers[number].removed(fixed[number]) for number in still)
+    own = [offers[number] for number in movable]
+    factor = config.allocation.attention_ratio or 0.0
+    if not manual:
+        factor = _continuous_factor(own, [shape[number] for number in movable], rest)
     attempts = 1 if manual else 64
     for attempt in range(attempts):
-        levels = [offer.levels[0] for offer in offers]
+        levels, raised = list(fixed), dict[int, float]()
         for number in coarse:
             # Every attempt lets more of the coarse units go, the last one all that may.
             share = min(1.0, factor * (1.0 if manual else shape[number]))
             share += (1 - share) * attempt / max(1, attempts - 1)
-            levels[number] = offers[number].level(share * offers[number].steps)
+            wanted = share * offers[number].steps
+            levels[number] = offers[number].level(wanted)
+            if nearest and offers[number].nearest(wanted) > levels[number]:
+                levels[number] = offers[number].nearest(wanted)
+                raised[number] = levels[number] - wanted
+        if raised:
+            state = _State(sites, offers)
+            state.set_levels(levels)
+            for number in sorted(raised, key=lambda n: (-raised[n], n)):
+                state.give_back(_Step(0.0, offer=number, level=levels[number]), target)
+            levels = state.levels
         try:
             return _scaled(sites, config, offers, target, shape, fine, levels).plan(sites)
         except BudgetError:
@@ -334,6 +398,7 @@ def _scaled(
     shape: Sequence[float],
     movable: Sequence[int],
     fixed: list[int],
+    nearest: bool = False,
 ) -> _State:
     """Move the offers named in `movable` by one common factor until the target is met; the others stay at `fixed`."""
     state = _State(sites, offers)
@@ -341,7 +406,9 @@ def _scaled(
     def levels(factor: float) -> list[int]:
         found = list(fixed)
         for number in movable:
-            found[number] = offers[number].level(min(1.0, factor * shape[number]) * offers[number].steps)
+            offer = offers[number]
+            wanted = min(1.0, factor * shape[number]) * offer.steps
+            found[number] = offer.nearest(wanted) if nearest and offer.unit not in _FINE else offer.level(wanted)
         return found
 
     high = max(1.0 / shape[number] for number in movable)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .documents import Documents, Readable, read_source
+from .documents import Documents, Readable, distinct_names, read_source
 from .errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -257,10 +257,7 @@ def calibration_blocks(
     counts = _counts(samples, shares or (1.0,) * len(sources))
     wanted = max(counts) * sequence_length * 5 // 4
     read = [read_source(source, tokenizer=tokenizer, model=model, seed=seed, self_tokens=wanted) for source in sources]
-    names: list[str] = []
-    for documents in read:
-        number = 1 + sum(documents.name == other.name for other in read[: len(names)])
-        names.append(documents.name if number == 1 else f"{documents.name}-{number}")
+    names = distinct_names(documents.name for documents in read)
 
     packed: list[list[int]] = [[] for _ in read]
     short: set[int] = set()

@@ -309,8 +309,8 @@ def _method(run: Mapping[str, Any]) -> list[str]:
     if search := run.get("search"):
         cost = f" in {_time(seconds['search'])}" if "search" in seconds else ""
         lines.append(
-            f"search: {search['trials']} trials ({', '.join(map(_plain, search['strategy']))}){cost} for the lowest "
-            f"{_plain(search['objective'])} on selection text; trial {search['winner']['trial']} won"
+            f"search: {search['trials']} trials ({', '.join(map(_plain, search['strategy']))}){cost} for "
+            f"{_sought(search['objective'])}; trial {search['winner']['trial']} won"
         )
     for cut in run.get("cuts") or ():
         lines.append(
@@ -327,6 +327,11 @@ def _method(run: Mapping[str, Any]) -> list[str]:
         lines.append(f"time of the run, reading and reporting included: {_time(sum(seconds.values()))}")
     tail = "The whole config and every measurement are in `pruning_config.json`, which units stayed in "
     return ["\n".join(f"- {line}" for line in lines), tail + "`pruning_plan.json`."]
+
+
+def _sought(objective: Any) -> str:
+    others = {"accuracy": "the highest accuracy on multiple-choice rows", "custom": "the lowest value of a function"}
+    return others.get(str(objective), f"the lowest {_plain(objective)} on selection text")
 
 
 def _time(seconds: float) -> str:

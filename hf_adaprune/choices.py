@@ -65,15 +65,34 @@ def _encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation:
     """Tokens of context and continuation as lm-evaluation-harness cuts them (`TemplateLM._encode_pair`)."""
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    whole: list[int] = tokenizer(stripped + continuation, add_special_tokens=False)["input_ids"]
+    # The context brings the tokens that the tokenizer adds to a text, such as BOS; an empty one is the prefix alone.
+    special = None if context else False
+    whole = _encode(tokenizer, stripped + continuation, special)
     if not whole:
         raise CalibrationError(f"the tokenizer makes no token of {stripped + continuation!r}. Is it the model's own?")
+    before = _encode(tokenizer, stripped, special) if context else []
+    first = _prefix_token(tokenizer)
     # The choice may melt into the context's last token; one token is scored at least, and one conditions it.
-    start = min(len(tokenizer(stripped, add_special_tokens=False)["input_ids"]) if stripped else 0, len(whole) - 1)
+    start = min(len(before) or int(whole[0] == first), len(whole) - 1)
     if start:
-        return whole[:start], whole[start:]
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return before if start == len(before) else whole[:start], whole[start:]
     return [0 if first is None else first], whole
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool | None) -> list[int]:
+    """Tokens of a text; `special` `None` adds what the tokenizer adds by itself, unless the text begins with it."""
+    first = _prefix_token(tokenizer)
+    if special is None and first is not None and text.startswith(str(tokenizer.decode([first]))):
+        special = False
+    options = {} if special is None else {"add_special_tokens": special}
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
+    return ids
+
+
+def _prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What stands before a text that has no context: BOS, or EOS where there is none."""
+    token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return token
 
 
 def multiple_choice(

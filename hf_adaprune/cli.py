@@ -147,8 +147,7 @@ def _search(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     check_request(config, journal, resume, arguments.warm_start)
     if config.search.ratios:
         # The highest of them is what has to be reachable, and what the estimate is of.
-        highest = max(config.search.ratios)
-        config = config.with_changes(pruning_ratio=highest, target_parameters=None, target_bytes=None)
+        config = config.with_changes(pruning_ratio=max(config.search.ratios))
     _prepare_and_run(arguments, words, config, None, journal)
 
 
@@ -304,7 +303,7 @@ def _recover(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     from .calibration import report_blocks
     from .choices import multiple_choice, read_rows
-    from .documents import read_source
+    from .documents import distinct_names, read_source
     from .evaluation import perplexity, throughput
     from .harness import load_harness, run_tasks
     from .reporting import text_table
@@ -317,10 +316,10 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
         raise ConfigError(f"there is no file of multiple-choice rows at {missing[0]}. Check the path.")
     if named:
         load_harness()
-    rows = {Path(task).stem: read_rows(task) for task in arguments.tasks if task not in named}
+    rows = [(Path(task).stem, read_rows(task)) for task in arguments.tasks if task not in named]
     loader = Loader.of(arguments)
     model, tokenizer = loader.model(), loader.tokenizer()
-    found: dict[str, dict[str, Any]] = {}
+    measures: list[tuple[str, dict[str, Any]]] = []
     for source in sources:
         # The same third of the texts of CPython that `prune` reports on.
         part = (2, 3) if source.split(":")[0] == "python" else None
@@ -331,11 +330,14 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
             tokens=arguments.tokens or own.evaluation_tokens,
             sequence_length=arguments.sequence_length or own.evaluation_length,
         )
-        found[documents.name] = {"perplexity": vars(perplexity(model, blocks))}
-    for name, questions in rows.items():
-        found[name] = {key: vars(value) for key, value in multiple_choice(model, tokenizer, questions).items()}
-    measured_by_name = run_tasks(model, tokenizer, named) if named else {}
-    found.update({task: {key: vars(value) for key, value in own.items()} for task, own in measured_by_name.items()})
+        measures.append((documents.name, {"perplexity": perplexity(model, blocks)}))
+    measures += [(name, dict(multiple_choice(model, tokenizer, questions))) for name, questions in rows]
+    measures += [(task, dict(own)) for task, own in (run_tasks(model, tokenizer, named) if named else {}).items()]
+    # Texts and tasks share one table, and files of one stem are several of them.
+    names = distinct_names(name for name, _ in measures)
+    found: dict[str, dict[str, Any]] = {
+        name: {key: vars(value) for key, value in own.items()} for name, (_, own) in zip(names, measures, strict=True)
+    }
     speed = throughput(model) if arguments.latency else {}
     lines = [
         (name, key, f"{value['value']:.4f}", f"{value['standard_error']:.4f}", str(value["samples"] or "-"))

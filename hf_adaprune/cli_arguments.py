@@ -159,13 +159,13 @@ def _prune_arguments(prune: argparse.ArgumentParser) -> None:
 
 
 def build_config(arguments: argparse.Namespace) -> PruningConfig:
-    """The config of a command line: options override `--config`, which overrides the recipe.
+    """The config of a command line: options override `--config`, which overrides the recipe that it does not name.
 
     Args:
         arguments (`argparse.Namespace`): of `prune` or `search`.
 
     Raises:
-        ConfigError: unknown names, values out of range, or a file that is no config.
+        ConfigError: unknown names, values out of range, a file that is no config, or one with another recipe.
     """
     changes: dict[str, Any] = {}
     for option, (name, *inner) in {**FIELDS, **SEARCH_FIELDS}.items():
@@ -181,8 +181,13 @@ def build_config(arguments: argparse.Namespace) -> PruningConfig:
         # One budget replaces another that a config file sets.
         changes = {"target_parameters": None, "target_bytes": None, "budgets": {}, **changes}
     asked = _config_file(Path(arguments.config)) if arguments.config else {}
+    if arguments.recipe and {"version", "recipe_name"} & set(asked):
+        # One that a run has written holds every field: a recipe beside it would have nothing left to say.
+        raise ConfigError(
+            f"`--recipe {arguments.recipe}` would change nothing: {arguments.config} says how by itself. Leave out one "
+            "of them, or write a file with nothing but the fields that differ from the recipe."
+        )
     if "version" in asked:
-        # Written by a run: every field is in it, and a recipe beside it has nothing left to say.
         return PruningConfig.from_dict(asked).with_changes(**changes)
     recipe = arguments.recipe or asked.pop("recipe_name", "default")
     return PruningConfig.recipe(recipe).with_changes(**asked).with_changes(**changes)

@@ -13,15 +13,25 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging as transformers_logging
 
+from .calibration import TokenBlocks
 from .config import RepairConfig
 from .errors import CalibrationError, StatisticsError
 from .gram_sums import exact_products
 from .moments import cholesky, covariance, ridge_diagonal, second_moments
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
-from .statistics import Statistics
+from .statistics import Statistics, spread_weights
 
-__all__ = ["Moments", "Repair", "check_enough_tokens", "output_error", "repair_from_moments", "repair_plan"]
+__all__ = [
+    "Moments",
+    "Repair",
+    "check_enough_tokens",
+    "counted_windows",
+    "output_error",
+    "repair_from_moments",
+    "repair_plan",
+    "summing_dtype",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +106,7 @@ def repair_plan(
             repairs[name] = bias_repair(site, kept, mean)
         elif site.kind != "experts" and not config.intercept:
             matrix, _, _ = second_moments(site, statistics, weights, dtype)
-            weight = site.reader.weight.to(matrix.device, matrix.dtype)
+            weight = site.reader.weight.to(matrix.device).to(matrix.dtype)
             columns = site.column_index(kept).to(matrix.device)
             repairs[name] = _fitting(site, Repair(_regress(weight, matrix, columns, config).float().cpu()))
         else:
@@ -247,12 +257,12 @@ def output_error(
             find others.
 
     Returns:
-        `torch.Tensor` of shape `[]`: float64, on the rows' device.
+        `torch.Tensor` of shape `[]`: on the rows' device, of [`summing_dtype`].
     """
     weight, columns, slot = site.reader.weight.detach(), site.column_index(kept), 0
     if site.kind == "experts":
         if expert not in kept.kept_groups:
-            return torch.zeros((), dtype=torch.float64, device=rows.device)
+            return torch.zeros((), dtype=summing_dtype(rows.device), device=rows.device)
         slot = kept.kept_groups.index(expert)
         start = slot * kept.kept_per_group
         weight = weight[expert]
@@ -272,11 +282,33 @@ def output_error(
             bias = old - repair.bias.to(bias)
     with exact_products(torch.float32):
         change = values @ difference.T + bias
-    return change.double().square().sum()
+    return change.to(summing_dtype(rows.device)).square().sum()
+
+
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """Of sums on a device: float64, but float32 on Apple's GPUs, which have nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def counted_windows(blocks: TokenBlocks, domain_weights: tuple[float, ...] = ()) -> TokenBlocks:
+    """The windows of domains with a weight above 0: what repairs are made of and judged on. All without weights.
+
+    Args:
+        blocks ([`TokenBlocks`]): calibration windows, or held-out ones.
+        domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows.
+    """
+    counts = spread_weights(blocks.domain, len(blocks.domains), domain_weights) > 0
+    return blocks if bool(counts.all()) else blocks.select(counts.nonzero().flatten())
 
 
 def check_enough_tokens(sites: ModelSites, tokens: float, config: RepairConfig, kept: Mapping[str, SitePlan]) -> None:
     """Refuse a least-squares repair from fewer tokens than its widest matrix can bear.
+
+    Args:
+        sites ([`ModelSites`]): the dense model.
+        tokens (`float`): of the windows that count, see [`counted_windows`].
+        config ([`RepairConfig`]): method, and how many tokens an input needs.
+        kept (`dict[str, SitePlan]`): what stays of the sites that are repaired.
 
     Raises:
         CalibrationError: with the number of tokens that would do.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,16 @@ from .errors import CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Documents", "Readable", "eval_mode", "input_device", "json_rows", "read_source", "refuse_overlap"]
+__all__ = [
+    "Documents",
+    "Readable",
+    "distinct_names",
+    "eval_mode",
+    "input_device",
+    "json_rows",
+    "read_source",
+    "refuse_overlap",
+]
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 PYTHON_SOURCES = ("python", "python:prose", "python:code")
@@ -51,6 +61,19 @@ class Documents:
 
 
 Readable = str | TextSource | Documents
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Names in their order, those that were there before numbered: files of one stem are several texts.
+
+    Args:
+        names (iterable of `str`): `test, test, dev` becomes `test, test-2, dev`.
+    """
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        found.append(next(own for own in itertools.chain([name], numbered) if own not in found))
+    return found
 
 
 @contextmanager

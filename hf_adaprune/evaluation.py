@@ -296,15 +296,16 @@ def per_window_top_kl(
 
 def _top_divergences(logits: torch.Tensor, tokens: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     """KL over top tokens and the rest, float64 `[positions]` on the CPU, of logits `[positions, vocabulary]`."""
-    tokens, dense = tokens[: len(logits)].to(logits.device).long(), dense[: len(logits)].to(logits.device)
-    log_q = (logits.gather(-1, tokens).float() - _log_normalizers(logits)[:, None]).double()
-    log_p = dense.double()
+    own = logits.gather(-1, tokens[: len(logits)].to(logits.device).long()).float()
+    # To the CPU first: Apple's GPUs have no float64, and few tokens are left of the vocabulary.
+    log_q = (own - _log_normalizers(logits)[:, None]).cpu().double()
+    log_p = dense[: len(logits)].cpu().double()
     p, q = log_p.exp(), log_q.exp()
     top = (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)
     # What is left of 1 is known to float32's rounding; below it, a logarithm would make divergence out of noise.
     p_rest, q_rest = (1 - p.sum(-1)).clamp(min=0), (1 - q.sum(-1)).clamp(min=ROUNDING)
     rest = torch.where(p_rest > 0, p_rest * (p_rest.clamp(min=1e-300) / q_rest).log(), 0.0)
-    return (top + rest).cpu()
+    return top + rest
 
 
 def mean_over_windows(name: str, sums: torch.Tensor) -> Measurement:

@@ -314,9 +314,8 @@ def _draw_front(axes: Any, journal: Journal, summary: JournalSummary) -> bool:
               label="trials")  # fmt: skip
     points = sorted((point["costs"][cost], point["value"]) for point in summary.front)
     if points:
-        axes.plot(
-            *zip(*points, strict=True), "D-", color=_WINNER, markersize=5.5, linewidth=1.4, label="front (fresh text)"
-        )
+        label = "front (fresh text)" if summary.finalists else "front"
+        axes.plot(*zip(*points, strict=True), "D-", color=_WINNER, markersize=5.5, linewidth=1.4, label=label)
     if summary.scale.logarithmic and all(mean_value(t.rows) > 0 for t in known):
         axes.set_yscale("log")
     from matplotlib.ticker import EngFormatter

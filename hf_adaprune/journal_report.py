@@ -250,7 +250,8 @@ def describe_journal(journal: Journal) -> JournalSummary:
         for number, rows in fresh.items()
     ]
     pareto = search_of(journal).get("pareto")
-    points = front(journal, pareto) if pareto and fresh else []
+    count = search_of(journal).get("finalists", SearchConfig.finalists)
+    points = front(journal, pareto, count) if pareto and (fresh or winner is not None) else []
     if points and pareto is not None:
         here = journal.trials[0].costs.get(pareto, 0.0)
         chosen = min((trial for trial, _ in points), key=lambda trial: abs(trial.costs[pareto] - here))

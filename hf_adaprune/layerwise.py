@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from .activations import ActivationStore
 from .calibration import TokenBlocks
-from .compensation import Repair, check_enough_tokens, repair_from_moments
+from .compensation import Repair, check_enough_tokens, counted_windows, repair_from_moments
 from .config import RepairConfig
 from .masking import masked
 from .offloading import check_layer, layer_weights
@@ -111,7 +111,8 @@ def repairs_by_layer(
         StatisticsError: activations or a repair are not finite; with the name of the site or layer.
     """
     walk = Walk(sites, blocks, domain_weights, store, with_dense=config.target_mix > 0)
-    check_enough_tokens(sites, walk.tokens, config, dict(plan.changed()))
+    counted = walk.length * sum(weight > 0 for weight in walk.weights)
+    check_enough_tokens(sites, counted, config, dict(plan.changed()))
     with contextlib.closing(walk):
         for number in range(len(sites.layers)):
             with layer_weights(sites, number):
@@ -149,6 +150,7 @@ def regional_weights(
     config: RepairConfig,
     seed: int,
     kept: Kept | None = None,
+    domain_weights: tuple[float, ...] = (),
 ) -> tuple[dict[int, dict[str, torch.Tensor]], list[tuple[str, float, float]]]:
     """Optimise all matrices of each cut block against the dense block's output (regional optimisation).
 
@@ -163,12 +165,16 @@ def regional_weights(
         config ([`RepairConfig`]): steps and learning rate.
         seed (`int`): of the order of windows.
         kept ([`Kept`], *optional*): where what was learned of every layer is kept.
+        domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows; how often a window is
+            learned from, and how much its error counts. Windows of weight 0 are left out.
 
     Returns:
         `tuple`: weights by layer (old numbers) and parameter name, for layers whose error on the checked windows fell;
         and for every cut layer its name, the error before and after.
     """
-    walk = Walk(sites, blocks)
+    walk = Walk(sites, counted_windows(blocks, domain_weights), domain_weights)
+    # Equal weights become ones to the last bit, and a product with one changes nothing.
+    shares = [weight / max(walk.weights) for weight in walk.weights]
     dense, pruned = (torch.stack(list(stream)) for stream in (walk.dense, walk.pruned))
     walk.close()
     check = torch.arange(0, len(dense), 8)
@@ -190,9 +196,9 @@ def regional_weights(
         if changed:
             start = {name: value.detach().clone() for name, value in student.named_parameters()}
             if found is None:
-                before = _block_error(walk, number, student, pruned, target, check)
-                _optimise(walk, number, student, pruned, target, learn, config, generator)
-                after = _block_error(walk, number, student, pruned, target, check)
+                before = _block_error(walk, number, student, pruned, target, check, shares)
+                _optimise(walk, number, student, pruned, target, learn, shares, config, generator)
+                after = _block_error(walk, number, student, pruned, target, check, shares)
                 if run is not None:
                     learned = {f"weights {name}": value for name, value in student.named_parameters()}
                     run.keep(place, {**learned, "generator": generator.get_state()}, [before, after])
@@ -223,12 +229,18 @@ def part_of_plan(plan: PruningPlan, number: int) -> PruningPlan:
 
 
 def _block_error(
-    walk: Walk, number: int, student: nn.Module, hidden: torch.Tensor, target: torch.Tensor, windows: torch.Tensor
+    walk: Walk,
+    number: int,
+    student: nn.Module,
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    windows: torch.Tensor,
+    shares: Sequence[float],
 ) -> float:
-    call = _float_call(walk, number, student)
+    call, own = _float_call(walk, number, student), windows.tolist()
     with torch.no_grad():
-        errors = [(call(hidden[w][None])[0].cpu() - target[w].float()).square().mean() for w in windows.tolist()]
-    return float(sum(errors) / len(windows))
+        errors = [shares[w] * (call(hidden[w][None])[0].cpu() - target[w].float()).square().mean() for w in own]
+    return float(sum(errors) / sum(shares[w] for w in own))
 
 
 def _float_call(walk: Walk, number: int, student: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -241,6 +253,16 @@ def _float_call(walk: Walk, number: int, student: nn.Module) -> Callable[[torch.
     return call
 
 
+def _drawn(windows: torch.Tensor, shares: Sequence[float], generator: torch.Generator) -> torch.Tensor:
+    """The windows of an optimiser step: each as often as its share says, in the mean over steps."""
+    own = torch.tensor(shares, dtype=torch.float64)[windows]
+    if bool((own == own[0]).all()):
+        return windows[torch.randperm(len(windows), generator=generator)[:WINDOWS_PER_STEP]]
+    # Only with replacement is a window drawn in proportion to its share, however few there are.
+    many = min(WINDOWS_PER_STEP, len(windows))
+    return windows[torch.multinomial(own, many, replacement=True, generator=generator)]
+
+
 def _optimise(
     walk: Walk,
     number: int,
@@ -248,6 +270,7 @@ def _optimise(
     hidden: torch.Tensor,
     target: torch.Tensor,
     windows: torch.Tensor,
+    shares: Sequence[float],
     config: RepairConfig,
     generator: torch.Generator,
 ) -> None:
@@ -258,7 +281,7 @@ def _optimise(
     scale = target.float().square().mean().clamp(min=1e-12)
     with torch.enable_grad():
         for _ in range(config.regional_steps):
-            chosen = windows[torch.randperm(len(windows), generator=generator)[:WINDOWS_PER_STEP]]
+            chosen = _drawn(windows, shares, generator)
             optimizer.zero_grad(set_to_none=True)
             for window in chosen.tolist():
                 wanted = target[window].float().to(next(student.parameters()).device)

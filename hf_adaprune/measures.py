@@ -137,15 +137,18 @@ def custom_measure(model: Any, objective: Callable[[Any], Any]) -> Measure:
             which the noise is estimated.
 
     Raises:
-        ConfigError: it returns something else, or numbers that are not finite.
+        ConfigError: it returns something else. A candidate of which it says NaN or infinity is one that never wins.
     """
 
     def measure(start: int, stop: int) -> list[tuple[float, float]]:
         with torch.inference_mode():
             found = objective(model)
-        values = torch.as_tensor(found, dtype=torch.float64).flatten().tolist()
-        if not values or not all(value == value and abs(value) != float("inf") for value in values):
-            raise ConfigError(f"the objective should return a finite number or several. Found {found!r}.")
+        try:
+            values = torch.as_tensor(found, dtype=torch.float64).flatten().tolist()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"the objective should return a number or several. Found {found!r}.") from error
+        if not values:
+            raise ConfigError(f"the objective should return a number or several. Found {found!r}.")
         return [(1.0, value) for value in values]
 
     name = getattr(objective, "__qualname__", type(objective).__name__)

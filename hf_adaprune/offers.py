@@ -56,6 +56,12 @@ class Offer:
         """The highest allowed level that does not exceed a wanted number of steps."""
         return self.levels[max(0, bisect_right(self.levels, wanted + 1e-9) - 1)]
 
+    def nearest(self, wanted: float) -> int:
+        """The allowed level that is nearest to a wanted number of steps; the lower one of two."""
+        below = self.level(wanted)
+        above = self.levels[min(len(self.levels) - 1, self.levels.index(below) + 1)]
+        return above if above - wanted < wanted - below - 1e-9 else below
+
     def before(self, level: int) -> int:
         """The allowed level below another."""
         return self.levels[max(0, bisect_left(self.levels, level) - 1)]

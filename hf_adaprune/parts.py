@@ -260,8 +260,10 @@ class AllocationConfig:
         attention_balance (`float`, *optional*, defaults to 0.0): the same for attention against MLP; higher keeps more
             attention.
         ratios (`dict[str, float]`, *optional*): share of its units that each site (`layers.3.mlp`) loses, for the
-            method `ratios`. All are scaled by one factor until the budget is met; sites without one lose nothing.
-        max_site_ratio (`float`, *optional*, defaults to 1.0): no site loses more than this share of its units.
+            method `ratios`. All are scaled by one factor until the budget is met; sites without one lose nothing
+            while the named ones have units to give, and no whole part goes.
+        max_site_ratio (`float`, *optional*, defaults to 1.0): no site loses more than this share of its units. Whole
+            parts that `units` lets go (`attention`, `mlp`, `layer`) are no units of a site: they go below 1, too.
     """
 
     method: str = "global"

@@ -30,7 +30,7 @@ from .repairing import RepairReport, cached_repairs, choose_repairs
 from .run_artefacts import kept_blocks, repair_name
 from .run_folder import RunFolder, once_noted
 from .run_start import begin_run, is_resumed, room_for_moments
-from .search_checks import check_search, search_needs
+from .search_checks import check_search, highest_ratio, named_objective, search_needs
 from .search_stage import search_stage
 from .searching import SearchResult, shared_costs
 from .sites import ModelSites, find_sites
@@ -224,7 +224,7 @@ def prune(
     config = PruningConfig.recipe("default") if config is None else config
     if calibration is not None:
         config = config.with_changes(calibration={"sources": as_sources(calibration)})
-    config = layer_by_layer_config(config)
+    config = layer_by_layer_config(named_objective(config, objective))
     sites = find_sites(model, own_architecture(model, architecture))
     check_weights(sites)
     before = Sizes.of(sites)
@@ -236,10 +236,10 @@ def prune(
         sites.check(plan)
         config = config.with_changes(search=None)
     else:
-        check_budgets(sites, config, costs)  # what cannot be met fails before any text is read
+        check_search(config)
+        check_budgets(sites, highest_ratio(config), costs)  # what cannot be met fails before any text is read
     asked = config.search
     if asked is not None:
-        check_search(config)
         if asked.pareto is not None:
             raise ConfigError("`search.pareto` finds many plans. Call search_plan() and prune with the one you choose.")
         if asked.ratios and config.pruning_ratio not in asked.ratios:

@@ -9,7 +9,7 @@ import torch
 
 from .calibration import TokenBlocks, packed_blocks, report_blocks
 from .config import CalibrationConfig, Source
-from .documents import Documents, read_source, refuse_overlap
+from .documents import Documents, distinct_names, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError
 from .pipeline import as_sources
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
@@ -109,13 +109,14 @@ def report_texts(model: Any, tokenizer: PreTrainedTokenizerBase, report: Any) ->
         CalibrationError: a source cannot be read, or is too short.
     """
     own = CalibrationConfig()
-    found = {}
-    for source in as_sources(report):
-        documents = read_source(source, tokenizer=tokenizer, model=model, part=text_part(source, "report"))
-        found[documents.name] = report_blocks(
-            documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length
-        )
-    return found
+    read = [
+        read_source(source, tokenizer=tokenizer, model=model, part=text_part(source, "report"))
+        for source in as_sources(report)
+    ]
+    return {
+        name: report_blocks(documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length)
+        for name, documents in zip(distinct_names(documents.name for documents in read), read, strict=True)
+    }
 
 
 def _joined(parts: Sequence[TokenBlocks], names: tuple[str, ...]) -> TokenBlocks:

@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from .calibration import TokenBlocks
 from .clock import Clock
-from .compensation import Repair, output_error, repair_plan
+from .compensation import Repair, counted_windows, output_error, repair_plan
 from .config import PruningConfig, RepairConfig
 from .errors import StatisticsError
 from .evaluation import per_window_loss, run_layers
@@ -25,7 +26,7 @@ from .recording import quiet_bars, quiet_model
 from .run_artefacts import kept_repair, repair_name
 from .run_folder import RunFolder, once_noted
 from .sites import ModelSites
-from .statistics import Statistics
+from .statistics import Statistics, spread_weights
 from .tracing import watched_inputs
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "cached_repairs",
     "check_repairs",
     "choose_repairs",
+    "counted_held_out",
     "is_repaired",
     "lowest",
     "own_repair",
+    "relative_weights",
 ]
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,8 @@ class RepairReport:
 
     Args:
         name (`str`): site or layer.
-        before, after (`float`): squared output error per token without and with the repair.
+        before, after (`float`): squared output error per token without and with the repair; domains count by their
+            weights.
         kept (`bool`): a repair that does not lower the error is dropped.
     """
 
@@ -146,23 +150,29 @@ def choose_repairs(
     own = own_repair(config)
     if blocks is None:
         return {}, "none", (), {}
+    weights = config.calibration.domain_weights
+    held_out = counted_held_out(held_out, weights)
     place = partial(repair_name, config=config, plan=plan)
     schedule = own.schedule if own.method != "none" else "none"
     repairs = dict(cached)
     if schedule in ("sequential", "best"):
         with quiet_model(sites.model):
             kept = Kept(run, place("walked"))
-            walked = sequential_repairs(sites, plan, blocks, own, config.calibration.domain_weights, kept)
+            walked = sequential_repairs(sites, plan, blocks, own, weights, kept)
         # A walk's repairs build on one another and on the pruned model's inputs, so they stay or go as a whole.
         other = {"cached": repairs} if schedule == "best" else {"none": {}}
         candidates = {"sequential": walked, **other}
-        schedule = once_noted(run, place("choice"), lambda: _better(sites, plan, candidates, held_out))
+        schedule = once_noted(run, place("choice"), lambda: _better(sites, plan, candidates, held_out, weights))
         repairs = dict(candidates[schedule])
         clock.stop("repair")
     reports: tuple[RepairReport, ...] = ()
     if held_out is not None and repairs and schedule == "cached":
         checked, held = repairs, held_out
-        found = once_noted(run, place("check"), lambda: list(map(vars, check_repairs(sites, plan, checked, held))))
+
+        def check() -> list[dict[str, Any]]:
+            return list(map(vars, check_repairs(sites, plan, checked, held, weights)))
+
+        found = once_noted(run, place("check"), check)
         reports = tuple(RepairReport(**report) for report in found)
         repairs = {report.name: repairs[report.name] for report in reports if report.kept}
         clock.stop("check repair")
@@ -170,15 +180,38 @@ def choose_repairs(
     if own.regional_steps > 0:
         with quiet_model(sites.model):
             blockwise, measured = regional_weights(
-                sites, plan, repairs, blocks, own, config.seed, Kept(run, place("regional"))
+                sites, plan, repairs, blocks, own, config.seed, Kept(run, place("regional")), weights
             )
         reports += tuple(RepairReport(name, before, after, after < before) for name, before, after in measured)
         clock.stop("regional repair")
     return repairs, schedule, reports, blockwise
 
 
+def counted_held_out(held_out: TokenBlocks | None, domain_weights: tuple[float, ...]) -> TokenBlocks | None:
+    """The held-out windows that have a say; `None` where none has."""
+    counted = None if held_out is None else counted_windows(held_out, domain_weights)
+    if counted is None or len(counted):
+        return counted
+    logger.warning(
+        "repairs are not checked: all held-out windows are of domains with weight 0. Raise repair.holdout or "
+        "calibration.samples."
+    )
+    return None
+
+
+def relative_weights(blocks: TokenBlocks, domain_weights: tuple[float, ...]) -> torch.Tensor:
+    """Weights of windows by the rule of statistics, float64 `[windows]`, the largest of them 1."""
+    weights = spread_weights(blocks.domain, len(blocks.domains), domain_weights).double()
+    # Equal weights become ones to the last bit, and a product with one changes nothing.
+    return weights / weights.max()
+
+
 def _better(
-    sites: ModelSites, plan: PruningPlan, candidates: Mapping[str, dict[str, Repair]], held_out: TokenBlocks | None
+    sites: ModelSites,
+    plan: PruningPlan,
+    candidates: Mapping[str, dict[str, Repair]],
+    held_out: TokenBlocks | None,
+    domain_weights: tuple[float, ...] = (),
 ) -> str:
     """Name of the candidate with the lowest loss on held-out windows; the first one where there are none."""
     losses = dict.fromkeys(candidates, 0.0)
@@ -186,7 +219,8 @@ def _better(
         if held_out is None:
             break
         with masked(sites, plan, repairs):
-            sums = per_window_loss(sites.model, held_out).sum(0)
+            sums = per_window_loss(sites.model, held_out)
+        sums = (sums * relative_weights(held_out, domain_weights)[:, None]).sum(0)
         losses[name] = float(sums[0] / sums[1])
     logger.info("held-out loss: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     best = lowest(losses)
@@ -201,7 +235,11 @@ def lowest(losses: Mapping[str, float]) -> str:
 
 
 def check_repairs(
-    sites: ModelSites, plan: PruningPlan, repairs: Mapping[str, Repair], held_out: TokenBlocks
+    sites: ModelSites,
+    plan: PruningPlan,
+    repairs: Mapping[str, Repair],
+    held_out: TokenBlocks,
+    domain_weights: tuple[float, ...] = (),
 ) -> tuple[RepairReport, ...]:
     """Output errors with and without each repair, on windows that no repair has seen; one forward pass over them.
 
@@ -209,19 +247,22 @@ def check_repairs(
         sites ([`ModelSites`]): the dense model, or a layer of it.
         plan ([`PruningPlan`]): which units stay.
         repairs (`dict[str, Repair]`): by site.
-        held_out ([`TokenBlocks`]): the windows.
+        held_out ([`TokenBlocks`]): the windows, one of which has a weight above 0 at least; see [`counted_held_out`].
+        domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows.
 
     Raises:
         StatisticsError: an error is not finite; with the name of the site.
     """
     errors = {name: torch.zeros(2, dtype=torch.float64) for name in repairs}
+    weights = relative_weights(held_out, domain_weights)
+    weight = 1.0  # of the window that runs
 
     def adds(name: str) -> Callable[[int, torch.Tensor], None]:
         site, kept = sites.by_name[name], plan.sites[name]
 
         def sink(expert: int, rows: torch.Tensor) -> None:
             for number, repair in enumerate((None, repairs[name])):
-                errors[name][number] += output_error(site, kept, repair, rows, expert).cpu()
+                errors[name][number] += weight * output_error(site, kept, repair, rows, expert).cpu()
 
         return sink
 
@@ -230,7 +271,9 @@ def check_repairs(
             stack.enter_context(watched_inputs(sites, sites.by_name[name], adds(name)))
         # One window after the other, so that there is no padding.
         for window in transformers_logging.tqdm(range(len(held_out)), desc="check repair", unit="window"):
+            weight = float(weights[window])
             run_layers(sites.model, held_out.select([window]))
+    tokens = float((weights * held_out.attention_mask.sum(1)).sum())
     reports = []
     for name, found in errors.items():
         if not torch.isfinite(found).all():
@@ -238,7 +281,7 @@ def check_repairs(
                 f"{name}: outputs are not finite on held-out windows. Load the model in bfloat16 or float32 (float16 "
                 "overflows on massive activations) and check its weights."
             )
-        before, after = (found / held_out.tokens).tolist()
+        before, after = (found / tokens).tolist()
         reports.append(RepairReport(name, before, after, after < before))
     dropped = [report.name for report in reports if not report.kept]
     if dropped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from .search_config import REFINING
 from .stages import what_to_collect
 from .statistics import Needs
 
-__all__ = ["check_search", "search_needs", "strategy"]
+__all__ = ["check_search", "highest_ratio", "named_objective", "search_needs", "strategy", "trial_needs"]
 
 _STRATEGIES = {
     "gp": ("gaussian_process", "propose_gp"),
@@ -63,12 +63,60 @@ def check_search(config: PruningConfig) -> None:
             f"the strategy {refining[0]!r} refines how one budget is shared by the layers, which `uniform`, "
             "`search.pareto` and `search.ratios` leave no room for. Use gp."
         )
+    method = search.space.get("allocation.method")
+    if refining and ("allocation.ratios" in search.space or not (method is None or isinstance(method, Mapping))):
+        raise ConfigError(
+            f"the strategy {refining[0]!r} decides `allocation.method` and `allocation.ratios`, which `search.space` "
+            "fixes. Take them out of the space, or use gp."
+        )
     if search.pareto is not None and config.budgets:
         raise ConfigError("`search.pareto` varies the size, which `budgets` would fix. Leave out one of them.")
+    sizes = [name for name in ("search.pareto", "search.ratios") if getattr(search, name.partition(".")[2])]
+    if "pruning_ratio" in search.space:
+        if search.ratios:
+            raise ConfigError("`search.space` names 'pruning_ratio', which `search.ratios` sets. Leave out one.")
+        sizes.append("search.space['pruning_ratio']")
+    # Budgets hold beside the ratios of nested plans, and nowhere else.
+    targets = ["target_parameters", "target_bytes", *(["budgets"] if "pruning_ratio" in search.space else [])]
+    given = [name for name in targets if getattr(config, name)]
+    if sizes and given:
+        raise ConfigError(f"`{sizes[0]}` says what goes by ratio, which `{given[0]}` would fix. Leave out one of them.")
+    if search.pareto is not None and search.surrogate == "saas":
+        raise ConfigError("`search.surrogate='saas'` knows one objective, and `search.pareto` has two. Leave out one.")
+    if search.tasks and search.objective != "accuracy":
+        raise ConfigError(
+            f"`search.tasks` are rows for the objective accuracy, and `search.objective` is {search.objective!r}. Set "
+            "it to 'accuracy' (--objective accuracy), or leave the tasks out."
+        )
     if search.objective != "custom" and search.objective != "accuracy" and search.selection_tokens < 4:
         raise ConfigError("`search.selection_tokens` is too small to measure anything.")
     for name, _ in search.shares():
         strategy(name)
+
+
+def named_objective(config: PruningConfig, objective: Callable[[Any], Any] | None) -> PruningConfig:
+    """The config whose search says `custom` where a function is minimised: records name what was measured.
+
+    Args:
+        config ([`PruningConfig`]): with or without a search.
+        objective (`Callable`, *optional*): the function, which takes the place of the config's objective.
+    """
+    if objective is None or config.search is None:
+        return config
+    return config.with_changes(search={"objective": "custom", "tasks": ()})
+
+
+def highest_ratio(config: PruningConfig) -> PruningConfig:
+    """The config at the highest ratio that its search may ask for: what has to be in reach before any work.
+
+    Args:
+        config ([`PruningConfig`]): with or without a search.
+    """
+    if config.search is None or not config.search.ratios:
+        return config
+    highest = max(config.search.ratios)
+    budgets = config.budgets and {**config.budgets, "ratio": max(highest, config.budgets.get("ratio", 0.0))}
+    return config.with_changes(pruning_ratio=highest, budgets=budgets)
 
 
 def strategy(name: str) -> Callable[[View, int], Sequence[Any]]:
@@ -91,6 +139,18 @@ def strategy(name: str) -> Callable[[View, int], Sequence[Any]]:
     return found
 
 
+def trial_needs(config: PruningConfig) -> Needs | None:
+    """What the one pass has to keep for one trial: it is compared with cached repairs, whatever the config's schedule.
+
+    Args:
+        config ([`PruningConfig`]): of the trial.
+
+    Returns:
+        [`Needs`]: `None` where no text is needed at all.
+    """
+    return what_to_collect(config.with_changes(repair={"schedule": "cached"}), None)
+
+
 def search_needs(config: PruningConfig, domains: int) -> Needs:
     """What the one pass has to keep for every trial of a search.
 
@@ -102,19 +162,18 @@ def search_needs(config: PruningConfig, domains: int) -> Needs:
         ConfigError: an unknown metric, or fewer windows with gradients than weighted domains.
     """
     space = default_space(config, tuple(str(number) for number in range(domains)))
-    needs = what_to_collect(space.apply(config, space.default), None) or Needs()
+    needs = trial_needs(space.apply(config, space.default)) or Needs()
     weighted = False
     for dimension in space.dimensions:
         for value in dimension.values if isinstance(dimension, Choice) else ():
-            own = space.apply(config, {**space.default, dimension.path: value})
-            needs = needs | (what_to_collect(own, None) or Needs())
+            needs = needs | (trial_needs(space.apply(config, {**space.default, dimension.path: value})) or Needs())
         if dimension.path == "importance.metrics" and isinstance(dimension, Simplex):
             for name in dimension.members:
                 if name not in METRICS:
                     raise ConfigError(f"no metric {name!r}. Known: {', '.join(sorted(METRICS))}.")
                 needs = needs | METRICS[name].needs
         weighted = weighted or dimension.path == "calibration.domain_weights"
-    weighted = weighted or bool(config.calibration.domain_weights)
+    weighted = weighted or bool(space.apply(config, {}).calibration.domain_weights)  # fixed by the space, too
     if weighted and (needs.gradients or needs.elements) and config.calibration.gradient_samples < domains:
         raise ConfigError(
             f"`calibration.gradient_samples` should give each of the {domains} weighted domains a window. Found "

@@ -56,7 +56,7 @@ class SearchConfig:
         initial (`int`, *optional*, defaults to 10): quasi-random candidates around trial 0 before `gp` fits its first
             model, trial 0 included.
         surrogate (`str`, *optional*, defaults to `"gp"`): `gp`, or `saas` (fully Bayesian with sparse axis-aligned
-            priors, for wide spaces; about ten times slower).
+            priors, for wide spaces; about ten times slower; not for `pareto`).
         batch (`int`, *optional*, defaults to 1): candidates proposed at a time, each knowing of those pending; at
             least as many as there are processes.
         pareto (`str`, *optional*): quality against this cost: `ratio`, `parameters`, `bytes`, `macs`, or the speed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from .config import PruningConfig
 from .errors import CalibrationError, JournalError
 from .run_folder import locked
+from .search.dimensions import Choice
 from .search.journal import Journal
 from .search.loop import WARM_POINTS, finalists
 from .search.space import Point, Space
@@ -25,6 +26,8 @@ from .whole_files import check_writable
 from .workers import Alone
 
 __all__ = ["check_journal", "journal_lock", "keep_speeds", "model_digest", "start_journal", "warm_points"]
+
+_REFINED = ("allocation.method", "allocation.ratios")  # what strategies that refine an allocation set beside the space
 
 
 def journal_lock(path: str | os.PathLike[str]) -> AbstractContextManager[bool]:
@@ -162,12 +165,14 @@ def model_digest(sites: ModelSites) -> str:
     return digest.hexdigest()
 
 
-def warm_points(path: str | os.PathLike[str], space: Space) -> list[Point]:
-    """The best points of another journal, best first, as far as the space has them.
+def warm_points(path: str | os.PathLike[str], space: Space, refined: Collection[str] = ()) -> list[Point]:
+    """The best points of another journal, best first: of each what this search varies, and nothing else.
 
     Args:
         path (`str`): file of the other journal.
-        space ([`Space`]): what this search varies.
+        space ([`Space`]): what this search varies. Numbers out of its ranges are brought into them.
+        refined (collection of `str`, *optional*): names of the sites, where a strategy of this search refines how they
+            share the budget: points then bring their own shares, if they know of no other sites.
 
     Raises:
         JournalError: none of them fits, with the reason.
@@ -176,7 +181,16 @@ def warm_points(path: str | os.PathLike[str], space: Space) -> list[Point]:
     if not other.measured():
         raise JournalError(f"{path} has no measured trial to start from.")
     ranked = [trial for trial in finalists(other, 4 * WARM_POINTS) if trial.number > 0]
-    fitting = [trial for trial in ranked if space.holds(trial.point)]
+    fitting: list[Point] = []
+    for trial in ranked:
+        if space.holds(trial.point) and _offered(space, trial.point):
+            # What else it sets is the other search's: here the config decides it.
+            point = space.decode(space.encode(trial.point))
+            shares = trial.point.get(_REFINED[1])
+            if refined and shares and set(shares) <= set(refined):
+                point |= {path: trial.point[path] for path in _REFINED}
+            if point not in fitting:
+                fitting.append(point)
     if not fitting:
         there = sorted(other.header.get("space", {}).get("dimensions", {}))
         here = sorted(dimension.path for dimension in space.dimensions)
@@ -184,4 +198,10 @@ def warm_points(path: str | os.PathLike[str], space: Space) -> list[Point]:
             f"{path} cannot start this search: its trials vary {', '.join(there) or 'nothing'}, this one varies "
             f"{', '.join(here)}, and weights or control points may differ in number. Search the same space."
         )
-    return [dict(trial.point) for trial in fitting[:WARM_POINTS]]
+    return fitting[:WARM_POINTS]
+
+
+def _offered(space: Space, point: Point) -> bool:
+    """Whether what a point chooses is among the choices here."""
+    chosen = [dimension for dimension in space.dimensions if isinstance(dimension, Choice)]
+    return all(point[dimension.path] in dimension.values for dimension in chosen)

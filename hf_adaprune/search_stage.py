@@ -30,7 +30,7 @@ from .run_artefacts import kept_blocks, kept_statistics
 from .run_folder import RunFolder
 from .run_start import begin_run, is_resumed, room_for_moments
 from .search.journal import Journal, mean_value
-from .search_checks import check_search, search_needs
+from .search_checks import check_search, highest_ratio, named_objective, search_needs, trial_needs
 from .searching import SearchResult, find_best, shared_costs
 from .selection import measure_of
 from .sites import ModelSites, find_sites
@@ -95,9 +95,10 @@ def search_plan(
     sites = find_sites(model, own_architecture(model, architecture))
     check_weights(sites)
     workers = processes()
-    costs = shared_costs(sites, config, workers)
-    check_budgets(sites, config, costs)
+    config = named_objective(config, objective)
     check_search(config)
+    costs = shared_costs(sites, config, workers)
+    check_budgets(sites, highest_ratio(config), costs)
     needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
     unreported = config.with_changes(calibration={"report": ()})
     with ExitStack() as stack:
@@ -301,11 +302,14 @@ def redraw(
     workers, clock = workers or Alone(), clock or Clock()
     text = config.with_changes(calibration={"report": (), "selection": ()})  # compared for overlaps before the search
     blocks, held_out, _ = workers.each(partial(gather_texts, sites, tokenizer, text, True))
-    plan, statistics = decide(sites, blocks, config, folder=folder, clock=clock, costs=costs, workers=workers)
+    plan, statistics = decide(
+        sites, blocks, config, needs=trial_needs(config), folder=folder, clock=clock, costs=costs, workers=workers
+    )
     repairs: Mapping[str, Repair] = cached_repairs(sites, plan, statistics, config)
     own = own_repair(config)
     compared = repairs
-    if not repairs and own.method != "none" and statistics is not None:  # as trials were compared
+    if not repairs and own.method != "none":  # as trials were compared
+        assert statistics is not None
         weights = statistics.sample_weights(config.calibration.domain_weights)
         compared = repair_plan(sites, plan, statistics, weights, own)
     del statistics

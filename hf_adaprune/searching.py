@@ -21,8 +21,8 @@ from .plan import PruningPlan
 from .search.journal import Journal, Trial, mean_value
 from .search.loop import Progress, front, run_search
 from .search.space import Space, default_space
-from .search_checks import check_search, strategy
-from .search_config import SPEEDS
+from .search_checks import check_search, highest_ratio, named_objective, strategy
+from .search_config import REFINING, SPEEDS
 from .search_journal import journal_lock, keep_speeds, start_journal, warm_points
 from .selection import measure_of
 from .sites import ModelSites
@@ -44,7 +44,7 @@ class FrontPoint:
         plan ([`PruningPlan`]): which units stay.
         config ([`PruningConfig`]): what decided it.
         costs (`dict[str, float]`): `ratio`, `parameters` and the cost of the search.
-        value (`float`): the objective on fresh selection text.
+        value (`float`): the objective on fresh selection text; of a function passed as objective, its value.
     """
 
     plan: PruningPlan
@@ -144,11 +144,13 @@ def find_best(
         raise ConfigError("there is no search in this config. Give search={...}, for example search={'trials': 60}.")
     clock = clock or Clock()
     workers = workers or Alone()
+    config = named_objective(config, objective)
     check_search(config)
     costs = costs or shared_costs(sites, config, workers)
-    check_budgets(sites, _highest(config), costs)
+    check_budgets(sites, highest_ratio(config), costs)
     space = default_space(config, statistics.domains, statistics.shares)
-    warm = workers.lead(lambda: warm_points(warm_start, space)) if warm_start is not None else []
+    refined = [site.name for site in sites] if any(name in REFINING for name, _ in search.shares()) else []
+    warm = workers.lead(lambda: warm_points(warm_start, space, refined)) if warm_start is not None else []
     measure = measure or measure_of(sites, tokenizer, config, objective, workers)
     trials = Trials(sites, config, space, statistics, measure, costs, scores)
     with ExitStack() as stack:
@@ -189,15 +191,6 @@ def shared_costs(sites: ModelSites, config: PruningConfig, workers: Alone) -> Co
     return Costs.of(sites, config, workers.lead(lambda: Costs.of(sites, config).speed_table))
 
 
-def _highest(config: PruningConfig) -> PruningConfig:
-    """The config at the highest ratio that its search may ask for."""
-    search = config.search
-    assert search is not None
-    if search.ratios:
-        return config.with_changes(pruning_ratio=max(search.ratios), target_parameters=None, target_bytes=None)
-    return config
-
-
 def _found(trials: Trials, config: PruningConfig, book: Journal) -> _Found:
     search = config.search
     assert search is not None
@@ -208,7 +201,8 @@ def _found(trials: Trials, config: PruningConfig, book: Journal) -> _Found:
     points: tuple[FrontPoint, ...] = ()
     nested = dict(zip(search.ratios, plans, strict=True)) if search.ratios else {}
     if search.pareto is not None:
-        configs = [(trials.config_of(trial.point), trial, value) for trial, value in front(book, search.pareto)]
+        measured = front(book, search.pareto, search.finalists)
+        configs = [(trials.config_of(trial.point), trial, value) for trial, value in measured]
         points = tuple(FrontPoint(trials.plans(one)[0], one, trial.costs, value) for one, trial, value in configs)
     plan = nested.get(config.pruning_ratio, plans[-1])
     return _Found(own, plan, points, nested)

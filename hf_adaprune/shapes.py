@@ -94,12 +94,12 @@ def _similarity(
 
 
 def _given(sites: ModelSites, config: PruningConfig, offers: list[Offer], target: int, cosine: object) -> list[float]:
+    """Shares as they are asked for; 0 where none is, which `allocation` leaves alone while the named sites can give."""
     given = config.allocation.ratios
     unknown = sorted(set(given) - {site.name for site in sites})
     if unknown:
         raise ConfigError(f"`allocation.ratios` names sites that the model lacks: {', '.join(unknown[:3])}.")
-    # A hair above 0, so that a budget which the named sites cannot meet is made up by the others.
-    return [max(given.get(offer.site.name, 0.0), 1e-6) for offer in offers]
+    return [given.get(offer.site.name, 0.0) for offer in offers]
 
 
 SHAPES: dict[str, Shape] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,10 @@ from .budgets import allocate_within, even_cosine, even_scores, gone_first
 from .calibration import TokenBlocks, calibration_blocks, report_blocks
 from .clock import Clock
 from .clustering import cluster_domains
-from .compensation import check_enough_tokens
+from .compensation import check_enough_tokens, counted_windows
 from .config import PruningConfig, Source
 from .costs import Costs
-from .documents import Documents, read_source, refuse_overlap
+from .documents import Documents, distinct_names, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError
 from .importance import Scores, needs_of, score_units, unit_of
 from .masking import masked
@@ -281,7 +281,8 @@ def gather_texts(
         `tuple`: calibration windows, held-out windows (for the check of repairs), and report windows by source.
 
     Raises:
-        CalibrationError: no tokenizer, texts that overlap, or too little text.
+        CalibrationError: no tokenizer, windows longer than the model's learned positions, texts that overlap, or too
+            little text.
     """
     own = config.calibration
     walks = config.repair.method == "least_squares" or config.repair.regional_steps > 0
@@ -292,6 +293,12 @@ def gather_texts(
             "text is needed for this config, and no tokenizer came. Pass tokenizer=AutoTokenizer.from_pretrained(...) "
             "or use a recipe that reads only weights (magnitude, random)."
         )
+    lengths = {"calibration.sequence_length": own.sequence_length} if measures or walks else {}
+    if own.report:
+        lengths["calibration.evaluation_length"] = own.evaluation_length
+    if config.search is not None and config.search.objective not in ("accuracy", "custom"):
+        lengths["search.sequence_length"] = config.search.sequence_length
+    _check_lengths(sites, lengths)
     read: dict[str, list[Documents]] = {}
     for role, sources in (("calibration", own.sources), ("selection", own.selection), ("report", own.report)):
         read[role] = [
@@ -324,14 +331,38 @@ def gather_texts(
         if config.repair.method != "none" and config.repair.holdout > 0 and len(blocks) > 1:
             blocks, held_out = blocks.split(config.repair.holdout, config.seed)
         widest = {site.name: site.whole for site in sites if unit_of(site, config.units)}
-        check_enough_tokens(sites, blocks.tokens, config.repair, widest)
+        counted = counted_windows(blocks, own.domain_weights)
+        check_enough_tokens(sites, counted.tokens, config.repair, widest)
     reports = {
-        documents.name: report_blocks(
-            documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length
-        )
-        for documents in read["report"]
+        name: report_blocks(documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length)
+        for name, documents in zip(distinct_names(own.name for own in read["report"]), read["report"], strict=True)
     }
     return blocks, held_out, reports
+
+
+def _check_lengths(sites: ModelSites, lengths: Mapping[str, int]) -> None:
+    """Refuse windows that learned position embeddings have no rows for; rotary positions have no end.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        lengths (`dict[str, int]`): tokens per window, by the field that says so.
+    """
+    model = sites.model
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # OPT's first rows are for padding.
+    rows = {
+        module.num_embeddings - int(getattr(module, "offset", 0))
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+    }
+    if stated not in rows:
+        return
+    for name, length in lengths.items():
+        if length > stated:
+            raise CalibrationError(
+                f"`{name}` asks for windows of {length:,} tokens, and this {sites.architecture.model_type} model has "
+                f"learned {stated:,} positions. Lower it to at most {stated}."
+            )
 
 
 def text_part(source: Source, role: str) -> tuple[int, int] | None:

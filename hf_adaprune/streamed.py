@@ -42,7 +42,7 @@ from .pipeline import PruningResult, Sizes, as_sources, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
 from .recording import quiet_bars, quiet_model
-from .repairing import RepairReport, check_repairs, lowest, own_repair
+from .repairing import RepairReport, check_repairs, counted_held_out, lowest, own_repair, relative_weights
 from .run_artefacts import kept_blocks, kept_layer_scores, repair_name
 from .run_facts import bind_layer, bytes_digest, run_facts
 from .run_folder import SPARE_BYTES, RunFolder, locked_output, open_run
@@ -212,11 +212,13 @@ class _Windows:
         blocks ([`TokenBlocks`]): the windows.
         how (`str`): through the `dense` layers, the `pruned` ones without repairs, or the `repaired` ones.
         stream ([`HiddenStream`]): their hidden states.
+        domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows, in the loss.
     """
 
     blocks: TokenBlocks
     how: str
     stream: HiddenStream
+    domain_weights: tuple[float, ...] = ()
 
     def advance(self, number: int, own: PruningPlan, repairs: Mapping[str, Repair], is_dropped: bool) -> None:
         sites = self.stream.sites
@@ -236,7 +238,8 @@ class _Windows:
     def loss(self) -> float:
         sites = self.stream.sites
         with self.stream.at(len(sites.layers), "nothing"), quiet_bars():
-            return mean_over_windows("loss", per_window_loss(sites.model, self.blocks)).value
+            sums = per_window_loss(sites.model, self.blocks)
+        return mean_over_windows("loss", sums * relative_weights(self.blocks, self.domain_weights)[:, None]).value
 
 
 class _Run:
@@ -368,12 +371,13 @@ class _Run:
         """The second walk: repair, cut and write layer after layer; and what came of it."""
         repair = own_repair(self.config)
         weights = self.config.calibration.domain_weights
+        held_out = counted_held_out(held_out, weights)
         watched = {("dense", name): self._windows(own, "dense") for name, own in reports.items()}
         watched |= {("pruned", name): self._windows(own, "repaired") for name, own in reports.items()}
         schedule = repair.schedule if repair.method != "none" and blocks is not None else "none"
         walks = schedule == "sequential"
         if walks and held_out is not None:
-            watched |= {("check", how): self._windows(held_out, how) for how in ("repaired", "pruned")}
+            watched |= {("check", how): self._windows(held_out, how, weights) for how in ("repaired", "pruned")}
         if walks:
             assert blocks is not None
             kept = Kept(self.kept, repair_name("walked", self.config, plan))
@@ -399,8 +403,8 @@ class _Run:
             own.stream.close()
         return schedule, evaluation
 
-    def _windows(self, blocks: TokenBlocks, how: str) -> _Windows:
-        return _Windows(blocks, how, HiddenStream(self.sites, self.store))
+    def _windows(self, blocks: TokenBlocks, how: str, weights: tuple[float, ...] = ()) -> _Windows:
+        return _Windows(blocks, how, HiddenStream(self.sites, self.store), weights)
 
     def _cut(self, writer: ShardWriter, plan: PruningPlan, layers: Layers, watched: Mapping[Any, _Windows]) -> None:
         bar = transformers_logging.tqdm(layers, total=len(self.sites.layers), desc="repair and write", unit="layer")
@@ -443,7 +447,8 @@ class _Run:
                     if held_out is not None and means is not None:
                         if repairs:
                             with stream.at(number, "nothing"):
-                                reports = check_repairs(part, own, repairs, held_out)
+                                weights = self.config.calibration.domain_weights
+                                reports = check_repairs(part, own, repairs, held_out, weights)
                             self.reports.extend(reports)
                             repairs = {report.name: repairs[report.name] for report in reports if report.kept}
                         with stream.at(number):

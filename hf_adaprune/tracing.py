@@ -54,7 +54,7 @@ def mean_hidden_states(sites: ModelSites, blocks: TokenBlocks) -> torch.Tensor:
                 inputs["attention_mask"] = mask.long().to(sites.device)
             with contextlib.suppress(Enough):
                 sites.model.base_model(**inputs)
-            hidden = states.pop().double().cpu()
+            hidden = states.pop().cpu().double()  # in this order: Apple's GPUs have no float64
             means.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
     return torch.cat(means)
 

@@ -164,7 +164,8 @@ class Trials:
         statistics ([`Statistics`]): of the dense model.
         measure ([`Measure`]): what is minimised.
         costs ([`Costs`], *optional*): what plans cost; made anew where not given.
-        scores ([`CachedScores`], *optional*): of an earlier search on these statistics and domain weights.
+        scores ([`CachedScores`], *optional*): of an earlier search on these statistics; made anew where they are exact
+            for other domain weights than trial 0's.
 
     Raises:
         CalibrationError: domains are weighted, and one of them has no window.
@@ -184,14 +185,17 @@ class Trials:
         self.first, self.windows, self.fresh = measure.first, measure.windows, measure.fresh
         self.batch = measure.batch
         self.logarithmic = measure.logarithmic
-        center = config.calibration.domain_weights
+        # Trial 0's, exactly: fixed by the space, or the config's.
+        center = space.apply(config, {}).calibration.domain_weights
         empty = [name for name, share in zip(statistics.domains, statistics.shares, strict=True) if not share]
         if empty and any(dimension.path == "calibration.domain_weights" for dimension in space.dimensions):
             raise CalibrationError(
                 f"{', '.join(empty)} has no calibration window left to weight: the check of repairs holds them out. "
                 "Raise calibration.samples, or lower repair.holdout or calibration.clusters."
             )
-        self.scores = scores or CachedScores(sites, config.units, statistics, center, config.seed)
+        if scores is None or scores.center != _normalized(center or statistics.shares):
+            scores = CachedScores(sites, config.units, statistics, center, config.seed)
+        self.scores = scores
         self.costs = costs or Costs.of(sites, config)
         search = config.search
         self.ratios = search.ratios if search is not None else ()

@@ -18,7 +18,7 @@ from .calibration import TokenBlocks
 from .compensation import Moments, Repair
 from .errors import CalibrationError, StatisticsError
 from .gram_sums import exact_products
-from .masking import masked
+from .masking import masked, other_forward
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
 from .statistics import spread_weights
@@ -193,28 +193,35 @@ class Walk:
     def adds(self, number: int) -> bool:
         """Whether a layer adds what its MLP's reader gives to the residual stream, without a norm in between.
 
-        Tried on a window, because a layer's code may do anything. Mixtures of experts (all that are built in) do.
+        Tried on a window, because a layer's code may do anything: the reader's output is made as large as the stream,
+        and the layer's output has to change by just that. At the reader's own size the change may drown in what a half
+        precision stream is rounded by. Where an earlier run removed the MLP, attention's reader is tried: nothing
+        behind it answers. Mixtures of experts (all that are built in) do.
         """
-        site = next((own for own in self.sites if own.layer == number and own.kind == "mlp"), None)
-        if site is None:
-            return True
         if number not in self._adds:
-            hidden = self.pruned[0][None].to(site.reader.parameter.device)
-            seen: dict[int, torch.Tensor] = {}
-            whole = self._shown(site, hidden, seen, whole=True)
-            assert whole is not None
-            silent = SitePlan(site.groups, site.group_size, ())
-            plan = PruningPlan(self.sites.architecture.model_type, len(self.sites.layers), {site.name: silent})
-            with masked(self.sites, plan):
-                without = self.call(number, hidden)
-            own = seen[0] @ site.reader.weight.float().T
-            if site.reader.bias is not None:
-                own = own + site.reader.bias.float()
-            parts = [part.reshape(own.shape).float() for part in (whole, without)]
-            size = own.abs() + parts[0].abs() + parts[1].abs()
-            error = (parts[0] - parts[1] - own).abs() / size.clamp(min=1e-30)
-            self._adds[number] = float(error.median()) <= max(8 * torch.finfo(self.dtype).eps, 1e-5)
+            own = {site.kind: site for site in self.sites if site.layer == number}
+            site = own.get("mlp", own.get("attention"))
+            self._adds[number] = site is None or "experts" in own or self._adds_reader(site)
         return self._adds[number]
+
+    def _adds_reader(self, site: Site) -> bool:
+        """Whether a layer's output changes by what a reader's output changes by, where nothing else reads it."""
+        hidden = self.pruned[0][None].to(site.reader.parameter.device)
+        reads, factor, given = site.reader.module.forward, 1.0, torch.zeros(())
+
+        def louder(*args: Any) -> torch.Tensor:
+            nonlocal given
+            given = reads(*args) * factor
+            return given
+
+        with other_forward(site.reader.module, louder):
+            whole = self.call(site.layer, hidden).float()
+            own = given.float().reshape(whole.shape)
+            factor += float(whole.norm() / own.norm().clamp(min=1e-30))
+            change = self.call(site.layer, hidden).float() - whole
+        # As given: what a half precision product was rounded by is no fault of the layer. A norm lets nothing through.
+        wanted = given.float().reshape(whole.shape) - own
+        return float((change - wanted).norm()) <= 0.1 * float(wanted.norm())
 
 
 def _finite(number: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ METHODS = [
     AllocationConfig("similarity"), AllocationConfig("profile", profile=(0.5, -0.5)),
     AllocationConfig("flap", "UL-UM"), AllocationConfig("flap", "UL-MM", attention_ratio=0.3),
     AllocationConfig("flap", "AL-MM", attention_ratio=0.3), AllocationConfig("flap", "AL-AM"),
+    AllocationConfig("ratios", ratios={"layers.0.attention": 0.5, "layers.2.attention": 0.2}),
 ]  # fmt: skip
 IDS = [f"{own.method}-{own.structure}" if own.method == "flap" else own.method for own in METHODS]
 COSINE = torch.tensor([0.3, 0.9, 0.6])
@@ -296,6 +297,60 @@ def test_the_logarithmic_schedule_has_its_shape() -> None:
     assert sum(shape) / 8 == pytest.approx(0.3, rel=1e-3)
 
 
+@functools.cache
+def three_groups() -> ModelSites:
+    """Six layers of three KV groups, thirds of which are no floats."""
+    return find_sites(
+        tiny_model("qwen3", num_hidden_layers=6, num_attention_heads=9, num_key_value_heads=3, intermediate_size=96)
+    )
+
+
+def lost_units(sites: ModelSites, ratio: float, ratios: dict[str, float], **options: object) -> dict[str, int]:
+    """Groups and channels that go by name, where the method `ratios` is given these."""
+    config = PruningConfig(
+        ratio, units=WIDTHS, allocation=AllocationConfig("ratios", ratios=ratios), repair=NO_REPAIR, **options
+    )
+    scores = random_scores(sites, WIDTHS)
+    plan = allocate(sites, scores, config)
+    assert 0 <= removed_by(sites, plan, config) - target_removal(sites, config) < largest_step(sites, scores, config)
+    kinds = {name: kept.kept_groups if name.endswith("attention") else kept.kept for name, kept in plan.changed()}
+    return {name: len(scores.units[name]) - len(kept) for name, kept in kinds.items()}
+
+
+@pytest.mark.parametrize("slack", [1.0, 0.99])
+def test_sites_without_a_share_lose_nothing_while_the_others_can_give(slack: float) -> None:
+    sites = three_groups()
+    names = [f"layers.{layer}.attention" for layer in range(6)]
+    group = sites.by_name[names[0]].unit_parameters("kv_group")
+    ratio = slack * 6 * group / sites.decoder_parameters
+    assert lost_units(sites, ratio, dict.fromkeys(names, 1 / 3)) == dict.fromkeys(names, 1)
+    one = {names[0]: 0.5, names[1]: 0.0}
+    assert lost_units(sites, slack * group / sites.decoder_parameters, one) == {names[0]: 1}
+    lost = lost_units(sites, 0.2, {names[0]: 0.5, "layers.1.mlp": 0.1})
+    assert lost[names[0]] == 2 and lost["layers.1.mlp"] == 95  # all that may go, before the others
+    assert len({lost[f"layers.{layer}.mlp"] for layer in (0, 2, 3, 4, 5)}) <= 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_groups_go_as_the_ratios_ask_to_the_nearest(share: float) -> None:
+    """1/3 of three groups is one, and 0.6 of three two, whatever the budget was rounded to."""
+    sites = three_groups()
+    ratios = {f"layers.{layer}.attention": 1 / 3 if layer % 2 else 0.6 for layer in range(6)}
+    ratios |= {f"layers.{layer}.mlp": share for layer in range(6)}
+    asked = sum(ratios[s.name] * s.units(k) * s.unit_parameters(k) for s in sites for k in [unit_of(s, WIDTHS)])
+    lost = lost_units(sites, (1 - 1e-5) * asked / sites.decoder_parameters, ratios)
+    assert [lost[f"layers.{layer}.attention"] for layer in range(6)] == [2, 1] * 3
+
+
+def test_groups_that_were_rounded_up_go_back_where_they_alone_exceed_the_budget() -> None:
+    sites = three_groups()
+    ratios = {f"layers.{layer}.attention": 0.2 for layer in range(6)} | {"layers.0.mlp": 0.05}
+    asked = sum(ratios[s.name] * s.units(k) * s.unit_parameters(k) for s in sites if s.name in ratios
+                for k in [unit_of(s, WIDTHS)])  # fmt: skip
+    lost = lost_units(sites, asked / sites.decoder_parameters, ratios)
+    assert set(lost) <= set(ratios) and sum(lost.get(name, 0) for name in ratios if "attention" in name) in (3, 4)
+
+
 def test_the_similarity_map_is_adapt_pruners() -> None:
     sites = sites_of("llama")
     config = PruningConfig(0.02, units=("channel",), allocation=AllocationConfig("similarity", amplitude=0.015))
@@ -342,6 +397,23 @@ def test_contradictions_are_refused() -> None:
     every = PruningConfig(0.1, protected_layers=(0, 1, 2))
     with pytest.raises(ConfigError, match="leave nothing that may go"):
         allocate(sites, scores, every)
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp", "layer"])
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_whole_parts_are_not_ignored_beside_widths(method: AllocationConfig, part: str) -> None:
+    """A method that would never let one go refuses them; the others take the cheapest, whatever it is."""
+    sites = sites_of("llama")
+    config = PruningConfig(0.3, units=("channel", part), allocation=method, repair=NO_REPAIR)
+    scores = random_scores(sites, config.units)
+    nothing = dict.fromkeys(scores.sublayers, 0.0)
+    scores = replace(scores, sublayers=nothing, layers=torch.zeros_like(scores.layers))
+    if method.method == "global" or (method.method, method.structure) == ("flap", "AL-AM"):
+        plan = allocate(sites, scores, config, COSINE)
+        assert plan.dropped_layers or any(kept.is_empty for _, kept in plan.changed())
+    elif method.method != "ratios":
+        with pytest.raises(ConfigError, match=f"{part} of `units` would never go. Use the method `global`"):
+            allocate(sites, scores, config, COSINE)
 
 
 def test_at_least_one_layer_stays() -> None:

@@ -18,12 +18,14 @@ from torch import nn
 from trainings import pruning_config, training
 
 from hf_adaprune import PruningConfig, PruningPlan, TextSource, find_sites, prune, prune_to_disk
-from hf_adaprune.compensation import Moments, repair_from_moments
+from hf_adaprune.compensation import Moments, output_error, repair_from_moments, summing_dtype
 from hf_adaprune.errors import AdaPruneError, StatisticsError, UnsupportedModelError
+from hf_adaprune.evaluation import per_window_top_kl, top_tokens
 from hf_adaprune.plan import SitePlan
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.repairing import lowest
 from hf_adaprune.statistics import Needs
+from hf_adaprune.tracing import mean_hidden_states
 from hf_adaprune.training import AdaPrunerCallback
 
 NAN, INF = math.nan, math.inf
@@ -411,3 +413,40 @@ def last_output_at(model: Any, positions: slice) -> Any:
 
     model.model.layers[-1].mlp.down_proj.register_forward_hook(hook)
     return model
+
+
+class OnApple(torch.Tensor):
+    """A tensor that has no float64 until it is on the CPU; what is computed from it is such a tensor, too."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return found.as_subclass(torch.Tensor)
+        if isinstance(found, OnApple) and found.dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return found
+
+
+def test_no_float64_on_a_device_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, blocks = tiny_model("llama"), random_blocks(4, 12, padding=(5,))
+    sites, dense = find_sites(model), top_tokens(model, blocks, k=8)
+    means, divergences = mean_hidden_states(sites, blocks), per_window_top_kl(model, dense, blocks)
+    moved = model.get_input_embeddings().register_forward_hook(lambda *seen: seen[-1].as_subclass(OnApple))
+    with pytest.raises(TypeError, match="MPS"):
+        model.base_model(input_ids=blocks.input_ids).last_hidden_state.double()
+    assert torch.equal(mean_hidden_states(sites, blocks), means)
+    assert torch.equal(per_window_top_kl(model, dense, blocks), divergences)
+    moved.remove()
+    # The sums of the repair's check stay on the device, as wide as it has them.
+    assert summing_dtype(torch.device("cpu")) == summing_dtype(torch.device("cuda")) == torch.float64
+    assert summing_dtype(torch.device("mps")) == torch.float32
+    site = sites.by_name["layers.0.mlp"]
+    kept, rows = SitePlan(site.groups, site.group_size, tuple(range(5))), torch.randn(7, site.columns)
+    wide = output_error(site, kept, None, rows)
+    monkeypatch.setattr("hf_adaprune.compensation.summing_dtype", lambda device: torch.float32)
+    narrow = output_error(site, kept, None, rows.as_subclass(OnApple))
+    assert wide.dtype == torch.float64 and narrow.dtype == torch.float32
+    assert float(narrow) == pytest.approx(float(wide), rel=1e-5)

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from benchmarks.experiments import (  # noqa: E402
     expand,
     search_of,
 )
+from benchmarks.groups import groups_of  # noqa: E402
 from benchmarks.headline import headline  # noqa: E402
 from benchmarks.plots import _curves, _lines  # noqa: E402
 from benchmarks.results import FIELDS, Book, read_results  # noqa: E402
 from benchmarks.runner import rows_of, run  # noqa: E402
 from benchmarks.smoke import smoke_setting  # noqa: E402
-from benchmarks.texts import held_out, in_folder, read  # noqa: E402
+from benchmarks.texts import Sources, held_out, in_folder, read  # noqa: E402
 from hf_adaprune import RECIPES, TextSource  # noqa: E402
 from hf_adaprune.choices import ChoiceRow, multiple_choice  # noqa: E402
 from hf_adaprune.errors import CalibrationError  # noqa: E402
@@ -125,6 +127,89 @@ def test_every_table_and_picture_is_made_from_results_alone(smoke: Path, tmp_pat
             assert not row["ratio"] or any(line.startswith(f"| {row['label']} |") for line in body)
     assert main(["plot", "--results", str(smoke), "--output", str(tmp_path)]) == 0
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".png"]
+
+
+# -- groups: what may stand in one table ------------------------------------------------------------------------------
+
+
+def test_rows_of_other_models_texts_and_windows_are_not_averaged(tmp_path: Path) -> None:
+    plain = {"model": {"name": "m", "weights": "w", "dtype": "float32"}, "measures": ["perplexity"],
+             "report": {"text": [128, "x"]}, "report_window": 64}  # fmt: skip
+    others = {
+        "weights v": {**plain, "model": {**plain["model"], "weights": "v"}},
+        "report ": {**plain, "report": {"text": [128, "y"]}},
+        "report window 32": {**plain, "report_window": 32},
+    }
+    for said, other in others.items():
+        rows = [
+            {**quality_row(label, ratio, 0, value), "key": f"{label}{name}", "protocol": name, "machine": "m"}
+            for name, start in (("one", 20.0), ("other", 40.0))
+            for label, ratio, value in (("dense", 0.0, start), ("default", 0.2, start + 1))
+        ]
+        data = {"protocols": {"one": plain, "other": other}, "machines": {"m": {}}, "rows": rows}
+        (tmp_path / "quality.json").write_text(json.dumps(data))
+        first, second = groups_of(data)
+        assert first.title != second.title and said in second.title and first.rows == tuple(rows[:2])
+        table = tables.made("quality", tmp_path)
+        assert table is not None and "±" not in table and "dense 20.00 |" in table and "dense 40.00 |" in table
+        assert [_curves(group.rows, "text") for group in (first, second)] == [
+            {"default": {0.0: 20.0, 0.2: 21.0}}, {"default": {0.0: 40.0, 0.2: 41.0}},
+        ]  # fmt: skip
+        # The same model from a folder of another name is the same model.
+        copied = {**plain, "model": {**plain["model"], "name": "copy"}}
+        (both,) = groups_of({**data, "protocols": {"one": plain, "other": copied}})
+        assert both.title == "m, float32; text (128 tokens)." and len(both.rows) == 4
+
+
+def test_rows_of_other_scales_and_calibration_texts_are_not_averaged(
+    setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    searched = Case("search", 0.2, searches=(("repair.damping",),))
+    quality = Experiment("quality", "", (*SMALL.cases, searched), seeds=(0, 1))
+    monkeypatch.setitem(EXPERIMENTS, "quality", quality)
+
+    def with_changes(**changes: Any) -> Any:
+        own = smoke_setting()
+        for name, value in changes.items():
+            setattr(own, name, value)
+        return own
+
+    assert measured(setting, tmp_path, quality) == 5
+    old = read_results(tmp_path / "quality.json")
+    # An old file does not say what its rows read; they are one group, until a run asks for the same rows.
+    del old["runs"]
+    (tmp_path / "quality.json").write_text(json.dumps(old))
+    assert [len(group.rows) for group in groups_of(old)] == [5]
+    fewer = with_changes(scale=replace(SMOKE, samples=6))
+    assert measured(fewer, tmp_path, quality, seeds=(0,)) == 2
+    assert [len(group.rows) for group in groups_of(read_results(tmp_path / "quality.json"))] == [5, 3]
+    # A part of the experiment names all of its rows.
+    assert measured(setting, tmp_path, replace(quality, cases=SMALL.cases[:1]), seeds=(0,)) == 0
+    assert measured(fewer, tmp_path, quality) == 2
+    short = with_changes(texts=replace(setting.texts, calibration=setting.texts.calibration[:1]))
+    assert measured(short, tmp_path, quality) == 4
+    data = read_results(tmp_path / "quality.json")
+    # The dense model reads no calibration text: it is a row of all three.
+    groups = groups_of(data)
+    assert [len(group.rows) for group in groups] == [5, 5, 5] and len(data["rows"]) == 13
+    assert all("dense" in [row["label"] for row in group.rows] for group in groups)
+    said = [re.findall(r"samples (\d), calibration (\w+)\.$", group.title)[0] for group in groups]
+    assert sorted(samples for samples, _ in said) == ["6", "8", "8"] and len(set(said)) == 3
+    assert len({text for _, text in said}) == 2
+    table = tables.made("quality", tmp_path)
+    assert table is not None and all(group.title in table for group in groups)
+    assert main(["plot", "--results", str(tmp_path), "--output", str(tmp_path / "pictures")]) == 0
+    assert len(list((tmp_path / "pictures").iterdir())) == 3
+    # Fewer trials are other searches and the same rows without one; a run that only repeats another adds no table.
+    trials = with_changes(scale=replace(SMOKE, trials=2))
+    before = len(groups)
+    assert measured(trials, tmp_path, replace(quality, cases=SMALL.cases)) == 0
+    assert len(groups_of(read_results(tmp_path / "quality.json"))) == before
+    assert measured(trials, tmp_path, quality) == 2
+    last = groups_of(read_results(tmp_path / "quality.json"))[-1]
+    assert len(last.rows) == 5 and "trials 2" in last.title
+    assert headline(tmp_path, tmp_path) is not None
 
 
 # -- rows: keys, continuing -------------------------------------------------------------------------------------------
@@ -277,7 +362,6 @@ def test_a_failed_row_is_tried_again(setting: Any, tmp_path: Path) -> None:
 
 
 def test_keys_tell_configs_seeds_models_and_texts_apart(setting: Any) -> None:
-    from dataclasses import replace
 
     keys = {row.key for row in rows_of(SMALL, setting)}
     assert len(keys) == 4 and keys == {row.key for row in rows_of(SMALL, setting)}
@@ -399,6 +483,23 @@ def test_a_folder_of_texts(tmp_path: Path, setting: Any) -> None:
         read(sources, setting.tokenizer)
 
 
+def test_files_of_one_stem_are_all_measured(tmp_path: Path, setting: Any) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(f"{folder} " * 200)
+        question = {"id": folder, "task": "t", "context": "a", "choices": ["b", "c"], "label": 0}
+        (tmp_path / folder / "x.jsonl").write_text(json.dumps(question) + "\n")
+    (tmp_path / "piqa.txt").write_text("piqa " * 200)
+    texts, rows = ([str(tmp_path / folder / f"x.{end}") for folder in ("one", "two")] for end in ("txt", "jsonl"))
+    text = tuple(TextSource(name, [name * 300]) for name in ("calibration", "selection"))
+    sources = Sources(text[:1], text[1:], (*texts, str(tmp_path / "piqa.txt")), ("piqa", *rows))
+    found = read(sources, setting.tokenizer)
+    # Results are kept by name, so no text, file of questions or task of lm-eval may have another's.
+    assert [source.name for source in found.report] == ["x", "x-2", "piqa-2"] and found.tasks == ("piqa",)
+    assert {name: own[0].id for name, own in found.rows.items()} == {"x-3": "one", "x-4": "two"}
+    assert list(found.windows(setting.tokenizer, 64, 16)) == ["x", "x-2", "piqa-2"]
+
+
 @pytest.mark.parametrize(
     "texts", [[f"page {number}" for number in range(23)], ["".join(f"line {number}\n" for number in range(500))]]
 )
@@ -512,16 +613,18 @@ def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_p
         quality_row("flap", 0.5, 0, 5000.0, 0.3),
         quality_row("slow", 0.5, 0, 90.0, 0.3),
         quality_row("flap", 0.3, 0, 1.0, 0.3),
-        {"label": "peer", "ratio": 0.2, "seed": 0, "status": "failed"},
+        {"label": "peer", "ratio": 0.2, "seed": 0, "status": "failed", "protocol": "plain"},
         {**quality_row("default", 0.2, 0, 1.0, 1.0), "protocol": "other"},
     ]
-    plain = {"model": "m", "report": {"text": [128, "x"]}}
-    said = {"plain": plain, "tasks": {**plain, "task_rows": 9}, "other": {**plain, "report": {"text": [64, "x"]}}}
+    plain = {"model": {"name": "m", "weights": "w"}, "report": {"text": [128, "x"]}, "report_window": 64}
+    asked = {**plain, "rows": {"a": [9, "y"], "b": [9, "z"]}}
+    said = {"plain": plain, "tasks": asked, "other": {**plain, "report": {"text": [64, "x"]}}}
     (tmp_path / "quality.json").write_text(json.dumps({"protocols": said, "machines": {}, "rows": rows}))
     trained = {"run": "once:0.2:kl:1", "tokens": 1024, "after": {"text": 24.0, "a": [0.5, 0.1], "b": [0.6, 0.1]}}
-    recovered = {"protocol": {"report_tokens": 128, "task_rows": 9}, "rows": [trained]}
+    own = {"weights": "w", **{name: asked[name] for name in ("report", "report_window", "rows")}}
+    recovered = {"protocol": {"measured_on": own}, "rows": [trained]}
     (tmp_path / "recovered.json").write_text(json.dumps(recovered))
-    assert headline(tmp_path, tmp_path) == (
+    expected = (
         "|  | text, 20% removed | tasks, 20% removed | text, 50% removed | tasks, 50% removed |\n"
         "|---|---|---|---|---|\n"
         "| dense | 20.00 | 0.600 | 20.00 | 0.600 |\n"
@@ -530,9 +633,35 @@ def test_the_headline_is_of_means_over_seeds_with_recovered_models_of_the_same_p
         "| slow | - | - | 90.00 (4.50x) | 0.300 |\n"
         "| cut, then recovered (1,024 tokens) | **24.00** (1.20x) | **0.550** | - | - |"
     )
-    (tmp_path / "recovered.json").write_text(json.dumps(recovered).replace("128", "64"))
-    with pytest.raises(SystemExit, match="other tokens or questions"):
-        headline(tmp_path, tmp_path)
+    assert headline(tmp_path, tmp_path) == headline(tmp_path, tmp_path, strict=True) == expected
+    # Beside another model, other texts or other questions they say nothing; documents must not lose them unnoticed.
+    without = expected[: expected.rindex("\n")]
+    others = ({"weights": "v"}, {"report": {"text": [128, "v"]}}, {"report_window": 32}, {"rows": {"a": [9, "y"]}})
+    for changes in (*others, None):
+        changed = {"protocol": {} if changes is None else {"measured_on": own | changes}, "rows": [trained]}
+        (tmp_path / "recovered.json").write_text(json.dumps(changed))
+        assert headline(tmp_path, tmp_path) == without
+        with pytest.raises(SystemExit, match="another model, other tokens or other questions"):
+            headline(tmp_path, tmp_path, strict=True)
+    (tmp_path / "recovered.json").unlink()
+    assert headline(tmp_path, tmp_path, strict=True) == without
+
+
+def test_tables_of_other_results_hold_nothing_of_this_repository(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", "--results", str(smoke)]) == 0
+    shown = capsys.readouterr().out
+    assert "recovered" not in shown and "\nquality\n" in shown and not [name for name in EARLIER if name in shown]
+    assert main(["table", "--results", str(smoke), "recovery"]) == 0
+    # Where they are this repository's own, recovered models of other texts are an error of its documents.
+    monkeypatch.setattr(tables, "PLACE", smoke)
+    for path in ("README", "RESULTS"):
+        monkeypatch.setattr(tables, path, tmp_path / "README.md")
+    tables.README.write_text("<!-- table:headline -->\n<!-- /table -->")
+    for words in ("--check", "--write"):
+        with pytest.raises(SystemExit, match=r"recovered\.json was measured on another model"):
+            main(["table", words, "--results", str(smoke)])
 
 
 def test_a_line_breaks_where_nothing_was_measured() -> None:
@@ -540,9 +669,7 @@ def test_a_line_breaks_where_nothing_was_measured() -> None:
         quality_row("dense", 0.0, 0, 20.0), quality_row("default", 0.2, 0, 30.0), quality_row("default", 0.5, 0, 50.0),
         quality_row("slow", 0.5, 0, 40.0), quality_row("slow", 0.5, 1, 44.0),
     ]  # fmt: skip
-    report = {"text": [128, "x"]}
-    data = {"rows": rows, "protocols": {name: {"report": report} for name in ("plain", "tasks")}}
-    curves = _curves(data, "text", report)
+    curves = _curves(rows, "text")
     assert curves == {"default": {0.0: 20.0, 0.2: 30.0, 0.5: 50.0}, "slow": {0.0: 20.0, 0.5: 42.0}}
     ratios, lines = _lines(curves)
     assert ratios == [0.0, 0.2, 0.5] and list(lines) == ["slow", "default"]

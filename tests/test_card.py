@@ -94,6 +94,9 @@ def test_a_search_is_told_with_its_cost(folder: Path) -> None:  # noqa: F811
     text = str(model_card(folder, "me/tiny"))
     assert "search: 60 trials (gp) in 7.9 minutes for the lowest kl on selection text; trial 41 won" in text
     assert "9.9 minutes" in text
+    for objective, said in (("accuracy", "the highest accuracy on"), ("custom", "the lowest value of a function;")):
+        change(folder, search={**search, "objective": objective})
+        assert f"60 trials (gp) in 7.9 minutes for {said}" in str(model_card(folder, "me/tiny"))
 
 
 def test_names_of_files_lose_their_folders(folder: Path) -> None:  # noqa: F811

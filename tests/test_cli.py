@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJ
 from hf_adaprune import PruningConfig, PruningPlan, cli, cli_run, parallel, pipeline, saving, whole_files
 from hf_adaprune.cli import main
 from hf_adaprune.cli_arguments import build_config, command_line
+from hf_adaprune.errors import ConfigError
 from hf_adaprune.search import loop
 
 
@@ -96,6 +97,34 @@ def test_prune_then_reload_show_and_evaluate(dense: Path, work: Path, capsys: py
     assert set(results["rows"]) == {"acc", "acc_norm"} and results["report"]["perplexity"]["samples"] == 3
     assert main([*words, *size]) == 0
     assert "± standard error" in capsys.readouterr().out
+
+
+def test_texts_and_tasks_of_one_stem_are_all_measured(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, tasks = [], []
+    for number, folder in enumerate(("wiki", "c4"), 1):
+        (work / folder).mkdir()
+        texts.append(work / folder / "test.txt")
+        texts[-1].write_text(calibration_prose(10 + number, 600))
+        tasks.append(work / folder / "test.jsonl")
+        row = {"id": 0, "task": "t", "context": "the model", "choices": ["reads", "rain and light"], "label": 0}
+        tasks[-1].write_text("\n".join([json.dumps(row)] * number))
+    size = ["--tokens", "96", "--sequence-length", "32", "--quiet", "--json"]
+    words = ["evaluate", str(dense), "--report", *map(str, texts), "--tasks", *map(str, tasks), *size]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    assert list(found) == ["test", "test-2", "test-3", "test-4"]
+    assert found["test"]["perplexity"]["value"] != found["test-2"]["perplexity"]["value"]
+    assert [found[name]["acc"]["samples"] for name in ("test-3", "test-4")] == [1, 2]
+    # A text alone is measured as beside others, and `prune` reports both.
+    assert main(["evaluate", str(dense), "--report", str(texts[1]), *size]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["test"] == found["test-2"]
+    words = prune_words(dense, work, "--recipe", "magnitude", "--json", "--report", *map(str, texts))
+    assert main(words) == 0
+    reported = json.loads(capsys.readouterr().out)["evaluation"]
+    assert list(reported) == ["test", "test-2"]
+    assert reported["test"]["dense"]["value"] != reported["test-2"]["dense"]["value"]
 
 
 def test_layer_by_layer(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +242,13 @@ def test_options_override_the_file_and_the_file_the_recipe(tmp_path: Path) -> No
     assert config.importance.metrics == {"wifv": 1.0}
     assert config_of(*words, "--pruning-ratio", "0.4").target_parameters is None
     config.save_pretrained(tmp_path)
-    assert config_of("--config", str(tmp_path / "pruning_config.json")) == config
+    whole = str(tmp_path / "pruning_config.json")
+    assert config_of("--config", whole) == config
+    partial.write_text(json.dumps({"recipe_name": "flap", "seed": 3}))
+    assert config_of("--config", str(partial)).importance.metrics == {"wifv": 1.0}
+    for file in (whole, str(partial)):
+        with pytest.raises(ConfigError, match=r"`--recipe random` would change nothing.*Leave out one"):
+            config_of("--recipe", "random", "--config", file)
     assert config_of() == config_of("--recipe", "default")
     assert config_of("--repair-schedule", "best") == config_of().with_changes(repair={"schedule": "best"})
 
@@ -448,6 +483,8 @@ def test_many_plans_in_a_folder(
         (["--budget", "ratio=0.1", "--budget", "ratio=0.2"], "given twice"),
         (["--budget", "parameters=1"], "but plans reach"),
         (["--ratios", "0.2", "0.99"], "reach|at most|budget"),
+        (["--ratios", "0.2", "0.3", "--target-parameters", "1k"], "`search.ratios` says.*`target_parameters` would"),
+        (["--pareto", "bytes", "--target-bytes", "1k"], "`search.pareto` says what goes.*`target_bytes` would fix"),
         (["--space", "nowhere.json"], "Cannot read nowhere.json"),
         (["--space", "{"], "is not JSON"),
         (["--space", '{"repair.dumping": 1}'], "repair.dumping"),
@@ -455,6 +492,8 @@ def test_many_plans_in_a_folder(
         (["--strategy", "gp:3", "random:9"], "fit together"),
         (["--objective", "custom"], "needs a function"),
         (["--objective", "accuracy"], "needs `search.tasks`"),
+        (["--tasks", "nowhere.jsonl"], "--objective accuracy"),
+        (["--surrogate", "saas", "--pareto", "bytes"], "knows one objective"),
         (["--objective", "accuracy", "--tasks", "nowhere.jsonl"], "no file of multiple-choice rows"),
         (["--warm-start", "nowhere.jsonl"], "there is no journal at nowhere"),
         (["--pareto", "beauty"], "`search.pareto` should be one of"),

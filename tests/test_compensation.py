@@ -356,6 +356,41 @@ def test_an_opt_that_norms_its_outputs_is_noticed() -> None:
     assert not Walk(sites, BLOCKS).adds(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1, 10, 100])
+def test_a_norm_is_noticed_whatever_the_size_of_the_stream(family: str, dtype: torch.dtype, scale: int) -> None:
+    """What a sublayer gives may be less than what a large stream is rounded by, and as large as a norm makes it."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(scale)
+    sites = find_sites(model.to(dtype))
+    walk = Walk(sites, BLOCKS.select(torch.arange(1)))
+    assert [walk.adds(number) for number in range(3)] == [family not in NORMED] * 3
+
+
+def test_a_norm_that_makes_outputs_as_large_as_the_stream_is_noticed() -> None:
+    """One token again and again, a stream of signs, and a norm that gives it what has its size already."""
+    model = tiny_model("olmo2")
+    layer, embedding = model.model.layers[0], model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding.copy_(embedding.sign())
+        layer.post_attention_layernorm.weight.fill_(1e-4)
+        layer.post_feedforward_layernorm.weight.fill_(1.0)
+    blocks = replace(BLOCKS, input_ids=torch.full_like(BLOCKS.input_ids, 7))
+    assert not Walk(find_sites(model), blocks).adds(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_without_its_mlp_answers_by_its_attention(family: str, dtype: torch.dtype) -> None:
+    dense_sites = find_sites(tiny_model(family).to(dtype))
+    gone = [site for site in dense_sites if site.layer == 1][-1]
+    silent = SitePlan(gone.groups, gone.group_size, ())
+    apply_plan(dense_sites, PruningPlan(family, 3, {gone.name: silent}))
+    sites = find_sites(dense_sites.model)
+    assert [site.kind for site in sites if site.layer == 1] == ["attention"]
+    assert Walk(sites, BLOCKS).adds(1) == (family not in NORMED)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_behind_a_norm_the_target_is_the_dense_output(family: str) -> None:
     sites, _ = dense(family)

@@ -12,8 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_adaprune.calibration import calibration_blocks
 from hf_adaprune.config import TextSource
-from hf_adaprune.documents import Documents, eval_mode, read_source, refuse_overlap
+from hf_adaprune.documents import Documents, distinct_names, eval_mode, read_source, refuse_overlap
 from hf_adaprune.errors import CalibrationError
+from hf_adaprune.recovery_texts import report_texts
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +240,25 @@ def test_eval_mode_comes_back_after_an_exception(calibration_model: LlamaForCaus
         assert not any(module.training for module in calibration_model.modules())
         raise KeyError
     assert all(module.training for module in calibration_model.modules())
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_distinct_and_the_first_of_one_is_as_it_was() -> None:
+    assert distinct_names(["dev", "test", "dev", "dev"]) == ["dev", "test", "dev-2", "dev-3"]
+    assert distinct_names(["dev", "dev", "dev-2", "dev-3"]) == ["dev", "dev-2", "dev-2-2", "dev-3"]
+    assert distinct_names([]) == []
+
+
+def test_sources_of_one_stem_are_several(calibration_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "test.txt" for folder in ("wiki", "c4")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_text(calibration_prose(number, 600))
+    sources = [str(path) for path in paths]
+    blocks = calibration_blocks(sources, calibration_tokenizer, samples=4, sequence_length=16)
+    reports = report_texts(text_model(), calibration_tokenizer, sources)
+    assert list(blocks.domains) == list(reports) == ["test", "test-2"]
+    alone = [report_texts(text_model(), calibration_tokenizer, source)["test"].digest for source in sources]
+    assert [own.digest for own in reports.values()] == alone and alone[0] != alone[1]

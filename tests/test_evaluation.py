@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_adaprune import evaluation
 from hf_adaprune.calibration import TokenBlocks
-from hf_adaprune.choices import ChoiceRow, multiple_choice, per_row_errors, read_rows
+from hf_adaprune.choices import ChoiceRow, _choice_scores, multiple_choice, per_row_errors, read_rows
 from hf_adaprune.errors import CalibrationError, ConfigError
 from hf_adaprune.evaluation import (
     kl_divergence,
@@ -298,10 +300,11 @@ def brute_force(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, row
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        whole = tokenizer.encode(context + continuation, add_special_tokens=False)
-        start = len(tokenizer.encode(context, add_special_tokens=False)) if context else 0
-        tokens = whole if start else [tokenizer.eos_token_id, *whole]
-        target = whole[start:]
+        # What the tokenizer adds to a text of its own accord belongs to it, unless there is no context.
+        whole = tokenizer.encode(context + continuation, add_special_tokens=bool(context))
+        before = tokenizer.encode(context) if context else []
+        target = whole[len(before) :]
+        tokens = [*(before or [tokenizer.eos_token_id]), *target]
         ids = torch.tensor([tokens[-(model.config.max_position_embeddings + 1) :]])
         with torch.no_grad():
             logprobs = model.eval()(ids[:, :-1]).logits[0].float().log_softmax(-1)[-len(target) :]
@@ -327,6 +330,49 @@ def test_multiple_choice_equals_brute_force(
             assert found[key].value == pytest.approx(sum(right) / 5)
             assert found[key].standard_error == pytest.approx(torch.tensor(right).double().std().item() / math.sqrt(5))
             assert found[key].samples == 5
+
+
+# What the tokenizers of SmolLM2, of Llama, Mistral, Gemma and OPT, and of few others add to a text.
+ADDED = {"nothing": "$A", "bos": "<s> $A", "bos and eos": "<s> $A </s>"}
+HARNESS_ROWS = [
+    *((row.context, row.choices) for row in ROWS),
+    ("<s>the river", ("runs down", "fills <s> the sea", "it")),
+    ("<s>", ("the water", "rain")),
+    ("</s> rain", ("again", "the sea")),
+    ("", ("<s>the rain", "the <s> sea")),
+]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None and not os.environ.get("CI"), reason="lm-eval is not installed"
+)
+@pytest.mark.filterwarnings("ignore")  # the harness' own dependencies warn when they are imported
+@pytest.mark.parametrize("bos", ["<s>", None])
+@pytest.mark.parametrize("added", ADDED)
+def test_scores_are_the_harness_own(
+    added: str, bos: str | None, monkeypatch: pytest.MonkeyPatch, evaluation_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    text = Tokenizer.from_str(evaluation_tokenizer.backend_tokenizer.to_str())
+    text.add_special_tokens([AddedToken("<s>", lstrip=True, special=True), "</s>"])
+    marks = [(mark, text.token_to_id(mark)) for mark in ("<s>", "</s>")]
+    text.post_processor = processors.TemplateProcessing(single=ADDED[added], special_tokens=marks)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, eos_token="</s>", bos_token=bos)
+    assert len(tokenizer("rain")["input_ids"]) == len(tokenizer("rain", add_special_tokens=False)["input_ids"]) + (
+        ADDED[added].count("s>")
+    )
+    model = evaluation_make_model(3, vocab_size=len(tokenizer))
+    rows = [ChoiceRow(str(i), "t", context, choices, 0) for i, (context, choices) in enumerate(HARNESS_ROWS)]
+    asked = [
+        Instance("loglikelihood", {}, (row.context, " " + choice), index)
+        for index, row in enumerate(rows) for choice in row.choices
+    ]  # fmt: skip
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu").loglikelihood(asked, True)
+    ours, _ = _choice_scores(model, tokenizer, rows, 16)
+    assert [score for own in ours for score in own] == pytest.approx([score for score, _ in theirs], rel=1e-5, abs=1e-4)
 
 
 def test_errors_by_row_are_those_of_acc_norm(

@@ -13,7 +13,7 @@ from conftest import tiny_model as tiny_random_model
 from texts import calibration_make_tokenizer, calibration_prose
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_adaprune import RECIPES, PruningConfig, PruningPlan, TextSource, find_sites, prune
+from hf_adaprune import RECIPES, PruningConfig, PruningPlan, TextSource, find_sites, prune, stages
 from hf_adaprune import pipeline as pipeline_module
 from hf_adaprune.errors import BudgetError, CalibrationError, ConfigError, UnsupportedModelError
 
@@ -34,6 +34,7 @@ def passage(seed: int) -> str:
 
 
 TEXT = TextSource("words", [passage(seed) for seed in range(1, 60)])
+OTHER = TextSource("other", [passage(seed) for seed in range(100, 130)])
 SMALL = {"sources": TEXT, "samples": 24, "sequence_length": 16, "gradient_samples": 4}
 
 
@@ -256,6 +257,41 @@ def test_an_unreachable_ratio_is_refused_before_text_is_read(monkeypatch: pytest
     monkeypatch.setattr(pipeline_module, "gather_texts", lambda *args: pytest.fail("text was read"))
     with pytest.raises(BudgetError, match="at most"):
         prune(tiny_model("llama"), tiny_tokenizer(), config_of(ratio=0.9, min_channels=40))
+
+
+def test_whole_parts_that_a_method_ignores_are_refused_before_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "gather_texts", lambda *args: pytest.fail("text was read"))
+    with pytest.raises(ConfigError, match=r"allocation 'uniform' shares widths, and layer of `units` would never go"):
+        prune(tiny_model("llama"), tiny_tokenizer(), config_of("wanda-sp", units=("channel", "layer")))
+
+
+WINDOWS = {
+    "calibration.sequence_length": {"calibration": {"sequence_length": 129}},
+    "calibration.evaluation_length": {"calibration": {"report": OTHER, "evaluation_length": 129}},
+    "search.sequence_length": {
+        "calibration": {"selection": OTHER}, "search": {"trials": 2, "strategy": "random", "sequence_length": 129},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WINDOWS)
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_windows_longer_than_learned_positions_are_refused_before_any_forward(
+    family: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family)
+    monkeypatch.setattr(stages, "read_source", lambda *args, **options: pytest.fail("text was read"))
+    handle = model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(CalibrationError, match=rf"`{field}` asks for windows of 129 tokens.*128 positions. Lower it"):
+        prune(model, tiny_tokenizer(), config_of(units=("channel",), **WINDOWS[field]))
+    handle.remove()
+
+
+@pytest.mark.parametrize(("family", "length"), [("gpt2", 128), ("opt", 128), ("gpt_neox", 136), ("llama", 136)])
+def test_windows_as_long_as_learned_positions_or_longer_than_others_run(family: str, length: int) -> None:
+    own = {"sequence_length": length, "report": OTHER, "evaluation_length": length, "evaluation_tokens": 2 * length}
+    result = prune(tiny_model(family), tiny_tokenizer(), config_of("flap", units=("channel",), calibration=own))
+    assert result.evaluation["other"]["dense"].value > 0
 
 
 def test_layer_by_layer_refuses_metrics_that_need_all_moments() -> None:

@@ -113,6 +113,20 @@ def test_the_value_is_what_the_plan_measures(tmp_path: Path) -> None:
     assert float(sums[0] / sums[1]) == pytest.approx(event["value"], rel=1e-4)
 
 
+def test_windows_drawn_anew_are_compared_by_a_cached_repair_whatever_the_schedule() -> None:
+    values = []
+    for schedule in ("cached", "sequential"):
+        space = {
+            "importance.metrics": {"fisher": 1.0}, "importance.normalization": "none",
+            "calibration.domain_weights": [0.75, 0.25, 0.0], "repair.damping": {"low": 0.01, "high": 0.02},
+        }  # fmt: skip
+        config = config_of({"space": space}).with_changes(repair={"schedule": schedule})
+        found = prune(tiny_model(), tokenizer(), config)
+        assert found.search is not None
+        values.append(found.search.to_dict()["redrawn"]["value"])
+    assert values[0] == values[1]
+
+
 def test_a_resumed_search_draws_only_what_was_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = better(monkeypatch, float("inf"))
     path = tmp_path / "journal.jsonl"

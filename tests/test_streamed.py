@@ -182,7 +182,7 @@ def test_a_repair_that_does_not_help_is_written_over(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(streamed._Windows, "loss", lambda self: 1.0 if self.how == "repaired" else 0.0)
         dropped = prune_to_disk(pieces, tiny_tokenizer(), config, tmp_path / "b", max_shard_size=9000)
-    config = config.with_changes(repair={"method": "none"})
+    config = config.with_changes(repair={"method": "none", "schedule": "cached"})
     none = prune_to_disk(pieces, tiny_tokenizer(), config, tmp_path / "a", plan=dropped.plan)
     assert dropped.repair_schedule == "none" and dropped.evaluation == none.evaluation
     assert_same_weights(tmp_path / "a", tmp_path / "b")
@@ -462,3 +462,17 @@ def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
         thread.start()
         thread.join()
     assert len(refused) == 1 and "is writing to" in refused[0]
+
+
+@pytest.mark.parametrize("repair", [{"method": "bias", "holdout": 0.25}, SEQUENTIAL], ids=["bias", "sequential"])
+def test_a_domain_of_weight_0_decides_nothing(repair: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[dict[str, float]] = []
+    monkeypatch.setattr(streamed, "lowest", lambda found: losses.append(dict(found)) or "repaired")
+    results = []
+    for name, seeds in (("a", range(100, 160)), ("b", range(200, 260))):
+        other = TextSource("other", [passage(seed)[::-1] for seed in seeds])
+        own = {"sources": [TEXT, other], "domain_weights": (1.0, 0.0)}
+        config = small(calibration=own, repair={"min_tokens_per_column": 0.0, **repair})
+        results.append(prune_to_disk(text_model("llama"), tiny_tokenizer(), config, tmp_path / name))
+    assert results[0].repairs == results[1].repairs and losses[:1] == losses[1:]
+    assert_same_weights(tmp_path / "a", tmp_path / "b")

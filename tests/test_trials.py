@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,18 @@ from hf_adaprune import METRICS, PruningConfig, PruningPlan, TextSource, find_si
 from hf_adaprune import metrics as metrics_module
 from hf_adaprune.choices import ChoiceRow
 from hf_adaprune.config import ImportanceConfig
-from hf_adaprune.errors import CalibrationError, ConfigError, JournalError
+from hf_adaprune.errors import BudgetError, CalibrationError, ConfigError, JournalError
 from hf_adaprune.evaluation import per_window_loss
 from hf_adaprune.importance import Scores, score_units
+from hf_adaprune.journal_report import describe_journal
 from hf_adaprune.masking import masked
 from hf_adaprune.measures import Measure, custom_measure, row_measure, window_measure
 from hf_adaprune.recording import collect_statistics
-from hf_adaprune.search.journal import Journal, mean_value
+from hf_adaprune.search.journal import Journal, Trial, mean_value
 from hf_adaprune.search.space import METRICS as SEARCHED
 from hf_adaprune.search.space import default_space
 from hf_adaprune.search_checks import check_search, search_needs
-from hf_adaprune.search_journal import model_digest
+from hf_adaprune.search_journal import model_digest, warm_points
 from hf_adaprune.searching import find_best
 from hf_adaprune.selection import selection_blocks
 from hf_adaprune.sites import ModelSites
@@ -232,6 +234,21 @@ def test_trial_0_is_what_prune_makes_of_the_same_config() -> None:
         torch.testing.assert_close(found, logits_of(model, tokens()), rtol=1e-3, atol=1e-4)
 
 
+def test_trial_0_is_exact_in_weights_that_the_space_fixes() -> None:
+    weights = (0.9, 0.1)
+    space = {"calibration.domain_weights": list(weights)}
+    plain = config_of(calibration={"domain_weights": weights}).with_changes(search=None)
+    pruned = prune(tiny_model(), tokenizer(), plain)
+    trials = trials_of(tiny_model(), config_of({"space": space}))
+    assert trials.candidate(trials.space.default).payload.plans == (pruned.plan,)
+    # Scores of an earlier search that are exact elsewhere are made anew, others are kept.
+    for center, kept in (((), False), (weights, True)):
+        own = CachedScores(trials.sites, trials.config.units, trials.statistics, center, 0)
+        again = Trials(trials.sites, trials.config, trials.space, trials.statistics, trials.own, scores=own)
+        assert again.candidate(trials.space.default).payload.plans == (pruned.plan,)
+        assert (again.scores is own) == kept
+
+
 def test_a_trial_measures_its_candidate() -> None:
     model = tiny_model()
     config = config_of({"objective": "loss"})
@@ -418,11 +435,62 @@ def test_a_function_of_the_model_is_minimised() -> None:
         search_plan(model, tokenizer(), config)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), []])
+@pytest.mark.parametrize("value", [None, "low", []])
 def test_a_function_that_returns_no_numbers_is_refused(value: object) -> None:
     measure = custom_measure(tiny_model(), lambda model: value)
-    with pytest.raises(ConfigError, match="a finite number or several"):
+    with pytest.raises(ConfigError, match="a number or several"):
         measure.rows(0, 1)
+
+
+def own_loss(model: PreTrainedModel) -> float:
+    return float(logits_of(model, tokens(4, 12)).logsumexp(-1).mean())
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_a_function_that_fails_on_a_candidate_loses_that_candidate_alone(odd: float, tmp_path: Path) -> None:
+    config = config_of({"trials": 6}, calibration={"selection": ()})
+    path, calls = tmp_path / "journal.jsonl", []
+
+    def loss(model: PreTrainedModel) -> float:
+        calls.append(model)
+        return odd if len(calls) == 3 else own_loss(model)
+
+    found = search_plan(tiny_model(), tokenizer(), config, objective=loss, journal=path)
+    values = [mean_value(trial.rows) for trial in found.journal.trials]
+    assert [number for number, value in enumerate(values) if not math.isfinite(value)] == [2]
+    assert mean_value(found.winner.rows) == min(value for value in values if math.isfinite(value))
+    summary = describe_journal(Journal.load(path))
+    assert str(summary) and summary.best == found.winner.number
+    with pytest.raises(ConfigError, match="objective of trial 0, the config itself, is"):
+        search_plan(tiny_model(), tokenizer(), config, objective=lambda model: odd)
+
+
+def test_a_pareto_search_of_a_function_has_a_front(tmp_path: Path) -> None:
+    config = config_of({"pareto": "bytes", "trials": 6}, calibration={"selection": ()})
+    path = tmp_path / "journal.jsonl"
+    found = search_plan(tiny_model(), tokenizer(), config, objective=own_loss, journal=path)
+    assert not found.journal.finals and len(found.front) > 1
+    sizes, values = [point.costs["bytes"] for point in found.front], [point.value for point in found.front]
+    assert sizes == sorted(sizes) and values == sorted(values, reverse=True)
+    measured = {(t.costs["bytes"], mean_value(t.rows)) for t in found.journal.trials}
+    assert set(zip(sizes, values, strict=True)) <= measured
+    for trial in found.journal.trials:  # the smallest and the best are on it
+        assert trial.costs["bytes"] >= min(sizes) and mean_value(trial.rows) >= min(values)
+    assert [point["value"] for point in describe_journal(Journal.load(path)).front] == values
+
+
+def test_records_name_the_function_that_was_minimised(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    given = {"objective": "accuracy", "tasks": ("nowhere.jsonl",), "trials": 2}
+    config = config_of(given, calibration={"selection": ()})
+    found = prune(tiny_model(), tokenizer(), config, objective=own_loss, journal=path).search
+    assert found is not None and found.to_dict()["objective"] == "custom"
+    assert describe_journal(Journal.load(path)).facts["objective"] == "custom"
+    again = search_plan(tiny_model(), tokenizer(), config, objective=own_loss, journal=path, resume=True)
+    assert told(again.journal) == told(found.journal)
+    other = config_of({"trials": 2}, calibration={"selection": ()})
+    with pytest.raises(JournalError, match="search of its config differ"):
+        search_plan(tiny_model(), None, other, journal=path, resume=True)
 
 
 # -- selection text ---------------------------------------------------------------------------------------------------
@@ -479,7 +547,16 @@ def test_a_search_without_selection_text_says_what_to_do() -> None:
         ({"strategy": ("random:2", "evolution")}, {"uniform": True}, "refines how one budget"),
         ({"strategy": "predictor", "pareto": "macs"}, {}, "refines how one budget"),
         ({"strategy": "evolution", "ratios": (0.1, 0.2)}, {}, "refines how one budget"),
+        ({"strategy": "evolution", "space": {"allocation.method": "flap"}}, {}, "which `search.space` fixes"),
+        ({"strategy": "predictor", "space": {"allocation.ratios": {"layers.0.mlp": 0.1}}}, {}, "`search.space` fixes"),
         ({"pareto": "macs"}, {"budgets": {"ratio": 0.2}}, "would fix"),
+        ({"pareto": "bytes"}, {"target_parameters": 9}, "`search.pareto` says.*`target_parameters` would fix"),
+        ({"ratios": (0.1, 0.25)}, {"target_bytes": 9}, "`search.ratios` says.*`target_bytes` would fix"),
+        ({"space": {"pruning_ratio": {"low": 0.1, "high": 0.3}}}, {"target_bytes": 9}, "'pruning_ratio'.*target_bytes"),
+        ({"space": {"pruning_ratio": 0.3}}, {"budgets": {"macs": 9.0}}, "'pruning_ratio'.*`budgets` would fix"),
+        ({"space": {"pruning_ratio": 0.3}, "ratios": (0.1, 0.25)}, {}, "`search.ratios` sets"),
+        ({"pareto": "bytes", "surrogate": "saas"}, {}, "one objective, and `search.pareto` has two"),
+        ({"tasks": ("rows.jsonl",)}, {}, "rows for the objective accuracy.*--objective accuracy"),
         ({"selection_tokens": 2, "first_tokens": 2}, {}, "too small"),
     ],
     ids=lambda value: str(value)[:40],
@@ -489,6 +566,21 @@ def test_what_a_search_cannot_do_is_refused(search: dict, changes: dict, message
         check_search(config_of(search, **changes))
     check_search(config_of().with_changes(search=None))
     check_search(config_of())
+
+
+@pytest.mark.parametrize(
+    ("search", "changes", "message"),
+    [
+        ({"pareto": "bytes"}, {"target_parameters": 10**9}, "would fix"),  # rather than that it is out of reach
+        ({"ratios": (0.25, 0.99)}, {}, "at most"),
+        ({"ratios": (0.25, 0.99)}, {"budgets": {"parameters": 1e9}}, "ratio"),
+    ],
+)
+def test_sizes_that_cannot_be_are_told_before_any_text_is_read(search: dict, changes: dict, message: str) -> None:
+    # Without a tokenizer no text can be read: the size is what is complained of.
+    for run in (search_plan, prune):
+        with pytest.raises((BudgetError, ConfigError), match=message):
+            run(tiny_model(), None, config_of(search, **changes))
 
 
 def test_prune_refuses_searches_that_find_no_single_plan() -> None:
@@ -516,6 +608,9 @@ def test_needs_are_those_of_every_trial() -> None:
     assert search_needs(config_of({"space": chosen}, "magnitude"), 1).gram
     similar = {"allocation.method": {"choices": ["uniform", "similarity"]}}
     assert search_needs(config_of({"space": similar}, "magnitude"), 1).cosine
+    # Trials are compared by cached repairs, whatever repairs the winner.
+    walks = config_of({"space": {"importance.metrics": {"fisher": 1.0}}}, repair={"schedule": "sequential"})
+    assert search_needs(walks, 1).gram
     assert needs_text(config_of(recipe="magnitude"))
     assert not needs_text(config_of(recipe="magnitude").with_changes(search=None))
 
@@ -550,6 +645,44 @@ def test_a_journal_of_another_space_starts_nothing(tmp_path: Path) -> None:
         search_plan(tiny_model(), tokenizer(), config_of(), warm_start=path)
     with pytest.raises(JournalError, match="no journal at"):
         search_plan(tiny_model(), tokenizer(), config_of(), warm_start=tmp_path / "none.jsonl")
+
+
+def journal_of(path: Path, points: Sequence[Mapping[str, Any]]) -> Path:
+    """A journal of another search whose trials, the later the better, have these points."""
+    journal = Journal.start(path, {"logarithmic": True, "space": {"dimensions": dict.fromkeys(points[-1])}})
+    for number, point in enumerate(points):
+        journal.add(Trial(number, "t", dict(point), str(number), ((1.0, 1.0 / (1 + number)),)))
+    return path
+
+
+def test_a_warm_start_brings_what_this_search_varies_and_nothing_else(tmp_path: Path) -> None:
+    space = {"repair.damping": 0.02, "importance.normalization": "log", "channel_multiple": {"choices": [2, 4]}}
+    own = config_of({"space": space})
+    varied = default_space(own, ("long", "short")).default
+    other = {**varied, "pruning_ratio": 0.1, "repair.damping": 0.3, "min_channels": 9, "channel_multiple": 4}
+    shares = {"allocation.method": "ratios", "allocation.ratios": {"layers.0.mlp": 0.5, "layers.2.mlp": 0.2}}
+    wide = {**other, "allocation.attention_balance": 9.0, **shares}
+    path = journal_of(tmp_path / "other.jsonl", [other, {**other, "channel_multiple": 16}, other, other, wide])
+
+    def tried(**search: Any) -> list[Trial]:
+        config = config_of({"space": space, "trials": 4, **search})
+        found = search_plan(tiny_model(), tokenizer(), config, warm_start=path).journal.trials
+        assert all(trial.costs["ratio"] >= 0.25 for trial in found)  # not the other search's 0.1
+        return [trial for trial in found if trial.strategy == "warm"]
+
+    trials = tried()
+    # One is the other search's two, and one chose what is no choice here.
+    assert [trial.point["allocation.attention_balance"] for trial in trials] == [1.5, 0.0]
+    assert all(set(trial.point) == set(varied) and trial.point["channel_multiple"] == 4 for trial in trials)
+    assert all(kept % 4 == 0 for trial in trials for name, kept in trial.widths.items() if name.endswith("mlp"))
+    # Shares of the budget go along where a strategy shares it, too, and the sites are the same.
+    assert tried(strategy=("random:3", "evolution"))[0].point == {**trials[0].point, **shares}
+    assert warm_points(path, default_space(own, ("long", "short")), ["layers.0.mlp"])[0].keys() == varied.keys()
+
+
+def test_what_a_space_fixes_no_point_changes() -> None:
+    trials = trials_of(tiny_model(), config_of({"space": {"repair.damping": 0.02}}))
+    assert trials.config_of({**trials.space.default, "repair.damping": 0.3}).repair.damping == 0.02
 
 
 def told(journal: Journal) -> list[tuple]:
@@ -611,6 +744,16 @@ def test_more_trials_continue_a_search(tmp_path: Path) -> None:
     again = search_plan(tiny_model(), tokenizer(), config_of({"trials": 7}), journal=path, resume=True)
     assert told(again.journal) == told(whole.journal) == told(Journal.load(path))
     assert told(again.journal)[:4] == told(first.journal)
+
+
+def test_a_search_for_a_sequential_repair_needs_no_metric_of_moments() -> None:
+    config = config_of(
+        {"space": {"importance.metrics": {"fisher": 1.0}, "importance.normalization": "none"}, "trials": 3},
+        repair={"schedule": "sequential"},
+    )
+    result = prune(tiny_model(), tokenizer(), config)
+    assert result.search is not None and not any(trial.error for trial in result.search.journal.trials)
+    assert result.repair_schedule == "sequential"
 
 
 # -- from end to end --------------------------------------------------------------------------------------------------

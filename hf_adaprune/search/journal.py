@@ -253,7 +253,7 @@ class Journal:
 
     def _rank(self, trial: Trial) -> tuple[bool, float, int]:
         value = self.estimate(trial).value
-        return math.isnan(value), value, trial.number  # NaN sorts nowhere by itself
+        return not math.isfinite(value), value, trial.number  # NaN sorts nowhere by itself, -inf would win
 
     def winner(self) -> Trial | None:
         """The trial that won the last measurement; `None` before it."""

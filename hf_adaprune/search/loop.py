@@ -233,9 +233,18 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
-def front(journal: Journal, cost: str) -> list[tuple[Trial, float]]:
-    """The measured front of a Pareto search: finalists that no other beats on fresh text, and their objective there."""
+def front(journal: Journal, cost: str, count: int = SearchConfig.finalists) -> list[tuple[Trial, float]]:
+    """The measured front of a Pareto search: finalists that no other beats on fresh text, and their objective there.
+
+    Where nothing is fresh, as for a function of the caller's, they are compared by what they measured as trials.
+
+    Args:
+        journal ([`Journal`]): with its finalists measured, if there is something fresh.
+        cost (`str`): of the search.
+        count (`int`, *optional*, defaults to 4): finalists of the search.
+    """
     rows = {final.number: final.rows for final in journal.finals}
+    rows = rows or {trial.number: trial.rows for trial in finalists(journal, count, cost)}
     points = {number: (mean_value(own), cost_axis(journal.trials[number], cost)) for number, own in rows.items()}
     best = [n for n, p in points.items() if not any(_beats(q, p) for q in points.values())]
     return [(journal.trials[n], points[n][0]) for n in sorted(best, key=lambda n: points[n][1])]

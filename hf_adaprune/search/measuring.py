@@ -66,7 +66,8 @@ def measure_trials(
         `list[Trial]`: in the same order, on all processes.
 
     Raises:
-        BudgetError, ConfigError: trial 0 has no candidate. Any other says so in its `error`.
+        BudgetError, ConfigError: trial 0 has no candidate, or its objective is not finite. Any other says so in its
+            `error`, or never wins.
     """
     if workers.count > 1:
         problem.prepare([trial.point for trial in trials], workers)
@@ -83,6 +84,12 @@ def measure_trials(
     for index, trial in enumerate(ordered):
         rows, seconds = rest.get(index, ((), 0.0))
         found.append(replace(trial, rows=(*trial.rows, *rows), seconds=trial.seconds + seconds))
+    for trial in found:
+        if trial.number == 0 and not math.isfinite(value := mean_value(trial.rows)):
+            raise ConfigError(
+                f"the objective of trial 0, the config itself, is {value:g}, and no other can be compared with it. See "
+                "that the objective is finite for the dense model, prune less, or load the model in a wider dtype."
+            )
     return found
 
 

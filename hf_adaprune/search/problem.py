@@ -138,7 +138,7 @@ class View:
         full = [
             (value, trial.number, trial)
             for trial, value, _ in observed
-            if trial.windows == most and not math.isnan(value)
+            if trial.windows == most and math.isfinite(value)
         ]
         return min(full)[2] if full else None
 

@@ -143,8 +143,11 @@ class Space:
         return self.decode(torch.tensor(coordinates, dtype=torch.float64))
 
     def apply(self, config: PruningConfig, point: Mapping[str, Any]) -> PruningConfig:
-        """The config that a point stands for. Fields that the space does not know, such as ratios, are taken too."""
-        return apply_fields(config, {**self.fixed, **point})
+        """The config that a point stands for. Fields that the space does not know, such as ratios, are taken too.
+
+        What is fixed stays, whatever the point says of it.
+        """
+        return apply_fields(config, {**point, **self.fixed})
 
     def to_dict(self) -> dict[str, Any]:
         """The space as JSON types."""
