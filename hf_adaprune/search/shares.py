@@ -24,7 +24,7 @@ __all__ = ["Pair", "Sharing", "alike", "pairs_of", "sharing_of"]
 
 # Experts come in hundreds at most, their channels in hundreds at least; heads are always few.
 MOST_EXPERTS = 256
-# Asked for as 1.25 groups of 3, a group survives the rounding down that 1.0 of 3 would not by a hair.
+# Asked for as 1.25 groups of 3, a group goes whatever a hair below 1 the allocation's common factor is.
 SLACK = 0.25
 # DarwinLM moves levels of a tenth; which size pays is not known before, so it is drawn over a wide range.
 SMALLEST, LARGEST = 0.01, 0.25
