@@ -73,8 +73,10 @@ def save_base(model: Any, folder: Path) -> None:
     base.save_pretrained(place, state_dict=state)
     for tuner in model.peft_config.values():
         tuner.base_model_name_or_path = str(place.absolute())
-    path = folder / "adapter_config.json"
-    if path.exists():
+    # The adapter `default` lies in the folder itself, others in folders of their names.
+    for path in (folder / name / "adapter_config.json" for name in ("", *model.peft_config)):
+        if not path.exists():
+            continue
         data = json.loads(path.read_text(encoding="utf-8"))
         data["base_model_name_or_path"] = str(place.absolute())
         write_whole(path, json.dumps(data, indent=2, sort_keys=True))

@@ -129,6 +129,9 @@ def recover(
             for source, blocks in reports.items()
         }
         measured = {"before": _kept_measure(run, "before", model, dense, held_out)} if held_out is not None else {}
+        for callback in callbacks:
+            if isinstance(callback, AdaPrunerCallback):
+                callback.saves_base = False
         started = time.perf_counter()
         checkpoints = None if run is None else partial(Checkpoints, run, checkpoint_minutes)
         tokens, steps, minutes, log = train(model, dense, windows, config, layers, started, callbacks, run, checkpoints)

@@ -119,6 +119,7 @@ class AdaPrunerCallback(TrainerCallback):
             raise ConfigError(f"`data` should be 'train' or 'calibration'. Found {data!r}.")
         check_config(config, mode)
         self._cuts = Cuts(config, schedule, samples, architecture)
+        self.saves_base = True  # of adapters; `recover` merges its own, and its Trainer's folder goes
         self.done: list[dict[str, Any]] = []
         self.steps: tuple[int, ...] = ()
         self.ratios: tuple[float, ...] = ()
@@ -240,13 +241,15 @@ class AdaPrunerCallback(TrainerCallback):
         """Cut what was masked or was to be cut last, and leave plan, config and history in the output folder."""
         base = base_of(model)
         late = self.schedule.mode == "at_end" and len(self.done) < len(self.steps)
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None and not self._cuts.is_masked:
+        # Of adapters the best factors alone come back: their shapes let them, and the base stays cut.
+        whole = not self._cuts.is_masked and not is_peft(model)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and whole:
             self._take_plan_of(Path(state.best_model_checkpoint))
-        elif not late and len(self.done) < len(self.steps):
+        if not late and len(self.done) < len(self.steps):
             logger.warning(
                 "training ended after %d of %d cuts, with %.1f %% of the decoder removed and not %.1f %%.",
                 len(self.done), len(self.steps),
-                100 * (self.done[-1]["pruning/ratio"] if self.done else 0.0), 100 * self.ratios[-1],
+                100 * next((cut["pruning/ratio"] for cut in reversed(self.done) if cut), 0.0), 100 * self.ratios[-1],
             )  # fmt: skip
         if late:
             self._cut(state, model, None, processing_class, self.ratios[-1])
@@ -264,7 +267,7 @@ class AdaPrunerCallback(TrainerCallback):
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
         # Factors that the user saves afterwards fit nothing else.
-        if is_peft(model):
+        if is_peft(model) and self.saves_base:
             save_base(model, folder)
         self._write(folder, base)
         base.config.save_pretrained(folder)
@@ -310,7 +313,9 @@ class AdaPrunerCallback(TrainerCallback):
 
     def _take_state(self, state: Any, base: Any) -> None:
         """Begin anew, or go on as the checkpoint says."""
-        saved = (state.stateful_callbacks or {}).get(STATE_NAME, {}) if state.global_step > 0 else {}
+        kept = (state.stateful_callbacks or {}) if state.global_step > 0 else {}
+        # Checkpoints of earlier commits have the same under the name of the class.
+        saved = kept.get(STATE_NAME) or kept.get(type(self).__name__, {}).get("attributes", {})
         if saved.get("steps"):
             asked = self._asked()
             different = sorted(key for key in asked if saved["asked"].get(key) != asked[key])

@@ -292,6 +292,9 @@ def test_a_cache_answers_for_its_own_windows_alone(tmp_path: Path) -> None:
         trainer_of(tmp_path, cached, other)
     trainer = trainer_of(tmp_path, cached, own)
     assert trainer.evaluate(Windows(own))["eval_loss"] > 0
+    assert trainer.evaluate(Windows(own.select(slice(0, 2))))["eval_loss"] > 0  # the first ones have their numbers
+    with pytest.raises(ConfigError, match="not those that the teacher was cached for"):
+        trainer.evaluate(Windows(own.select(slice(2, 4))))
     for data in (Windows(other), {"other": Windows(other)}):
         with pytest.raises(ConfigError, match="not those that the teacher was cached for"):
             trainer.evaluate(data)

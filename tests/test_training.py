@@ -368,12 +368,18 @@ def test_the_best_model_brings_its_own_plan(tmp_path: Path, caplog: pytest.LogCa
     assert torch.equal(logits_of(opened, tokens()), logits_of(trainer.model.eval(), tokens()))
 
 
-def test_a_training_that_ends_before_its_cuts_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("best", [False, True])
+def test_a_training_that_ends_before_its_cuts_says_so(
+    best: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 4
 
-    trainer = training(tmp_path, progressive(), save_strategy="no")
+    options = {"save_strategy": "no"}
+    if best:
+        options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = training(tmp_path, progressive(), **options)
     trainer.add_callback(Stop())
     with caplog.at_level(logging.WARNING, "hf_adaprune.training"):
         trainer.train()
@@ -454,6 +460,38 @@ def test_factors_that_are_saved_afterwards_open(strategy: str, tmp_path: Path) -
     trainer.save_model(str(tmp_path / "mine"))
     opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mine")
     assert torch.equal(logits_of(opened, tokens()), logits_of(trainer.model.eval(), tokens()))
+
+
+def test_adapters_of_other_names_name_their_base_too(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model("llama"), config, adapter_name="mine")
+    training(tmp_path, progressive(), model, save_total_limit=1).train()
+    for folder in (tmp_path, tmp_path / "checkpoint-10"):
+        said = json.loads((folder / "mine" / "adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == str(folder / "base")
+
+
+def test_the_best_factors_leave_the_base_as_it_is_cut(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    class Earlier(Trainer):
+        """Every evaluation is worse than the one before."""
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            return {**super().evaluate(*args, **kwargs), "eval_loss": float(self.state.global_step)}
+
+    # Factors that no cut changes the shapes of.
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    callback = progressive(config=pruning_config(units=("channel",), pruning_ratio=0.2), reset_best=False)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = training(tmp_path, callback, model, trainer=Earlier, **options)
+    trainer.train()
+    assert len(callback.done) == 3
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plan = PruningPlan.load(tmp_path / "pruning_plan.json")
+    assert find_sites(base).decoder_parameters == find_sites(trainer.model.get_base_model()).decoder_parameters
+    assert find_sites(base).decoder_parameters == apply_plan(find_sites(tiny_model("llama")), plan).decoder_parameters
 
 
 def test_biases_of_a_repair_are_frozen_as_their_weights_are(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from hf_adaprune.measures import Measure, custom_measure, row_measure, window_me
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.journal import Journal, Trial, mean_value
 from hf_adaprune.search.space import METRICS as SEARCHED
-from hf_adaprune.search.space import default_space
+from hf_adaprune.search.space import apply_fields, default_space
 from hf_adaprune.search_checks import check_search, search_needs
 from hf_adaprune.search_journal import model_digest, warm_points
 from hf_adaprune.searching import find_best
@@ -678,6 +678,15 @@ def test_a_warm_start_brings_what_this_search_varies_and_nothing_else(tmp_path: 
     # Shares of the budget go along where a strategy shares it, too, and the sites are the same.
     assert tried(strategy=("random:3", "evolution"))[0].point == {**trials[0].point, **shares}
     assert warm_points(path, default_space(own, ("long", "short")), ["layers.0.mlp"])[0].keys() == varied.keys()
+
+
+@pytest.mark.parametrize("schedule", ["best", "sequential"])
+def test_a_trial_without_least_squares_has_no_schedule_of_theirs(schedule: str) -> None:
+    config = PruningConfig.recipe("default", repair={"schedule": schedule}, search={})
+    assert apply_fields(config, {"repair.method": "bias"}).repair.schedule == "cached"
+    assert apply_fields(config, {"repair.method": "least_squares"}).repair.schedule == schedule
+    search = {"space": {"repair.method": {"choices": ["least_squares", "bias", "none"]}}}
+    assert search_needs(config.with_changes(search=search), 1).gram
 
 
 def test_what_a_space_fixes_no_point_changes() -> None:

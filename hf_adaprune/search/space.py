@@ -176,6 +176,10 @@ def apply_fields(config: PruningConfig, values: Mapping[str, Any]) -> PruningCon
         value = _frozen(value)
         part, _, name = path.partition(".")
         changes[part] = {**changes.get(part, {}), name: value} if name else value
+    repair = changes.get("repair", {})
+    if repair.get("method", "least_squares") != "least_squares":
+        # The config's schedule is of least squares, and a point without them has none.
+        changes["repair"] = {"schedule": "cached", **repair}
     return config.with_changes(**changes)
 
 
