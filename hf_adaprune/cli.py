@@ -338,7 +338,9 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     found: dict[str, dict[str, Any]] = {
         name: {key: vars(value) for key, value in own.items()} for name, (_, own) in zip(names, measures, strict=True)
     }
-    speed = throughput(model) if arguments.latency else {}
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    # As long a prompt as a small model has room for.
+    speed = throughput(model, prefill=max(1, min(512, positions - 32))) if arguments.latency else {}
     lines = [
         (name, key, f"{value['value']:.4f}", f"{value['standard_error']:.4f}", str(value["samples"] or "-"))
         for name, measured in found.items()

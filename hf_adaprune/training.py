@@ -264,14 +264,17 @@ class AdaPrunerCallback(TrainerCallback):
         if late or self._cuts.is_masked or str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
             base.add_model_tags(list(MODEL_TAGS))
             model.save_pretrained(folder)
-            if processing_class is not None:
-                processing_class.save_pretrained(folder)
+            tokenizer = processing_class or _tokenizer_of(kwargs.get("train_dataloader"))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         # Factors that the user saves afterwards fit nothing else.
         if is_peft(model) and self.saves_base:
             save_base(model, folder)
         self._write(folder, base)
+        if is_peft(model):
+            return  # with a config beside the factors, `from_pretrained` would look for weights there
         base.config.save_pretrained(folder)
-        if not is_peft(model) and (folder / "model.safetensors").exists():
+        if (folder / "model.safetensors").exists():
             name = args.hub_model_id or folder.absolute().name
             write_whole(folder / "README.md", str(model_card(folder, name)))
 
@@ -421,3 +424,9 @@ class AdaPrunerCallback(TrainerCallback):
     def _known_plans(self) -> Iterator[PruningPlan]:
         for path in sorted(Path(self._folder).glob(f"checkpoint-*/{PLAN_NAME}")):
             yield PruningPlan.load(path)
+
+
+def _tokenizer_of(dataloader: Any) -> Any:
+    """The tokenizer of a Trainer that has it in its collator alone, which is the one that its checkpoints hold."""
+    collator = getattr(dataloader, "collate_fn", None)
+    return getattr(getattr(collator, "data_collator", collator), "tokenizer", None)

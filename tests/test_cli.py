@@ -619,3 +619,11 @@ def test_the_commands_of_the_readme_are_understood() -> None:
     for words in found:
         assert command_line(cli.COMMANDS).parse_args(words[1:]).run in cli.COMMANDS.values()
     assert {words[1] for words in found} == set(cli.COMMANDS)
+
+
+def test_a_model_of_few_positions_is_timed_with_a_shorter_prompt(
+    dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(dense), "--latency", "--json", "--quiet"]) == 0  # it has 128
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    assert speed["prefill_tokens_per_second"] > 0 and speed["decode_tokens_per_second"] > 0

@@ -368,6 +368,18 @@ def test_the_best_model_brings_its_own_plan(tmp_path: Path, caplog: pytest.LogCa
     assert torch.equal(logits_of(opened, tokens()), logits_of(trainer.model.eval(), tokens()))
 
 
+def test_the_output_folder_has_the_tokenizer_that_its_checkpoints_have(tmp_path: Path) -> None:
+    from texts import calibration_make_tokenizer
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+
+    tokenizer = calibration_make_tokenizer(eos_token="</s>", pad_token="</s>")
+    trainer = training(tmp_path, progressive(), tiny_model("llama", vocab_size=330))
+    trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer.train()
+    for folder in (tmp_path, tmp_path / "checkpoint-10"):
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_a_training_that_ends_before_its_cuts_says_so(
     best: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -459,7 +471,12 @@ def test_factors_that_are_saved_afterwards_open(strategy: str, tmp_path: Path) -
     trainer.train()
     trainer.save_model(str(tmp_path / "mine"))
     opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mine")
-    assert torch.equal(logits_of(opened, tokens()), logits_of(trainer.model.eval(), tokens()))
+    expected = logits_of(trainer.model.eval(), tokens())
+    assert torch.equal(logits_of(opened, tokens()), expected)
+    if strategy == "no":
+        trainer.save_model(str(tmp_path / "run"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run")  # the output folder opens as its checkpoints do
+    assert torch.allclose(logits_of(again, tokens()), expected, atol=1e-5)
 
 
 def test_adapters_of_other_names_name_their_base_too(tmp_path: Path) -> None:
