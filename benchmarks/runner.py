@@ -13,12 +13,13 @@ from hf_adaprune import PruningConfig, masked
 from hf_adaprune.choices import multiple_choice
 from hf_adaprune.costs import Costs
 from hf_adaprune.errors import AdaPruneError
-from hf_adaprune.evaluation import Measurement, perplexity, throughputs
+from hf_adaprune.evaluation import Measurement, perplexity
 from hf_adaprune.pipeline import Decision, carry_out
 from hf_adaprune.repairing import cached_repairs, choose_repairs
 from hf_adaprune.searching import SearchResult
 from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.stages import decide, layer_by_layer_config
+from hf_adaprune.throughput import throughputs
 
 from .cost import measure_cost
 from .experiments import COMPUTED, EXPERIMENTS, Case, Experiment, Shape, config_of, expand, search_of

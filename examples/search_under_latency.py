@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_adaprune
-from hf_adaprune.evaluation import throughput
+from hf_adaprune.throughput import throughput
 
 
 def main() -> None:

@@ -304,9 +304,10 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     from .calibration import report_blocks
     from .choices import multiple_choice, read_rows
     from .documents import distinct_names, read_source
-    from .evaluation import perplexity, throughput
+    from .evaluation import perplexity
     from .harness import load_harness, run_tasks
     from .reporting import text_table
+    from .throughput import throughput
 
     own = PruningConfig().calibration
     sources: Sequence[Any] = arguments.report or (own.sources if not arguments.tasks and not arguments.latency else ())

@@ -295,7 +295,7 @@ def _place(output: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 
 def _speeds(dense: Any, pruned: Any) -> list[dict[str, float]]:
-    from .evaluation import throughputs
+    from .throughput import throughputs
 
     positions = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or 1024
     prefill = max(1, min(256, positions // 2))

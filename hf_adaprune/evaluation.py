@@ -1,16 +1,13 @@
-"""Loss, KL to the dense model, perplexity and speed; values with standard errors.
+"""Loss, KL to the dense model and perplexity; values with standard errors.
 
 Logits of one batch exist in the model's dtype; float32 exists for 256 positions at a time.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +31,6 @@ __all__ = [
     "perplexity",
     "run_layers",
     "scored_logits",
-    "throughput",
-    "throughputs",
     "token_losses",
     "top_tokens",
 ]
@@ -357,93 +352,3 @@ def kl_divergence(
         ConfigError: the vocabularies differ.
     """
     return mean_over_windows("kl", per_window_kl(model, dense, blocks, batch_size))
-
-
-def throughput(
-    model: PreTrainedModel, *, prefill: int = 512, new_tokens: int = 32, repeats: int = 5, seed: int = 0
-) -> dict[str, float]:
-    """Speed at batch 1 with cache: medians over repeats, after one run that does not count.
-
-    The model is called directly, so neither generation settings nor an end-of-sequence token play a part.
-
-    Args:
-        model (`PreTrainedModel`): a causal language model.
-        prefill (`int`, *optional*, defaults to 512): tokens of the prompt, drawn at random.
-        new_tokens (`int`, *optional*, defaults to 32): tokens decoded greedily after it.
-        repeats (`int`, *optional*, defaults to 5): timed runs.
-        seed (`int`, *optional*, defaults to 0): of the prompt.
-
-    Returns:
-        `dict[str, float]`: `prefill_tokens_per_second` and `decode_tokens_per_second`.
-
-    Raises:
-        ConfigError: a count is below one, or the model has too few positions.
-    """
-    return throughputs([model], prefill=prefill, new_tokens=new_tokens, repeats=repeats, seed=seed)[0]
-
-
-def throughputs(
-    models: Sequence[PreTrainedModel], *, prefill: int = 512, new_tokens: int = 32, repeats: int = 5, seed: int = 0
-) -> list[dict[str, float]]:
-    """Speeds of several models, timed in turns: what else the machine does slows all of them alike.
-
-    Args:
-        models (list of `PreTrainedModel`): causal language models.
-        prefill (`int`, *optional*, defaults to 512): tokens of the prompt, drawn at random.
-        new_tokens (`int`, *optional*, defaults to 32): tokens decoded greedily after it.
-        repeats (`int`, *optional*, defaults to 5): timed turns.
-        seed (`int`, *optional*, defaults to 0): of the prompt.
-
-    Returns:
-        `list[dict[str, float]]`: as of [`throughput`], in the models' order.
-
-    Raises:
-        ConfigError: a count is below one, or a model has too few positions.
-    """
-    if min(prefill, new_tokens, repeats) < 1:
-        raise ConfigError(
-            f"`prefill`, `new_tokens` and `repeats` should be at least 1. Found {prefill}, {new_tokens} and {repeats}."
-        )
-    for model in models:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and prefill + new_tokens > positions:
-            raise ConfigError(
-                f"`prefill` + `new_tokens` should be at most the model's {positions} positions. "
-                f"Found {prefill + new_tokens}; lower one of them."
-            )
-    runs: list[list[tuple[float, float]]] = [[] for _ in models]
-    for _ in range(repeats + 1):
-        for own, model in zip(runs, models, strict=True):
-            own.append(_timed(model, prefill, new_tokens, seed))
-    return [
-        {
-            "prefill_tokens_per_second": median(run[0] for run in own[1:]),
-            "decode_tokens_per_second": median(run[1] for run in own[1:]),
-        }
-        for own in runs
-    ]
-
-
-def _timed(model: PreTrainedModel, prefill: int, new_tokens: int, seed: int) -> tuple[float, float]:
-    """Tokens per second of one prefill, and of decoding after it."""
-    device = input_device(model)
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.randint(vocabulary, (1, prefill), generator=generator).to(device)
-    # As in `generate`, the head is applied to the last position alone where the model can.
-    known = inspect.signature(model.forward).parameters
-    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-
-    def clock() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    with eval_mode(model), torch.inference_mode():
-        started = clock()
-        output = model(input_ids=prompt, use_cache=True, **last)
-        filled = clock()
-        for _ in range(new_tokens):
-            token = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        return prefill / (filled - started), new_tokens / (clock() - filled)

@@ -196,9 +196,10 @@ def regional_weights(
         if changed:
             start = {name: value.detach().clone() for name, value in student.named_parameters()}
             if found is None:
-                before = _block_error(walk, number, student, pruned, target, check, shares)
-                _optimise(walk, number, student, pruned, target, learn, shares, config, generator)
-                after = _block_error(walk, number, student, pruned, target, check, shares)
+                block = _Block(walk, number, student, pruned, target, shares)
+                before = block.error(check)
+                block.optimise(learn, config, generator)
+                after = block.error(check)
                 if run is not None:
                     learned = {f"weights {name}": value for name, value in student.named_parameters()}
                     run.keep(place, {**learned, "generator": generator.get_state()}, [before, after])
@@ -228,29 +229,55 @@ def part_of_plan(plan: PruningPlan, number: int) -> PruningPlan:
     return PruningPlan(plan.model_type, plan.num_layers, own)
 
 
-def _block_error(
-    walk: Walk,
-    number: int,
-    student: nn.Module,
-    hidden: torch.Tensor,
-    target: torch.Tensor,
-    windows: torch.Tensor,
-    shares: Sequence[float],
-) -> float:
-    call, own = _float_call(walk, number, student), windows.tolist()
-    with torch.no_grad():
-        errors = [shares[w] * (call(hidden[w][None])[0].cpu() - target[w].float()).square().mean() for w in own]
-    return float(sum(errors) / sum(shares[w] for w in own))
+@dataclass(frozen=True)
+class _Block:
+    """A cut layer (the student), its inputs in the pruned model, and what the dense layer makes of its own inputs.
 
+    Args:
+        walk ([`Walk`]): how layers are called.
+        number (`int`): of the layer.
+        student (`nn.Module`): the cut layer, float32.
+        hidden, target (`torch.Tensor` of shape `[windows, tokens, hidden]`): inputs, and outputs to come near to.
+        shares (`tuple[float, ...]`): what a window's error counts, at most 1.
+    """
 
-def _float_call(walk: Walk, number: int, student: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    device = next(student.parameters()).device
+    walk: Walk
+    number: int
+    student: nn.Module
+    hidden: torch.Tensor
+    target: torch.Tensor
+    shares: Sequence[float]
 
-    def call(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=walk.dtype == torch.bfloat16):
-            return walk.call(number, hidden.to(device, torch.float32), student).float()
+    def difference(self, window: int) -> torch.Tensor:
+        """Output less target of one window, `[tokens, hidden]`, float32 on the student's device."""
+        device, half = next(self.student.parameters()).device, self.walk.dtype == torch.bfloat16
+        hidden = self.hidden[window][None].to(device, torch.float32)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            output = self.walk.call(self.number, hidden, self.student)
+        return output[0].float() - self.target[window].to(device).float()
 
-    return call
+    @torch.no_grad()
+    def error(self, windows: torch.Tensor) -> float:
+        """Mean squared difference over windows, each by its share."""
+        own = windows.tolist()
+        errors = sum(self.shares[window] * float(self.difference(window).square().mean()) for window in own)
+        return errors / sum(self.shares[window] for window in own)
+
+    def optimise(self, windows: torch.Tensor, config: RepairConfig, generator: torch.Generator) -> None:
+        """Adam steps on the student's parameters, in place; `regional_steps` of them, of a few windows each."""
+        self.student.requires_grad_(True)
+        optimizer = torch.optim.Adam(self.student.parameters(), lr=config.regional_learning_rate, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.regional_steps))
+        scale = self.target.float().square().mean().clamp(min=1e-12)
+        with torch.enable_grad():
+            for _ in range(config.regional_steps):
+                chosen = _drawn(windows, self.shares, generator)
+                optimizer.zero_grad(set_to_none=True)
+                for window in chosen.tolist():
+                    (self.difference(window).square().mean() / scale / len(chosen)).backward()
+                optimizer.step()
+                schedule.step()
+        self.student.requires_grad_(False)
 
 
 def _drawn(windows: torch.Tensor, shares: Sequence[float], generator: torch.Generator) -> torch.Tensor:
@@ -261,32 +288,3 @@ def _drawn(windows: torch.Tensor, shares: Sequence[float], generator: torch.Gene
     # Only with replacement is a window drawn in proportion to its share, however few there are.
     many = min(WINDOWS_PER_STEP, len(windows))
     return windows[torch.multinomial(own, many, replacement=True, generator=generator)]
-
-
-def _optimise(
-    walk: Walk,
-    number: int,
-    student: nn.Module,
-    hidden: torch.Tensor,
-    target: torch.Tensor,
-    windows: torch.Tensor,
-    shares: Sequence[float],
-    config: RepairConfig,
-    generator: torch.Generator,
-) -> None:
-    student.requires_grad_(True)
-    optimizer = torch.optim.Adam(student.parameters(), lr=config.regional_learning_rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.regional_steps))
-    call = _float_call(walk, number, student)
-    scale = target.float().square().mean().clamp(min=1e-12)
-    with torch.enable_grad():
-        for _ in range(config.regional_steps):
-            chosen = _drawn(windows, shares, generator)
-            optimizer.zero_grad(set_to_none=True)
-            for window in chosen.tolist():
-                wanted = target[window].float().to(next(student.parameters()).device)
-                loss = (call(hidden[window][None])[0] - wanted).square().mean() / scale / len(chosen)
-                loss.backward()
-            optimizer.step()
-            schedule.step()
-    student.requires_grad_(False)

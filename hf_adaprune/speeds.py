@@ -6,13 +6,11 @@ Times are taken on models of a few layers that surgery really cut; the model its
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from .offers import expert_multiple
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site, find_sites
 from .surgery import apply_plan, skip_sublayers
+from .throughput import last_logits, seconds_on
 
 __all__ = ["SpeedCurve", "SpeedTable", "measure_speed_table", "shape_of", "window_of"]
 
@@ -347,29 +346,21 @@ class _Bench:
         return model
 
     def time(self, model: Any, head: bool) -> tuple[float, float]:
-        """A pass over the context and the median of tokens after it, called as `evaluation.throughput` does."""
+        """A pass over the context and the median of tokens after it, called as `throughput` does."""
         device = input_device(model)
         prompt = self.prompt.to(device)
-        last: dict[str, Any] = {}
-        if head and "logits_to_keep" in inspect.signature(model.forward).parameters:
-            last = {"logits_to_keep": 1}
+        last = last_logits(model) if head else {}
         run = model if head else model.base_model
-
-        def clock() -> float:
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            return perf_counter()
-
         prefill, decode = 0.0, []
         with eval_mode(model), torch.inference_mode():
             for _ in range(2):  # the first run warms up
-                started = clock()
+                started = seconds_on(device)
                 cache = run(input_ids=prompt, use_cache=True, **last).past_key_values
-                prefill = clock() - started
+                prefill = seconds_on(device) - started
                 for _token in range(_DECODED):
-                    started = clock()
+                    started = seconds_on(device)
                     run(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
-                    decode.append(clock() - started)
+                    decode.append(seconds_on(device) - started)
         return 1000 * prefill, 1000 * median(decode[_DECODED:])
 
 

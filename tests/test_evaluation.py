@@ -27,10 +27,9 @@ from hf_adaprune.evaluation import (
     per_window_loss,
     per_window_top_kl,
     perplexity,
-    throughput,
-    throughputs,
     top_tokens,
 )
+from hf_adaprune.throughput import throughput, throughputs
 
 VOCABULARY = 300
 

@@ -57,6 +57,7 @@ ORDER = [
     "continuations",
     "choices",
     "harness",
+    "throughput",
     "speeds",
     "costs",
     "budgets",
