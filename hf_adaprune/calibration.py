@@ -1,7 +1,7 @@
 """Documents become token blocks with a domain: deterministic, with digests.
 
 Calibration windows are shuffled and packed; selection and report text follows the perplexity protocol (the text as it
-stands, cut into windows).
+stands, cut into windows). Where the tokenizer begins every text with BOS, so does every window.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .errors import CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TokenBlocks", "calibration_blocks", "packed_blocks", "report_blocks"]
+__all__ = ["TokenBlocks", "begin_token", "calibration_blocks", "packed_blocks", "report_blocks"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,17 @@ class TokenBlocks:
         return int(self.attention_mask.sum())
 
     def facts(self) -> dict[str, Any]:
-        """What a record says of them, as JSON types."""
+        """What a record says of them, as JSON types; `begins_with` is the token that all of several windows begin with.
+
+        It is BOS where the tokenizer begins a text with that, and mostly `None` where it does not.
+        """
+        starts = self.input_ids[:, :1].flatten()
+        alike = len(starts) > 1 and bool((starts == starts[0]).all())
         return {
             "tokens": self.tokens,
             "windows": len(self),
             "sequence_length": self.input_ids.shape[1],
+            "begins_with": int(starts[0]) if alike else None,
             "domains": list(self.domains),
             "sha256": self.digest,
         }
@@ -148,6 +154,21 @@ def _held_out(sizes: list[int], total: int) -> list[int]:
     return counts
 
 
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token that a tokenizer puts before every text by itself; `None` where it puts none there.
+
+    What the tokenizer does counts, not what it says of itself: many have a BOS token that they do not add.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+    """
+    bos: int | None = tokenizer.bos_token_id
+    if bos is None:
+        return None
+    with_special, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return bos if with_special[:1] == [bos] != bare[:1] else None
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return list(encoded["input_ids"])
@@ -181,6 +202,22 @@ def _pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, needed: int,
         for tokens in _encode(tokenizer, batch):
             ids += tokens + separator
     return ids
+
+
+def _windows(ids: Sequence[int], length: int, first: int | None) -> list[list[int]]:
+    """Cut tokens into windows that begin with `first`, where it is a token; the last one may be shorter."""
+    shortest = 1 if first is None else 2
+    if length < shortest:
+        raise CalibrationError(f"`sequence_length` should be at least {shortest}. Found {length}.")
+    windows: list[list[int]] = []
+    start = 0
+    while start < len(ids):
+        # A chat template begins with it too, and it stands there once.
+        begin = [] if first is None or ids[start] == first else [first]
+        end = start + length - len(begin)
+        windows.append([*begin, *ids[start:end]])
+        start = end
+    return windows
 
 
 def _blocks(
@@ -234,11 +271,14 @@ def calibration_blocks(
     with the end-of-sequence token between them, and cut into windows. More `samples` extend a domain's windows. The
     windows of the domains alternate: the first few are of every domain, and any first part has the pool's mixture.
 
+    A tokenizer that begins every text with BOS ([`begin_token`]) has every window begin with it: BOS, then
+    `sequence_length - 1` tokens of text. Where the text has BOS there already (from a chat template), it is that one.
+
     Args:
         sources (sequence of `str`, `TextSource` or `Documents`): see [`read_source`].
         tokenizer: the model's tokenizer; it needs no padding token.
         samples (`int`): windows in all. What a short source lacks, the others give.
-        sequence_length (`int`): tokens per window.
+        sequence_length (`int`): tokens per window, BOS among them.
         shares (sequence of `float`, *optional*): of the windows, one per source; equal where not given. Every source
             gives at least one window.
         seed (`int`, *optional*, defaults to 0): of shuffling, and of `self`.
@@ -248,7 +288,7 @@ def calibration_blocks(
             text is too short for `samples`.
 
     Raises:
-        CalibrationError: too little text, or tokens that the model does not have.
+        CalibrationError: too little text, windows without room for text, or tokens that the model does not have.
     """
     if not sources or samples < len(sources):
         raise CalibrationError(
@@ -259,17 +299,21 @@ def calibration_blocks(
     read = [read_source(source, tokenizer=tokenizer, model=model, seed=seed, self_tokens=wanted) for source in sources]
     names = distinct_names(documents.name for documents in read)
 
-    packed: list[list[int]] = [[] for _ in read]
+    first = begin_token(tokenizer)
+    packed: list[list[list[int]]] = [[] for _ in read]
     short: set[int] = set()
     while True:
         for index, count in enumerate(counts):
-            if len(packed[index]) < count * sequence_length:
-                packed[index] = _pack(read[index], tokenizer, count * sequence_length, f"{seed}:{names[index]}")
-                if len(packed[index]) < count * sequence_length:
+            if len(packed[index]) < count:
+                ids = _pack(read[index], tokenizer, count * sequence_length, f"{seed}:{names[index]}")
+                cut = _windows(ids, sequence_length, first)
+                packed[index] = [window for window in cut if len(window) == sequence_length]
+                if len(packed[index]) < count:
                     short.add(index)
-                    counts[index] = len(packed[index]) // sequence_length
+                    counts[index] = len(packed[index])
                     if not counts[index]:
-                        return _only_window(packed, names, sequence_length, tokenizer, vocab_size, index)
+                        tokens = cut[0] if cut else []
+                        return _only_window(tokens, names, sequence_length, tokenizer, vocab_size, index)
         missing = samples - sum(counts)
         if not missing:
             break
@@ -293,7 +337,7 @@ def calibration_blocks(
     order = sorted(
         (rank > 0, (rank + 0.5) / count, index, rank) for index, count in enumerate(counts) for rank in range(count)
     )
-    windows = [packed[index][rank * sequence_length : (rank + 1) * sequence_length] for *_, index, rank in order]
+    windows = [packed[index][rank] for *_, index, rank in order]
     return _blocks(windows, [index for *_, index, _ in order], tuple(names), sequence_length, tokenizer, vocab_size)
 
 
@@ -308,40 +352,41 @@ def packed_blocks(
 ) -> TokenBlocks:
     """Windows of one source, packed as [`calibration_blocks`] packs them: `samples` of them, or all there are.
 
+    They begin with BOS where the tokenizer begins every text with it.
+
     Args:
         documents (`Documents`): the texts.
         tokenizer: the model's tokenizer.
-        sequence_length (`int`): tokens per window.
+        sequence_length (`int`): tokens per window, BOS among them.
         samples (`int`, *optional*): at most so many windows.
         seed (`int`, *optional*, defaults to 0): of shuffling.
         vocab_size (`int`, *optional*): the model's vocabulary, to check the token ids against.
 
     Raises:
-        CalibrationError: not one whole window, or tokens that the model does not have.
+        CalibrationError: not one whole window, no room for text, or tokens that the model does not have.
     """
     most = sum(map(len, documents.texts)) + len(documents.texts)
     ids = _pack(
         documents, tokenizer, most if samples is None else samples * sequence_length, f"{seed}:{documents.name}"
     )
-    found = min(len(ids) // sequence_length, samples or most)
-    if not found:
+    cut = _windows(ids, sequence_length, begin_token(tokenizer))
+    windows = [window for window in cut if len(window) == sequence_length][: samples or most]
+    if not windows:
         raise CalibrationError(
-            f"source {documents.name!r} is too short: {len(ids)} tokens, one window needs {sequence_length}; give more "
-            "text or shorter windows."
+            f"source {documents.name!r} is too short: {len(cut[0]) if cut else 0} tokens, one window needs "
+            f"{sequence_length}; give more text or shorter windows."
         )
-    windows = [ids[start * sequence_length : (start + 1) * sequence_length] for start in range(found)]
-    return _blocks(windows, [0] * found, (documents.name,), sequence_length, tokenizer, vocab_size)
+    return _blocks(windows, [0] * len(windows), (documents.name,), sequence_length, tokenizer, vocab_size)
 
 
 def _only_window(
-    packed: list[list[int]],
+    tokens: list[int],
     names: list[str],
     length: int,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int | None,
     index: int,
 ) -> TokenBlocks:
-    tokens = packed[index]
     if tokens and tokens[-1] == tokenizer.eos_token_id:
         tokens = tokens[:-1]
     if len(names) > 1 or len(tokens) < SHORTEST_WINDOW:
@@ -368,17 +413,21 @@ def report_blocks(
     The texts are joined as they stand, tokenised once without special tokens and cut into non-overlapping windows; the
     first `tokens` tokens count. A last partial window of at least two tokens is padded.
 
+    A tokenizer that begins every text with BOS ([`begin_token`]) has every window begin with it: BOS, which counts
+    among the `tokens`, then `sequence_length - 1` tokens of text. The first of them is scored given BOS, as in the
+    rolling log-likelihood of lm-evaluation-harness, and BOS is not.
+
     Args:
         source (`str`, `TextSource` or `Documents`): see [`read_source`].
         tokenizer: the model's tokenizer.
-        tokens (`int`): how many tokens at most.
-        sequence_length (`int`): tokens per window.
+        tokens (`int`): how many tokens at most, BOS among them.
+        sequence_length (`int`): tokens per window, BOS among them.
         seed (`int`, *optional*, defaults to 0): of `self`.
         model (*optional*): needed by `self`.
         vocab_size (`int`, *optional*): the model's vocabulary, to check the token ids against.
 
     Raises:
-        CalibrationError: the text has fewer than two tokens, or tokens that the model does not have.
+        CalibrationError: fewer than two tokens, windows without room for text, or tokens that the model does not have.
     """
     documents = read_source(source, tokenizer=tokenizer, model=model, seed=seed, self_tokens=tokens * 5 // 4)
     text = documents.separator.join(documents.texts)
@@ -389,13 +438,16 @@ def report_blocks(
         if characters >= len(text) or len(ids) >= tokens + SURPLUS_TOKENS:
             break
         characters *= 2
-    ids = ids[:tokens]
-    if len(ids) < tokens:
-        logger.warning("source %r has %d tokens; %d were asked for.", documents.name, len(ids), tokens)
-    windows = [ids[start : start + sequence_length] for start in range(0, len(ids), sequence_length)]
+    windows = _windows(ids[:tokens], sequence_length, begin_token(tokenizer))
+    # With BOS before each the windows hold more than `tokens`; all but the last one are whole.
+    starts = range(0, tokens, sequence_length)
+    windows = [window[: tokens - start] for start, window in zip(starts, windows, strict=False)]
+    found = sum(map(len, windows))
+    if found < tokens:
+        logger.warning("source %r has %d tokens; %d were asked for.", documents.name, found, tokens)
     windows = [window for window in windows if len(window) >= 2]
     if not windows:
         raise CalibrationError(
-            f"source {documents.name!r} is too short: {len(ids)} tokens, and predicting one takes 2. Give more text."
+            f"source {documents.name!r} is too short: {found} tokens, and predicting one takes 2. Give more text."
         )
     return _blocks(windows, [0] * len(windows), (documents.name,), sequence_length, tokenizer, vocab_size)

@@ -157,7 +157,8 @@ def _sums(
 def per_window_loss(model: PreTrainedModel, blocks: TokenBlocks, batch_size: int = 1) -> torch.Tensor:
     """Summed next-token loss of every window.
 
-    The first token of a window is not scored, nor is padding. The loss is float32 whatever the model's dtype.
+    The first token of a window (BOS, where the tokenizer adds it) is not scored, nor is padding. The loss is float32
+    whatever the model's dtype.
 
     Args:
         model (`PreTrainedModel`): a causal language model; its modules' training flags come back afterwards.

@@ -33,6 +33,8 @@ def training_texts(
 ) -> tuple[TokenBlocks, TokenBlocks | None]:
     """Training windows and those held out, in `config.shares` of the sources.
 
+    They begin with BOS where the tokenizer begins every text with it.
+
     Args:
         model (`PreTrainedModel`): the student; `self` is sampled from it.
         tokenizer (`PreTrainedTokenizerBase`): of the model.

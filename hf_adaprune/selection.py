@@ -32,6 +32,8 @@ def selection_blocks(
 ) -> tuple[TokenBlocks, int]:
     """Windows of selection text, in turns from every source: those of trials, then fresh ones.
 
+    They begin with BOS where the tokenizer begins every text with it.
+
     Args:
         sites ([`ModelSites`]): the model.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.

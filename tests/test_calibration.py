@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from pathlib import Path
 
@@ -9,11 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import calibration_make_tokenizer, calibration_prose
-from tokenizers import Tokenizer, models, pre_tokenizers
+from texts import TEMPLATE, begun_tokenizer, calibration_make_tokenizer, calibration_prose
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_adaprune.calibration import TokenBlocks, _counts, calibration_blocks, report_blocks
+from hf_adaprune.calibration import (
+    TokenBlocks,
+    _counts,
+    begin_token,
+    calibration_blocks,
+    packed_blocks,
+    report_blocks,
+)
 from hf_adaprune.config import TextSource
 from hf_adaprune.documents import Documents, read_source
 from hf_adaprune.errors import CalibrationError
@@ -256,3 +265,136 @@ def test_windows_by_shares_add_up(samples: int, shares: list[float]) -> None:
     assert _counts(samples, [1.0] * len(shares)) == [
         samples // len(shares) + (index < samples % len(shares)) for index in range(len(shares))
     ]
+
+
+# -- windows that begin with BOS --------------------------------------------------------------------------------------
+
+BEGUN, KNOWN = begun_tokenizer(), begun_tokenizer(adds=False)
+BOS, EOS = BEGUN.bos_token_id, BEGUN.eos_token_id
+# The second source is one document of one chunk, so its stream is known.
+PROSE = (TextSource("a", [calibration_prose(k, 60) for k in range(30)]), TextSource("b", [calibration_prose(99, 3000)]))
+
+
+def cut(ids: list[int], length: int, first: int | None = None) -> list[tuple[int, ...]]:
+    """The reference: a stream in windows, each begun with `first` unless the stream has it there."""
+    windows = []
+    while ids:
+        begin = () if first is None or ids[0] == first else (first,)
+        taken = length - len(begin)
+        windows.append((*begin, *ids[:taken]))
+        ids = ids[taken:]
+    return windows
+
+
+def test_begin_token_is_what_the_tokenizer_does(calibration_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert begin_token(BEGUN) == BOS != begin_token(KNOWN)
+    assert begin_token(KNOWN) is None
+    # It puts its end of sequence before every text, and that is no BOS.
+    assert calibration_tokenizer("rain")["input_ids"][0] == calibration_tokenizer.eos_token_id
+    assert begin_token(calibration_tokenizer) is None
+
+
+@pytest.mark.parametrize("length", [8, 33, 64])
+def test_every_window_begins_with_bos_and_holds_the_same_text(length: int) -> None:
+    options = {"samples": 9, "sequence_length": length, "seed": 3}
+    begun, plain = (calibration_blocks(PROSE, tokenizer, **options) for tokenizer in (BEGUN, KNOWN))
+    assert begun.input_ids.shape == plain.input_ids.shape and begun.attention_mask.all()
+    assert begun.domains == plain.domains and torch.equal(begun.domain, plain.domain)
+    assert begun.digest != plain.digest
+    assert (begun.input_ids == BOS).sum(1).tolist() == [1] * 9 and (begun.input_ids[:, 0] == BOS).all()
+    assert begun.facts()["begins_with"] == BOS and plain.facts()["begins_with"] is None
+    for domain in range(2):
+        own, other = (blocks.input_ids[blocks.domain == domain] for blocks in (begun, plain))
+        stream = own[:, 1:].flatten()
+        assert torch.equal(stream, other.flatten()[: len(stream)])
+    more = calibration_blocks(PROSE, BEGUN, **{**options, "samples": 20})
+    assert windows_of(more)[:9] == windows_of(begun)
+    documents = Documents("b", PROSE[1].texts)
+    packed = packed_blocks(documents, BEGUN, samples=4, sequence_length=length, seed=3)
+    assert windows_of(packed) == windows_of(begun.select((begun.domain == 1).nonzero().flatten()))[:4]
+    everything, whole = (packed_blocks(documents, own, sequence_length=length) for own in (BEGUN, KNOWN))
+    tokens = len(KNOWN(documents.texts[0], add_special_tokens=False)["input_ids"]) + 1
+    assert len(everything) == tokens // (length - 1) and len(whole) == tokens // length
+
+
+def test_a_tokenizer_that_adds_no_bos_has_the_windows_it_had() -> None:
+    """Bit for bit those of the plain cut, whether or not it knows a BOS."""
+    documents = Documents("b", PROSE[1].texts)
+    ids = KNOWN(documents.texts[0], add_special_tokens=False)["input_ids"]
+    for length in (7, 16, 50):
+        whole = [window for window in cut([*ids, EOS], length) if len(window) == length]
+        assert windows_of(packed_blocks(documents, KNOWN, sequence_length=length)) == whole
+        pool = calibration_blocks([documents], KNOWN, samples=5, sequence_length=length)
+        assert windows_of(pool) == whole[:5]
+        report = report_blocks(documents, KNOWN, tokens=101, sequence_length=length)
+        assert windows_of(report) == [window for window in cut(ids[:101], length) if len(window) > 1]
+        unknown = PreTrainedTokenizerFast(tokenizer_object=KNOWN.backend_tokenizer, eos_token="<eos>")
+        assert report_blocks(documents, unknown, tokens=101, sequence_length=length).digest == report.digest
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 200), st.integers(2, 40))
+def test_report_windows_with_bos_have_the_shapes_of_those_without(tokens: int, length: int) -> None:
+    begun, plain = (report_blocks(PROSE[1], own, tokens=tokens, sequence_length=length) for own in (BEGUN, KNOWN))
+    assert torch.equal(begun.attention_mask, plain.attention_mask) and begun.tokens == plain.tokens <= tokens
+    text = [token for window in windows_of(begun) for token in window[1:]]
+    assert all(window[0] == BOS for window in windows_of(begun))
+    assert text == KNOWN(PROSE[1].texts[0], add_special_tokens=False)["input_ids"][: len(text)]
+
+
+def test_bos_of_a_chat_template_is_not_doubled(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    rows = [[{"role": "user", "content": calibration_prose(seed, 24)}] for seed in range(40)]
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    tokenizer, plain = begun_tokenizer(), begun_tokenizer(adds=False)
+    tokenizer.chat_template = plain.chat_template = "{{ bos_token }}" + TEMPLATE
+    documents = read_source(str(path), tokenizer=tokenizer)
+    assert all(text.startswith("<s><user>") for text in documents.texts)
+    packed = packed_blocks(documents, plain, sequence_length=1500).input_ids[0].tolist()
+    joined = plain("\n\n".join(documents.texts), add_special_tokens=False)["input_ids"]
+    assert packed.count(BOS) > 20 < joined.count(BOS)
+    for length in range(9, 120, 5):
+        pool = packed_blocks(documents, tokenizer, sequence_length=length, samples=12)
+        report = report_blocks(documents, tokenizer, tokens=12 * length, sequence_length=length)
+        for blocks, stream in ((pool, packed), (report, joined)):
+            windows = windows_of(blocks)
+            assert windows == cut(stream, length, BOS)[:12]  # the conversations inside of it keep theirs
+            assert all(window[0] == BOS != window[1] for window in windows)
+
+
+def test_short_text_behind_bos(caplog: pytest.LogCaptureFixture) -> None:
+    words = " ".join(calibration_prose(1, 12).split()[:9])
+    ids = KNOWN(words, add_special_tokens=False)["input_ids"]
+    assert 8 <= len(ids) < 63
+    only = calibration_blocks([TextSource("a", [words])], BEGUN, samples=1, sequence_length=64)
+    assert windows_of(only) == [(BOS, *ids)] and only.facts()["begins_with"] is None
+    # The text and its end fill the window that BOS begins, so it is whole and the end stays.
+    full = calibration_blocks([TextSource("a", [words])], BEGUN, samples=1, sequence_length=len(ids) + 2)
+    assert windows_of(full) == [(BOS, *ids, EOS)]
+    # One token is enough where BOS stands before it.
+    one = TextSource("a", ["a"])
+    with pytest.raises(CalibrationError, match="1 tokens, and predicting one takes 2"):
+        report_blocks(one, KNOWN, tokens=64, sequence_length=16)
+    with caplog.at_level(logging.WARNING):
+        assert windows_of(report_blocks(one, BEGUN, tokens=64, sequence_length=16)) == [(BOS, *KNOWN("a")["input_ids"])]
+    assert "has 2 tokens; 64 were asked for" in caplog.text
+    with pytest.raises(CalibrationError, match=r"source 'a' is too short: 3 tokens, one window needs 16"):
+        packed_blocks(Documents("a", ("a",)), BEGUN, sequence_length=16)
+    with pytest.raises(CalibrationError, match=r"source 'a' is too short: 0 tokens, one window needs 16"):
+        packed_blocks(Documents("a", (" ",)), BEGUN, sequence_length=16)
+    for make in (calibration_blocks, report_blocks):
+        sources, size = ([PROSE[1]], {"samples": 1}) if make is calibration_blocks else (PROSE[1], {"tokens": 4})
+        with pytest.raises(CalibrationError, match=r"`sequence_length` should be at least 2\. Found 1"):
+            make(sources, BEGUN, **size, sequence_length=1)
+        with pytest.raises(CalibrationError, match=r"`sequence_length` should be at least 1\. Found 0"):
+            make(sources, KNOWN, **size, sequence_length=0)
+
+
+def test_a_bos_that_the_model_lacks_is_refused() -> None:
+    tokenizer = begun_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    rule = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = rule
+    last = tokenizer.bos_token_id
+    with pytest.raises(CalibrationError, match=f"the tokenizer made token {last}, the model knows {last} tokens"):
+        report_blocks(PROSE[1], tokenizer, tokens=32, sequence_length=16, vocab_size=last)

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from texts import begun_tokenizer, calibration_prose
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_adaprune import evaluation
-from hf_adaprune.calibration import TokenBlocks
+from hf_adaprune.calibration import TokenBlocks, report_blocks
 from hf_adaprune.choices import ChoiceRow, _choice_scores, multiple_choice, per_row_errors, read_rows
+from hf_adaprune.config import TextSource
+from hf_adaprune.continuations import log_likelihoods
 from hf_adaprune.errors import CalibrationError, ConfigError
 from hf_adaprune.evaluation import (
     kl_divergence,
@@ -372,6 +375,23 @@ def test_scores_are_the_harness_own(
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu").loglikelihood(asked, True)
     ours, _ = _choice_scores(model, tokenizer, rows, 16)
     assert [score for own in ours for score in own] == pytest.approx([score for score, _ in theirs], rel=1e-5, abs=1e-4)
+
+
+def test_text_is_scored_given_bos_where_the_tokenizer_adds_it() -> None:
+    """As the harness' rolling log-likelihood does: every token of the text counts once, BOS never."""
+    tokenizer = begun_tokenizer()
+    model = evaluation_make_model(3, vocab_size=len(tokenizer))
+    source = TextSource("a", [calibration_prose(1, 300)])
+    blocks = report_blocks(source, tokenizer, tokens=200, sequence_length=32)
+    ids = tokenizer(source.texts[0], add_special_tokens=False)["input_ids"]
+    parts = [ids[start : start + 31] for start in range(0, 6 * 31, 31)] + [ids[6 * 31 : 6 * 31 + 7]]
+    scores, count = log_likelihoods(model, [([tokenizer.bos_token_id], part) for part in parts])
+    sums = per_window_loss(model, blocks, batch_size=3)
+    assert sums[:, 1].tolist() == [31.0] * 6 + [7.0]
+    assert sums[:, 0].tolist() == pytest.approx([-score for score in scores], rel=1e-5)
+    measured = perplexity(model, blocks)
+    assert measured.tokens == count == 200 - 7
+    assert measured.value == pytest.approx(math.exp(-sum(scores) / count), rel=1e-5)
 
 
 def test_errors_by_row_are_those_of_acc_norm(

@@ -42,6 +42,15 @@ def calibration_make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
+def begun_tokenizer(adds: bool = True) -> PreTrainedTokenizerFast:
+    """One that puts `<s>` before every text, as Llama's and Gemma's do, or that knows it and does not."""
+    tokenizer = calibration_make_tokenizer(eos_token="<eos>", bos_token="<s>")
+    marks = [("<s>", tokenizer.bos_token_id)]
+    rule = processors.TemplateProcessing(single="<s> $A" if adds else "$A", special_tokens=marks)
+    tokenizer.backend_tokenizer.post_processor = rule
+    return tokenizer
+
+
 def text_model() -> LlamaForCausalLM:
     """A tiny Llama with random weights for the tokens of `calibration_make_tokenizer`, in training mode."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from ..calibration import begin_token
 from ..errors import UnsupportedModelError
 
 __all__ = ["Vocabulary", "read_vocabulary"]
@@ -230,7 +231,7 @@ def _added(tokenizer: Any) -> dict[str, bool]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begins = bos is not None and full[:1] == [bos] and bare[:1] != [bos]
+    begins = begin_token(tokenizer) is not None
     ends = eos is not None and full[-1:] == [eos] and bare[-1:] != [eos]
     if full != [bos] * begins + bare + [eos] * ends:
         raise UnsupportedModelError(f"this tokenizer adds more to a text than its first and last token. {_ADVICE}")
