@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .calibration import begin_token
 from .config import PruningConfig, Source
 from .documents import PYTHON_SOURCES
 from .errors import RunError
@@ -92,6 +93,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     said = [type(tokenizer).__name__, rules, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.chat_template]
+    first = begin_token(tokenizer)
+    said += [] if first is None else [first]  # windows begin with it
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

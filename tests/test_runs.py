@@ -19,14 +19,15 @@ import pytest
 import torch
 from conftest import FAMILIES
 from conftest import tiny_model as tiny_random_model
-from texts import calibration_make_tokenizer, calibration_prose
+from texts import begun_tokenizer, calibration_make_tokenizer, calibration_prose
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_adaprune import PruningConfig, TextSource, find_sites, pipeline, prune, run_artefacts, run_folder, search_plan
+from hf_adaprune.calibration import begin_token
 from hf_adaprune.errors import CheckpointError, JournalError, RunError
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.run_artefacts import kept_statistics
-from hf_adaprune.run_facts import model_bytes_digest
+from hf_adaprune.run_facts import model_bytes_digest, tokenizer_digest
 from hf_adaprune.run_folder import RunFolder
 from hf_adaprune.stages import gather_texts
 from hf_adaprune.statistics import Needs, Statistics
@@ -328,6 +329,15 @@ def test_a_changed_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(RunError, match=r'version of hf_adaprune ".*" -> "9\.9"'):
             run()
     assert run().plan == plan
+
+
+def test_a_tokenizer_that_begins_texts_with_bos_is_another_one() -> None:
+    """Windows begin with a token that is the tokenizer's BOS; the rules alone do not say which one that is."""
+    begun = begun_tokenizer()
+    unnamed = PreTrainedTokenizerFast(tokenizer_object=begun.backend_tokenizer, eos_token="<eos>")
+    assert begun.backend_tokenizer.to_str() == unnamed.backend_tokenizer.to_str()
+    assert begin_token(begun) is not None and begin_token(unnamed) is None
+    assert len({tokenizer_digest(own) for own in (begun, unnamed, begun_tokenizer(adds=False))}) == 3
 
 
 def test_every_byte_of_the_weights_counts() -> None:
