@@ -301,7 +301,7 @@ def _recover(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
-    from .calibration import report_blocks
+    from .calibration import begin_token, report_blocks
     from .choices import multiple_choice, read_rows
     from .documents import distinct_names, read_source
     from .evaluation import perplexity
@@ -349,8 +349,12 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     ]
     header = ("text or task", "measure", "value", "± standard error", "windows or rows")
     parts = [text_table(header, lines)] if lines else []
+    answer: dict[str, Any] = {"model": loader.name, "results": found, "speed": speed}
+    if sources:
+        answer["begins_with"] = first = begin_token(tokenizer)
+        parts += [] if first is None else [f"windows of text begin with {tokenizer.decode([first])}"]
     parts += [f"{key.removesuffix('_tokens_per_second')}: {value:,.1f} tokens/s" for key, value in speed.items()]
-    _answer(arguments, {"model": loader.name, "results": found, "speed": speed}, "\n".join(parts))
+    _answer(arguments, answer, "\n".join(parts))
 
 
 def _show(arguments: argparse.Namespace, words: Sequence[str]) -> None:

@@ -96,7 +96,8 @@ class PruningResult:
         repairs (`tuple[RepairReport, ...]`): per site, where held-out windows were measured.
         repair_schedule (`str`): `cached`, `sequential` or `none`: what the repair came to.
         evaluation (`dict[str, dict[str, Measurement]]`): per report source, `dense` and `pruned` perplexity.
-        calibration (`dict[str, Any]`): tokens, windows, digest and domains of the pool.
+        calibration (`dict[str, Any]`): tokens, windows, digest and domains of the pool, and the token (BOS) that all
+            windows begin with.
         seconds (`dict[str, float]`): time per stop.
         search ([`SearchResult`], *optional*): what a search found; `config` and `plan` are its winner's.
         base_model (`str`, *optional*): the dense model's id on the Hub, or the name of its folder.

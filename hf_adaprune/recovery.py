@@ -142,12 +142,9 @@ def recover(
     for callback in callbacks:
         if isinstance(callback, AdaPrunerCallback) and callback.plan is not None:
             plan, provenance = callback.plan, callback.record(model)
-    text = {
-        "windows": len(windows), "sequence_length": windows.input_ids.shape[1], "domains": list(windows.domains),
-        "sha256": windows.digest,
-    }  # fmt: skip
     return RecoveryResult(
-        model, tokenizer, config, tokens, steps, minutes, measured, log, text, provenance, plan, name, evaluation
+        model, tokenizer, config, tokens, steps, minutes, measured, log, windows.facts(), provenance, plan, name,
+        evaluation,
     )  # fmt: skip
 
 

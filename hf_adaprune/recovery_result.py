@@ -34,7 +34,8 @@ class RecoveryResult:
         held_out (`dict[str, dict[str, Measurement]]`): `before` and `after`: `loss` and `kl` to the teacher on windows
             that training never saw.
         log (`tuple[dict[str, float], ...]`): losses, learning rate and gradient norm by step.
-        text (`dict[str, Any]`): windows, domains and digest of the training text.
+        text (`dict[str, Any]`): tokens, windows, domains and digest of the training text, and the token (BOS) that all
+            windows begin with.
         pruning (`dict[str, Any]`): what `pruning_config.json` said about the pruned checkpoint.
         plan ([`PruningPlan`], *optional*): of the pruned checkpoint.
         teacher (`str`): its name.

@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import tiny_model
-from texts import calibration_make_tokenizer, calibration_prose
+from texts import begun_tokenizer, calibration_make_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM
 
 from hf_adaprune import PruningConfig, PruningPlan, cli, cli_run, parallel, pipeline, saving, whole_files
@@ -97,6 +97,19 @@ def test_prune_then_reload_show_and_evaluate(dense: Path, work: Path, capsys: py
     assert set(results["rows"]) == {"acc", "acc_norm"} and results["report"]["perplexity"]["samples"] == 3
     assert main([*words, *size]) == 0
     assert "± standard error" in capsys.readouterr().out
+
+
+def test_evaluate_says_what_windows_begin_with(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = begun_tokenizer()
+    shutil.copytree(dense, work / "begun")
+    tokenizer.save_pretrained(work / "begun")
+    size = ["--report", str(work / "report.txt"), "--tokens", "96", "--sequence-length", "32", "--quiet"]
+    for folder, first in ((work / "begun", tokenizer.bos_token_id), (dense, None)):
+        assert main(["evaluate", str(folder), *size, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["begins_with"] == first and found["results"]["report"]["perplexity"]["tokens"] == 93
+        assert main(["evaluate", str(folder), *size]) == 0
+        assert ("windows of text begin with <s>" in capsys.readouterr().out) == (first is not None)
 
 
 def test_texts_and_tasks_of_one_stem_are_all_measured(

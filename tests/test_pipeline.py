@@ -10,12 +10,15 @@ import pytest
 import torch
 from conftest import logits_of, tokens
 from conftest import tiny_model as tiny_random_model
-from texts import calibration_make_tokenizer, calibration_prose
+from texts import begun_tokenizer, calibration_make_tokenizer, calibration_prose
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_adaprune import RECIPES, PruningConfig, PruningPlan, TextSource, find_sites, prune, stages
 from hf_adaprune import pipeline as pipeline_module
 from hf_adaprune.errors import BudgetError, CalibrationError, ConfigError, UnsupportedModelError
+from hf_adaprune.evaluation import perplexity
+from hf_adaprune.selection import selection_blocks
+from hf_adaprune.stages import gather_texts
 
 VOCABULARY = 384  # room for the tokens of the tokenizer
 
@@ -292,6 +295,29 @@ def test_windows_as_long_as_learned_positions_or_longer_than_others_run(family: 
     own = {"sequence_length": length, "report": OTHER, "evaluation_length": length, "evaluation_tokens": 2 * length}
     result = prune(tiny_model(family), tiny_tokenizer(), config_of("flap", units=("channel",), calibration=own))
     assert result.evaluation["other"]["dense"].value > 0
+
+
+def test_windows_of_every_role_begin_with_bos_where_the_tokenizer_adds_it() -> None:
+    tokenizer, plain = begun_tokenizer(), begun_tokenizer(adds=False)
+    more = TextSource("more", [passage(seed) for seed in range(200, 260)])
+    search = {"sequence_length": 16, "selection_tokens": 128, "first_tokens": 64, "final_tokens": 64}
+    own = {"report": OTHER, "selection": more, "evaluation_length": 24, "evaluation_tokens": 96}
+    config = config_of(calibration=own, search=search)
+    sites = find_sites(tiny_model("llama"))
+    found = []
+    for each in (tokenizer, plain):
+        blocks, held, reports = gather_texts(sites, each, config, True)
+        found.append([blocks, held, reports["other"], selection_blocks(sites, each, config)[0]])
+    for begun, bare in zip(*found, strict=True):
+        assert begun.input_ids.shape == bare.input_ids.shape and torch.equal(begun.attention_mask, bare.attention_mask)
+        assert torch.equal(begun.domain, bare.domain) and begun.tokens == bare.tokens
+        assert (begun.input_ids == tokenizer.bos_token_id).sum(1).eq(1).all()
+        assert not bare.input_ids.eq(tokenizer.bos_token_id).any()
+        assert begun.facts()["begins_with"] == tokenizer.bos_token_id
+    model = tiny_model("llama")
+    result = prune(model, tokenizer, config.with_changes(search=None))
+    assert result.to_dict()["calibration"]["begins_with"] == tokenizer.bos_token_id
+    assert result.evaluation["other"]["dense"] == perplexity(tiny_model("llama"), found[0][2])
 
 
 def test_layer_by_layer_refuses_metrics_that_need_all_moments() -> None:

@@ -16,7 +16,7 @@ import torch
 from conftest import logits_of, tokens
 from conftest import tiny_model as tiny_random_model
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
-from texts import calibration_prose
+from texts import begun_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from hf_adaprune import AdaPrunerCallback, PruningPlan, RecoveryConfig, TextSource, prune, recover, stage_shares
@@ -29,7 +29,7 @@ from hf_adaprune.errors import (
     UnsupportedModelError,
 )
 from hf_adaprune.recovery_course import schedule_shape
-from hf_adaprune.recovery_texts import training_texts
+from hf_adaprune.recovery_texts import report_texts, training_texts
 from hf_adaprune.surgery import cast_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -232,6 +232,21 @@ def test_shares_and_held_out_windows() -> None:
     everything, _ = training_texts(model, tokenizer, short(tokens=None, minutes=1.0, shares=(3, 1)), sources)
     counts = torch.bincount(everything.domain).tolist()
     assert counts[0] > 100 and counts[0] == pytest.approx(3 * counts[1], abs=4)
+
+
+@pytest.mark.parametrize("top_k", [None, 64])
+def test_windows_begin_with_bos_where_the_tokenizer_adds_it(top_k: int | None) -> None:
+    tokenizer = begun_tokenizer()
+    result = pruned()
+    train, held = training_texts(result.model, tokenizer, short(), text())
+    assert train.input_ids.shape == (math.ceil(6000 / 32), 32) and held is not None
+    for blocks in (train, held, report_texts(result.model, tokenizer, text())["prose"]):
+        assert (blocks.input_ids == tokenizer.bos_token_id).sum(1).eq(1).all()
+        assert blocks.input_ids[:, 0].eq(tokenizer.bos_token_id).all()
+    found = recover(result.model, tokenizer, tiny_model("llama"), short(top_k=top_k), sources=text(), pruning=result)
+    assert found.text == train.facts() and found.text["begins_with"] == tokenizer.bos_token_id
+    assert found.held_out["after"]["kl"].value < 0.97 * found.held_out["before"]["kl"].value
+    assert found.held_out["after"]["loss"].tokens == 31 * len(held)
 
 
 def test_texts_that_overlap_are_refused() -> None:
