@@ -135,7 +135,8 @@ class CalibrationConfig:
         shares (`tuple[float, ...]`, *optional*): of the windows, one per source; equal where not given. A share says
             how much of a source is read, a weight how much what was read counts: the same mixture drawn by shares is
             measured on more text.
-        sequence_length (`int`, *optional*, defaults to 512): tokens per window.
+        sequence_length (`int`, *optional*, defaults to 512): tokens per window, BOS among them where the
+            tokenizer begins a text with it.
         gradient_samples (`int`, *optional*, defaults to 48): windows of these that also get a backward pass, where a
             metric needs gradients.
         domain_weights (`tuple[float, ...]`, *optional*): one weight per source (with `clusters`: per cluster); equal
