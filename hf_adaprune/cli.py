@@ -301,7 +301,7 @@ def _recover(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
-    from .calibration import begin_token, report_blocks
+    from .calibration import begin_token, check_lengths, report_blocks
     from .choices import multiple_choice, read_rows
     from .documents import distinct_names, read_source
     from .evaluation import perplexity
@@ -320,6 +320,9 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     rows = [(Path(task).stem, read_rows(task)) for task in arguments.tasks if task not in named]
     loader = Loader.of(arguments)
     model, tokenizer = loader.model(), loader.tokenizer()
+    length = arguments.sequence_length or own.evaluation_length
+    if sources:
+        check_lengths(model, {"--sequence-length": length})
     measures: list[tuple[str, dict[str, Any]]] = []
     for source in sources:
         # The same third of the texts of CPython that `prune` reports on.
@@ -329,7 +332,7 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
             documents,
             tokenizer,
             tokens=arguments.tokens or own.evaluation_tokens,
-            sequence_length=arguments.sequence_length or own.evaluation_length,
+            sequence_length=length,
         )
         measures.append((documents.name, {"perplexity": perplexity(model, blocks)}))
     measures += [(name, dict(multiple_choice(model, tokenizer, questions))) for name, questions in rows]

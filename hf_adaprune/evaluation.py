@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from .calibration import TokenBlocks
+from .calibration import TokenBlocks, check_windows
 from .documents import eval_mode, input_device
 from .errors import CalibrationError, ConfigError
 
@@ -167,6 +167,9 @@ def per_window_loss(model: PreTrainedModel, blocks: TokenBlocks, batch_size: int
 
     Returns:
         `torch.Tensor` of shape `[windows, 2]`: summed loss in nats and number of scored tokens, float64, on the CPU.
+
+    Raises:
+        CalibrationError: windows longer than the model's learned positions.
     """
 
     def losses(batch: TokenBlocks, _: int) -> list[torch.Tensor]:
@@ -177,6 +180,7 @@ def per_window_loss(model: PreTrainedModel, blocks: TokenBlocks, batch_size: int
             for row, length in enumerate(lengths)
         ]
 
+    check_windows(model, blocks)
     with eval_mode(model):
         return _sums(blocks, batch_size, losses)
 
@@ -197,6 +201,7 @@ def per_window_kl(
         `torch.Tensor` of shape `[windows, 2]`: summed divergence in nats and number of positions, float64, on the CPU.
 
     Raises:
+        CalibrationError: windows longer than a model's learned positions.
         ConfigError: the vocabularies differ.
     """
 
@@ -209,6 +214,8 @@ def per_window_kl(
         lengths = [max(length - 1, 0) for length in batch.attention_mask.sum(dim=1).tolist()]
         return [_token_divergences(logits[row, :length], reference[row, :length]) for row, length in enumerate(lengths)]
 
+    for each in (model,) if isinstance(dense, torch.Tensor) else (model, dense):
+        check_windows(each, blocks)
     with eval_mode(model), eval_mode(torch.nn.Module() if isinstance(dense, torch.Tensor) else dense):
         return _sums(blocks, batch_size, divergences)
 
@@ -241,6 +248,7 @@ def top_tokens(model: PreTrainedModel, blocks: TokenBlocks, k: int = 128, batch_
         k (`int`, *optional*, defaults to 128): how many.
         batch_size (`int`, *optional*, defaults to 1): windows per forward.
     """
+    check_windows(model, blocks)
     tokens, values = [], []
     with eval_mode(model), torch.inference_mode():
         for batch in blocks.batches(batch_size):
@@ -286,6 +294,7 @@ def per_window_top_kl(
             for row, length in enumerate(lengths)
         ]
 
+    check_windows(model, blocks)
     with eval_mode(model):
         return _sums(blocks, batch_size, divergences)
 
@@ -336,7 +345,7 @@ def perplexity(model: PreTrainedModel, blocks: TokenBlocks, batch_size: int = 1)
         batch_size (`int`, *optional*, defaults to 1): windows per forward.
 
     Raises:
-        CalibrationError: nothing was scored.
+        CalibrationError: nothing was scored, or windows longer than the model's learned positions.
     """
     loss = mean_over_windows("loss", per_window_loss(model, blocks, batch_size))
     value = float(torch.tensor(loss.value, dtype=torch.float64).exp())  # infinite rather than an OverflowError
@@ -349,7 +358,7 @@ def kl_divergence(
     """Mean KL(dense || model) per token in nats; arguments as in [`per_window_kl`].
 
     Raises:
-        CalibrationError: nothing was scored.
+        CalibrationError: nothing was scored, or windows longer than a model's learned positions.
         ConfigError: the vocabularies differ.
     """
     return mean_over_windows("kl", per_window_kl(model, dense, blocks, batch_size))

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from .adapters import is_peft
-from .calibration import TokenBlocks
+from .calibration import TokenBlocks, check_lengths
 from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .documents import input_device
 from .errors import ConfigError, MissingDependencyError, UnsupportedModelError
@@ -115,6 +115,7 @@ def recover(
                 f"teacher and student should have one vocabulary. Found {vocabulary_of(dense)} tokens (teacher) and "
                 f"{vocabulary_of(model)} (student). Name the model that the student was pruned from."
             )
+        check_lengths(dense, {"sequence_length": config.sequence_length})
         layers = _layer_map(model, dense, plan) if config.hidden_weight and config.hidden_layers == "all" else None
         if run is not None:
             run.bind(_facts(model, dense, tokenizer, config, sources, selection, report))
@@ -170,11 +171,12 @@ def check_student(model: Any, config: RecoveryConfig) -> None:
 
     Args:
         model (`PreTrainedModel`, *optional*): the student; without it the installation alone is looked at.
-        config ([`RecoveryConfig`]): whether there are adapters.
+        config ([`RecoveryConfig`]): whether there are adapters, and how long windows are.
 
     Raises:
         UnsupportedModelError: quantised weights without `lora`, or adapters that are there already.
         MissingDependencyError: adapters without peft.
+        CalibrationError: windows longer than its learned positions.
     """
     if is_peft(model):
         raise UnsupportedModelError(
@@ -193,6 +195,8 @@ def check_student(model: Any, config: RecoveryConfig) -> None:
             raise MissingDependencyError(
                 "adapters are made by peft: pip install peft. Or train without `lora`."
             ) from error
+    if model is not None:
+        check_lengths(model, {"sequence_length": config.sequence_length})
 
 
 def _check_cuts(config: RecoveryConfig, callbacks: Sequence[TrainerCallback]) -> None:

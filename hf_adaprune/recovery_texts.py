@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibration import TokenBlocks, packed_blocks, report_blocks
+from .calibration import TokenBlocks, learned_positions, packed_blocks, report_blocks
 from .config import CalibrationConfig, Source
 from .documents import Documents, distinct_names, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["report_texts", "training_texts"]
+
+logger = logging.getLogger(__name__)
 
 
 def training_texts(
@@ -100,7 +103,7 @@ def training_texts(
 
 
 def report_texts(model: Any, tokenizer: PreTrainedTokenizerBase, report: Any) -> dict[str, TokenBlocks]:
-    """Windows of every report source, by name.
+    """Windows of every report source, by name, as long as `prune` takes them or as learned positions allow.
 
     Args:
         model (`PreTrainedModel`): the student.
@@ -111,12 +114,15 @@ def report_texts(model: Any, tokenizer: PreTrainedTokenizerBase, report: Any) ->
         CalibrationError: a source cannot be read, or is too short.
     """
     own = CalibrationConfig()
+    length = min(own.evaluation_length, learned_positions(model) or own.evaluation_length)
+    if report and length < own.evaluation_length:
+        logger.warning("perplexity is reported on windows of %d tokens: the model has no more positions.", length)
     read = [
         read_source(source, tokenizer=tokenizer, model=model, part=text_part(source, "report"))
         for source in as_sources(report)
     ]
     return {
-        name: report_blocks(documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=own.evaluation_length)
+        name: report_blocks(documents, tokenizer, tokens=own.evaluation_tokens, sequence_length=length)
         for name, documents in zip(distinct_names(documents.name for documents in read), read, strict=True)
     }
 

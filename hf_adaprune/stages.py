@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from .allocation import allocate
 from .budgets import allocate_within, even_cosine, even_scores, gone_first
-from .calibration import TokenBlocks, calibration_blocks, report_blocks
+from .calibration import TokenBlocks, calibration_blocks, check_lengths, report_blocks
 from .clock import Clock
 from .clustering import cluster_domains
 from .compensation import check_enough_tokens, counted_windows
@@ -298,7 +298,7 @@ def gather_texts(
         lengths["calibration.evaluation_length"] = own.evaluation_length
     if config.search is not None and config.search.objective not in ("accuracy", "custom"):
         lengths["search.sequence_length"] = config.search.sequence_length
-    _check_lengths(sites, lengths)
+    check_lengths(sites.model, lengths)
     read: dict[str, list[Documents]] = {}
     for role, sources in (("calibration", own.sources), ("selection", own.selection), ("report", own.report)):
         read[role] = [
@@ -338,31 +338,6 @@ def gather_texts(
         for name, documents in zip(distinct_names(own.name for own in read["report"]), read["report"], strict=True)
     }
     return blocks, held_out, reports
-
-
-def _check_lengths(sites: ModelSites, lengths: Mapping[str, int]) -> None:
-    """Refuse windows that learned position embeddings have no rows for; rotary positions have no end.
-
-    Args:
-        sites ([`ModelSites`]): the model.
-        lengths (`dict[str, int]`): tokens per window, by the field that says so.
-    """
-    model = sites.model
-    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # OPT's first rows are for padding.
-    rows = {
-        module.num_embeddings - int(getattr(module, "offset", 0))
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
-    }
-    if stated not in rows:
-        return
-    for name, length in lengths.items():
-        if length > stated:
-            raise CalibrationError(
-                f"`{name}` asks for windows of {length:,} tokens, and this {sites.architecture.model_type} model has "
-                f"learned {stated:,} positions. Lower it to at most {stated}."
-            )
 
 
 def text_part(source: Source, role: str) -> tuple[int, int] | None:

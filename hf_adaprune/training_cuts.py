@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .adapters import base_of, merged
-from .calibration import TokenBlocks
+from .calibration import TokenBlocks, check_windows
 from .compensation import check_enough_tokens
 from .config import PruningConfig
 from .cut_schedule import CutSchedule
@@ -102,7 +102,7 @@ class Cuts:
             from_sources (`bool`): read the config's sources instead; a search reads nothing else.
 
         Raises:
-            CalibrationError: no text, or too little.
+            CalibrationError: no text, too little, or windows longer than the model's learned positions.
         """
         # Of the first process: data sets and collators need not give the same windows everywhere.
         self.blocks = self.workers.lead(
@@ -230,6 +230,7 @@ class Cuts:
     def _from_data(self, base: Any, dataloader: Any) -> tuple[TokenBlocks, TokenBlocks | None]:
         config, sites = self.config, self.sites(base)
         blocks = dataset_blocks(dataloader, self._count(), config.calibration.sequence_length, config.seed)
+        check_windows(base, blocks, "Truncate the samples of the training data, which training reads, too")
         held_out = None
         if config.repair.method != "none" and config.repair.holdout > 0 and len(blocks) > 1:
             blocks, held_out = blocks.split(config.repair.holdout, config.seed)

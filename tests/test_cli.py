@@ -640,3 +640,16 @@ def test_a_model_of_few_positions_is_timed_with_a_shorter_prompt(
     assert main(["evaluate", str(dense), "--latency", "--json", "--quiet"]) == 0  # it has 128
     speed = json.loads(capsys.readouterr().out)["speed"]
     assert speed["prefill_tokens_per_second"] > 0 and speed["decode_tokens_per_second"] > 0
+
+
+def test_windows_longer_than_learned_positions_are_refused_before_text_is_read(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("gpt2", vocab_size=330).save_pretrained(work / "gpt2")
+    calibration_make_tokenizer(eos_token="<eos>").save_pretrained(work / "gpt2")
+    words = ["evaluate", str(work / "gpt2"), "--quiet", "--report"]
+    told = "`--sequence-length` asks for windows of {} tokens, and this gpt2 model has learned 128 positions. Lower it"
+    assert told.format("1,024") in refused(capsys, *words, str(work / "none.txt"))
+    assert told.format(129) in refused(capsys, *words, str(work / "none.txt"), "--sequence-length", "129")
+    assert main([*words, str(work / "report.txt"), "--sequence-length", "128"]) == 0
+    assert main(["evaluate", str(dense), *words[2:], str(work / "report.txt"), "--sequence-length", "136"]) == 0

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from texts import begun_tokenizer, calibration_prose
+from conftest import tiny_model
+from texts import begun_tokenizer, calibration_prose, random_blocks
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -501,3 +502,22 @@ def test_several_models_are_timed_in_turns() -> None:
     speeds = throughputs(models, prefill=4, new_tokens=1, repeats=2)
     assert calls == [0, 0, 1, 1] * 3  # a prefill and a token of one, then of the other
     assert len(speeds) == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_windows_longer_than_learned_positions_are_refused_before_any_forward(family: str) -> None:
+    model, rotary = tiny_model(family), tiny_model("llama")
+    blocks = random_blocks(length=129)
+    handle = model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    for measure in (
+        lambda: perplexity(model, blocks),
+        lambda: kl_divergence(model, rotary, blocks),
+        lambda: kl_divergence(rotary, model, blocks),
+        lambda: top_tokens(model, blocks),
+    ):
+        with pytest.raises(CalibrationError, match=rf"up to 129 tokens.* {family} model has learned 128 positions"):
+            measure()
+    handle.remove()
+    assert perplexity(rotary, blocks).value > 0
+    # What is padding in every window needs no position.
+    assert perplexity(model, random_blocks(length=129, padding=(1, 1, 1, 1))).value > 0

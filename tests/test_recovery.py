@@ -19,7 +19,16 @@ from test_pipeline import config_of, tiny_model, tiny_tokenizer
 from texts import begun_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from hf_adaprune import AdaPrunerCallback, PruningPlan, RecoveryConfig, TextSource, prune, recover, stage_shares
+from hf_adaprune import (
+    AdaPrunerCallback,
+    PruningPlan,
+    RecoveryConfig,
+    TextSource,
+    prune,
+    recover,
+    recovery,
+    stage_shares,
+)
 from hf_adaprune.cli import main
 from hf_adaprune.errors import (
     AdaPruneError,
@@ -247,6 +256,30 @@ def test_windows_begin_with_bos_where_the_tokenizer_adds_it(top_k: int | None) -
     assert found.text == train.facts() and found.text["begins_with"] == tokenizer.bos_token_id
     assert found.held_out["after"]["kl"].value < 0.97 * found.held_out["before"]["kl"].value
     assert found.held_out["after"]["loss"].tokens == 31 * len(held)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_windows_longer_than_learned_positions_are_refused_before_text_is_read(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rotary = tiny_random_model(family, vocab_size=384), tiny_model("llama")
+    told = rf"`sequence_length` asks for windows of 129 tokens, and this {family} model has learned 128 positions"
+    with pytest.raises(CalibrationError, match=told):  # of the teacher
+        recover(rotary, tiny_tokenizer(), model, short(sequence_length=129), sources=text())
+    monkeypatch.setattr(recovery, "training_texts", lambda *args, **options: pytest.fail("text was read"))
+    with pytest.raises(CalibrationError, match=told):
+        recover(model, tiny_tokenizer(), model, short(sequence_length=129), sources=text())
+
+
+def test_report_windows_are_as_long_as_learned_positions_allow(caplog: pytest.LogCaptureFixture) -> None:
+    """No option says how long they are."""
+    model = tiny_random_model("gpt2", vocab_size=330)
+    found = recover(
+        model, tiny_tokenizer(), tiny_random_model("gpt2", vocab_size=330), short(tokens=500, sequence_length=128),
+        sources=text(), report=text(100, "report"),
+    )  # fmt: skip
+    assert "windows of 128 tokens" in caplog.text
+    assert found.evaluation["report"]["dense"].samples > 1
 
 
 def test_texts_that_overlap_are_refused() -> None:

@@ -16,12 +16,19 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from conftest import logits_of, tiny_model, tokens
 from plans import plan_of_kind
-from trainings import Rows, Timed, progressive, pruning_config, training, weights
+from trainings import LENGTH, Rows, Timed, progressive, pruning_config, training, weights
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_adaprune import AdaPrunerCallback
 from hf_adaprune.cut_schedule import CutSchedule
-from hf_adaprune.errors import AdaPruneError, BudgetError, CheckpointError, ConfigError, UnsupportedModelError
+from hf_adaprune.errors import (
+    AdaPruneError,
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+)
 from hf_adaprune.plan import PruningPlan
 from hf_adaprune.publication import check_checkpoint
 from hf_adaprune.sites import find_sites
@@ -422,6 +429,22 @@ def test_the_trainers_own_log_gets_the_numbers(tmp_path: Path) -> None:
     callback.trainer = trainer
     trainer.train()
     assert sum("pruning/ratio" in logs for logs in seen) == 3
+    assert len(cuts_of(trainer)) == 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_samples_longer_than_learned_positions_are_refused_before_any_forward(tmp_path: Path, family: str) -> None:
+    model = tiny_model(family, max_position_embeddings=LENGTH - 1)
+    config = pruning_config(units=("channel",), calibration={"sequence_length": 512, "samples": 16})
+    trainer = training(tmp_path / "long", progressive(config=config), model, save_strategy="no")
+    handle = model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    told = rf"up to {LENGTH} tokens, and this {family} model has learned {LENGTH - 1} positions. Truncate the samples"
+    with pytest.raises(CalibrationError, match=told):
+        trainer.train()
+    handle.remove()
+    model = tiny_model(family, max_position_embeddings=LENGTH)
+    trainer = training(tmp_path / "fits", progressive(config=config), model, save_strategy="no", max_steps=4)
+    trainer.train()
     assert len(cuts_of(trainer)) == 3
 
 
