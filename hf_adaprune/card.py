@@ -17,7 +17,7 @@ from .config import CONFIG_NAME
 from .errors import CheckpointError
 from .model_config import MODEL_TAGS, PROVENANCE_KEY
 from .public import is_repo_id, public
-from .reporting import Description, describe_checkpoint
+from .reporting import Description, describe_checkpoint, final_measure
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -149,13 +149,13 @@ def _evaluation_file(folder: Path) -> dict[str, Any]:
 
 
 def _eval_results(run: Mapping[str, Any], extra: Mapping[str, Any]) -> list[EvalResult]:
-    """The pruned model's measurements for the `model-index`; what is not finite stays out."""
+    """The pruned or recovered model's measurements for the `model-index`; what is not finite stays out."""
     from huggingface_hub import EvalResult
 
-    measured = [(source, pair["pruned"]) for source, pair in run.get("evaluation", {}).items()]
+    measured = [(source, final_measure(pair)[1]) for source, pair in run.get("evaluation", {}).items()]
     measured += [(source, value) for source, found in extra.get("results", {}).items() for value in found.values()]
     sets = _data_sets(run["config"]["calibration"]["report"])
-    length = run["config"]["calibration"].get("evaluation_length")
+    length = _evaluation_length(run)
     results, seen = [], set()
     for source, value in measured:
         if not _finite(value["value"]) or (source, value["name"]) in seen:
@@ -177,6 +177,12 @@ def _eval_results(run: Mapping[str, Any], extra: Mapping[str, Any]) -> list[Eval
             )
         )
     return results
+
+
+def _evaluation_length(run: Mapping[str, Any]) -> int | None:
+    """Tokens of a window of report text; a recovery has its own."""
+    asked: int | None = run["config"]["calibration"].get("evaluation_length")
+    return (run.get("recovery") or {}).get("evaluation_length", asked)
 
 
 def _data_sets(sources: Iterable[Any]) -> dict[str, str]:
@@ -253,15 +259,19 @@ def _quality(run: Mapping[str, Any], extra: Mapping[str, Any], description: Desc
     dtype = f" in {', '.join(description.dtypes)}" if description.dtypes else ""
     if evaluation:
         rows = []
+        is_recovered = any("before" in pair for pair in evaluation.values())
+        name = "recovered" if is_recovered else "pruned"
         for source, pair in evaluation.items():
-            old, new = pair["dense"], pair["pruned"]
+            old, (_, new) = pair["dense"], final_measure(pair)
             share = f"{new['value'] / old['value']:.3f}" if _finite(new["value"]) and old["value"] else "-"
-            row = (_value(old), _value(new), share, f"{new['tokens']:,}")
+            between = (_value(pair["before"]),) if is_recovered else ()
+            row = (_value(old), *between, _value(new), share, f"{new['tokens']:,}")
             rows.append((f"{_plain(new['name'])}, {_plain(source)}", *row))
-        parts.append(_table(("", "dense", "pruned", "pruned / dense", "tokens"), rows))
-        length = run["config"]["calibration"]["evaluation_length"]
+        header = ("", "dense", *(("before recovery",) if is_recovered else ()), name, f"{name} / dense", "tokens")
+        parts.append(_table(header, rows))
+        length = _evaluation_length(run)
         parts.append(
-            f"Dense and pruned model were measured in one run{dtype}, on text that was neither calibrated nor selected "
+            f"Dense and {name} model were measured in one run{dtype}, on text that was neither calibrated nor selected "
             f"on, in windows of at most {length:,} tokens. ± is the standard error over windows."
         )
     if results:

@@ -111,7 +111,7 @@ def run_recover(
         if result.held_out
     ]
     lines += [
-        (f"{name}, perplexity", f"{found['before'].value:.3f}", f"{found['pruned'].value:.3f}")
+        (f"{name}, perplexity", f"{found['before'].value:.3f}", f"{found['recovered'].value:.3f}")
         for name, found in result.evaluation.items()
     ]
     speed = result.tokens / max(result.minutes * 60, 1e-9)

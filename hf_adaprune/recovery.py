@@ -139,13 +139,13 @@ def recover(
         if held_out is not None:
             measured["after"] = _kept_measure(run, "after", model, dense, held_out)
         for source, blocks in reports.items():
-            evaluation[source]["pruned"] = _kept_perplexity(run, "pruned", model, blocks)
+            evaluation[source]["recovered"] = _kept_perplexity(run, "recovered", model, blocks)
     for callback in callbacks:
         if isinstance(callback, AdaPrunerCallback) and callback.plan is not None:
             plan, provenance = callback.plan, callback.record(model)
     return RecoveryResult(
         model, tokenizer, config, tokens, steps, minutes, measured, log, windows.facts(), provenance, plan, name,
-        evaluation,
+        evaluation, max((blocks.input_ids.shape[1] for blocks in reports.values()), default=None),
     )  # fmt: skip
 
 

@@ -40,7 +40,8 @@ class RecoveryResult:
         plan ([`PruningPlan`], *optional*): of the pruned checkpoint.
         teacher (`str`): its name.
         evaluation (`dict[str, dict[str, Measurement]]`): perplexity per report source: `dense` (the teacher), `before`
-            and `pruned`, which is the recovered model.
+            and `recovered`.
+        evaluation_length (`int`, *optional*): tokens of a window of it, at most.
     """
 
     model: Any
@@ -56,6 +57,7 @@ class RecoveryResult:
     plan: PruningPlan | None = None
     teacher: str = ""
     evaluation: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
+    evaluation_length: int | None = None
 
     @property
     def after(self) -> Sizes:
@@ -72,6 +74,8 @@ class RecoveryResult:
                 for when, measured in self.held_out.items()
             },
         }  # fmt: skip
+        if self.evaluation_length is not None:
+            own["evaluation_length"] = self.evaluation_length
         # What was measured when it was pruned is not true of the recovered model.
         own["pruned"] = {"evaluation": self.pruning.get("evaluation", {})}
         evaluation = {

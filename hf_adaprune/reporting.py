@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "describe_checkpoint",
     "evaluation_table",
+    "final_measure",
     "layer_widths",
     "plan_table",
     "size_table",
@@ -109,8 +110,8 @@ class Description:
             lines.append(f"{_size(self.bytes)} in {', '.join(self.dtypes)}")
         lines += [f"{label}: {self.provenance[key]}" for key, label in facts if self.provenance.get(key)]
         for source, pair in self.provenance.get("evaluation", {}).items():
-            dense, pruned = (pair[which]["value"] for which in ("dense", "pruned"))
-            lines.append(f"perplexity on {source}: {dense:.2f} dense, {pruned:.2f} pruned")
+            name, own = final_measure(pair)
+            lines.append(f"perplexity on {source}: {pair['dense']['value']:.2f} dense, {own['value']:.2f} {name}")
         return "\n".join([*lines, "", _layer_table(self.layers)] if self.layers else lines)
 
 
@@ -132,6 +133,20 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
     rule = "  ".join("-" * width for width in widths).rstrip()
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def final_measure(found: Mapping[str, Any]) -> tuple[str, Any]:
+    """What a record calls the model that a checkpoint holds, and what was measured of it.
+
+    Args:
+        found (mapping): measurements of one text: `dense` and `pruned`, or `dense`, `before` and `recovered`.
+
+    Returns:
+        `tuple`: `recovered` or `pruned`, and the measurement.
+    """
+    name = "recovered" if "before" in found else "pruned"
+    # Earlier versions wrote the recovered model's as `pruned`, beside `before`.
+    return name, found[name] if name in found else found["pruned"]
 
 
 def size_table(before: Sizes, after: Sizes) -> str:

@@ -69,6 +69,23 @@ def test_nothing_is_said_of_what_was_not_measured(tmp_path: Path) -> None:
     assert "import hf_adaprune" not in text and "All layers are equally wide" in text
 
 
+@pytest.mark.parametrize("name", ["recovered", "pruned"])  # the second one in records of earlier versions
+def test_a_recovered_model_is_called_so(folder: Path, name: str) -> None:  # noqa: F811
+    run = record_of(folder)
+    pair = run["evaluation"]["report words"]
+    found = {"dense": pair["dense"], "before": pair["pruned"], name: {**pair["pruned"], "value": 77.25}}
+    recovery = {"tokens": 1000, "minutes": 1.0, "config": {"alpha": 1.0}, "evaluation_length": 24}
+    change(folder, evaluation={"report words": found}, recovery=recovery)
+    text = str(model_card(folder, "me/tiny"))
+    assert card_errors(text) == []
+    (result,) = ModelCard(text).data.eval_results
+    assert (result.metric_value, result.metric_args["sequence_length"]) == (77.25, 24)
+    assert "| dense | before recovery | recovered | recovered / dense | tokens |" in text
+    assert f"{pair['pruned']['value']:.4g} ±" in text and "windows of at most 24 tokens" in text
+    assert "Dense and recovered model" in text
+    assert " 77.25 recovered" in str(describe_checkpoint(folder))
+
+
 def test_a_later_evaluation_joins(folder: Path) -> None:  # noqa: F811
     value = {"name": "accuracy", "value": 0.5, "standard_error": 0.1, "tokens": 0, "samples": 40}
     bad = {"name": "perplexity", "value": float("inf"), "standard_error": None, "tokens": 9, "samples": 1}

@@ -404,7 +404,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     words += ["--tokens", "3k", "--sequence-length", "32", "--batch-size", "8", "--learning-rate", "3e-3", "--quiet"]
     assert main([*words, "--json", "--output", str(tmp_path / "out"), "--lora", "4"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["config"]["lora"]["rank"] == 4 and data["evaluation"]["report"]["pruned"]["value"] > 0
+    assert data["config"]["lora"]["rank"] == 4 and set(data["evaluation"]["report"]) == {"dense", "before", "recovered"}
+    found = {which: entry["value"] for which, entry in data["evaluation"]["report"].items()}
+    assert found["recovered"] < found["before"] and "evaluation" in data["pruned"]
+    record = json.loads((tmp_path / "out" / "pruning_config.json").read_text())
+    assert record["evaluation"] == data["evaluation"]
+    shown = f"{found['dense']:.2f} dense, {found['recovered']:.2f} recovered"
+    assert main(["show", str(tmp_path / "out")]) == 0 and shown in capsys.readouterr().out
     assert (tmp_path / "out" / "pruning_plan.json").is_file()
     assert main([*words, "--output", str(tmp_path / "again")]) == 0
     assert "held out, kl" in capsys.readouterr().out
