@@ -32,6 +32,7 @@ __all__ = [
     "learned_positions",
     "packed_blocks",
     "report_blocks",
+    "window_counts",
 ]
 
 logger = logging.getLogger(__name__)
@@ -250,8 +251,13 @@ def _blocks(
     return TokenBlocks(ids, mask, torch.tensor(list(domain)), domains)
 
 
-def _counts(samples: int, shares: Sequence[float]) -> list[int]:
-    """Windows of each source: one, and of the others its share, by largest remainders."""
+def window_counts(samples: int, shares: Sequence[float]) -> list[int]:
+    """Windows of each source: one, and of the others its share, by largest remainders.
+
+    Args:
+        samples (`int`): in all, one per source at least.
+        shares (sequence of `float`): positive, in any unit.
+    """
     left = samples - len(shares)
     ideal = [max(share / sum(shares) * samples - 1, 0.0) for share in shares]
     scale = left / sum(ideal) if left else 0.0
@@ -303,9 +309,11 @@ def calibration_blocks(
         raise CalibrationError(
             f"`samples` should give each of at least one source a window. Found {samples} for {len(sources)} sources."
         )
-    counts = _counts(samples, shares or (1.0,) * len(sources))
-    wanted = max(counts) * sequence_length * 5 // 4
-    read = [read_source(source, tokenizer=tokenizer, model=model, seed=seed, self_tokens=wanted) for source in sources]
+    counts = window_counts(samples, shares or (1.0,) * len(sources))
+    read = [
+        read_source(source, tokenizer=tokenizer, model=model, seed=seed, self_tokens=count * sequence_length * 5 // 4)
+        for source, count in zip(sources, counts, strict=True)
+    ]
     names = distinct_names(documents.name for documents in read)
 
     first = begin_token(tokenizer)

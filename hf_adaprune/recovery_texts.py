@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,13 +63,15 @@ def training_texts(
     read: dict[str, list[Documents]] = {}
     for role, named in (("training", own), ("selection", as_sources(selection)), ("report", as_sources(report))):
         part = "calibration" if role == "training" else role
-        spoken = (wanted or config.held_out * 8) * length * 5 // 4
+        # What `self` says has its share, held-out windows included.
+        spoken = ((wanted or config.held_out * 8) + config.held_out) * length * 5 // 4
+        own_shares = shares if role == "training" else (1 / len(own),) * len(named)
         read[role] = [
             read_source(
                 source, tokenizer=tokenizer, model=model, seed=config.seed, part=text_part(source, part),
-                self_tokens=spoken // len(own),
+                self_tokens=max(math.ceil(share * spoken), length),
             )
-            for source in named
+            for source, share in zip(named, own_shares, strict=True)
         ]  # fmt: skip
     refuse_overlap(read)
     parts: list[TokenBlocks] = []

@@ -11,7 +11,7 @@ import torch
 
 from .allocation import allocate
 from .budgets import allocate_within, even_cosine, even_scores, gone_first
-from .calibration import TokenBlocks, calibration_blocks, check_lengths, report_blocks
+from .calibration import TokenBlocks, calibration_blocks, check_lengths, report_blocks, window_counts
 from .clock import Clock
 from .clustering import cluster_domains
 from .compensation import check_enough_tokens, counted_windows
@@ -300,17 +300,23 @@ def gather_texts(
         lengths["search.sequence_length"] = config.search.sequence_length
     check_lengths(sites.model, lengths)
     read: dict[str, list[Documents]] = {}
-    for role, sources in (("calibration", own.sources), ("selection", own.selection), ("report", own.report)):
+    counts = window_counts(own.samples, own.shares or (1.0,) * len(own.sources))
+    equal = [-(-own.samples // len(own.sources))]
+    for role, sources, windows in (
+        ("calibration", own.sources, counts),
+        ("selection", own.selection, equal * len(own.selection)),
+        ("report", own.report, equal * len(own.report)),
+    ):
         read[role] = [
             read_source(
                 source,
                 tokenizer=tokenizer,
                 model=sites.model,
                 seed=config.seed,
-                self_tokens=own.samples * own.sequence_length * 5 // (4 * len(own.sources)),
+                self_tokens=count * own.sequence_length * 5 // 4,
                 part=text_part(source, role),
             )
-            for source in sources
+            for source, count in zip(sources, windows, strict=True)
         ]
     refuse_overlap(read)
     vocabulary = sites.model.get_input_embeddings().num_embeddings

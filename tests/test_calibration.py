@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_adaprune.calibration import (
     TokenBlocks,
-    _counts,
     begin_token,
     calibration_blocks,
     packed_blocks,
     report_blocks,
+    window_counts,
 )
 from hf_adaprune.config import TextSource
 from hf_adaprune.documents import Documents, read_source
@@ -258,11 +258,11 @@ def test_shares_say_how_much_of_a_source_is_read(calibration_tokenizer: PreTrain
 @given(st.integers(1, 300), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
 def test_windows_by_shares_add_up(samples: int, shares: list[float]) -> None:
     samples += len(shares)
-    counts = _counts(samples, shares)
+    counts = window_counts(samples, shares)
     assert sum(counts) == samples and min(counts) >= 1
     for own, share in zip(counts, shares, strict=True):
         assert own <= max(1, math.ceil(share / sum(shares) * samples))
-    assert _counts(samples, [1.0] * len(shares)) == [
+    assert window_counts(samples, [1.0] * len(shares)) == [
         samples // len(shares) + (index < samples % len(shares)) for index in range(len(shares))
     ]
 

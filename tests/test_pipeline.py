@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import logits_of, tokens
 from conftest import tiny_model as tiny_random_model
-from texts import begun_tokenizer, calibration_make_tokenizer, calibration_prose
+from texts import begun_tokenizer, calibration_make_tokenizer, calibration_prose, sampled_prose
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_adaprune import RECIPES, PruningConfig, PruningPlan, TextSource, find_sites, prune, stages
+from hf_adaprune import RECIPES, PruningConfig, PruningPlan, TextSource, documents, find_sites, prune, stages
 from hf_adaprune import pipeline as pipeline_module
 from hf_adaprune.errors import BudgetError, CalibrationError, ConfigError, UnsupportedModelError
 from hf_adaprune.evaluation import perplexity
@@ -266,6 +266,16 @@ def test_whole_parts_that_a_method_ignores_are_refused_before_text_is_read(monke
     monkeypatch.setattr(pipeline_module, "gather_texts", lambda *args: pytest.fail("text was read"))
     with pytest.raises(ConfigError, match=r"allocation 'uniform' shares widths, and layer of `units` would never go"):
         prune(tiny_model("llama"), tiny_tokenizer(), config_of("wanda-sp", units=("channel", "layer")))
+
+
+@pytest.mark.parametrize("shares", [(), (9, 1), (1, 9)], ids=str)
+def test_text_of_the_model_itself_has_its_share(shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_sample", sampled_prose)
+    own = {"sources": ("self", TEXT), "samples": 40, "shares": shares}
+    config = config_of(calibration=own, repair={"holdout": 0.0})
+    blocks, _, _ = stages.gather_texts(find_sites(tiny_model("llama")), tiny_tokenizer(), config, True)
+    assert blocks is not None and blocks.domains == ("self", "words")
+    assert torch.bincount(blocks.domain).tolist() == [round(40 * share / 10) for share in shares or (5, 5)]
 
 
 WINDOWS = {

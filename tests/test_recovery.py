@@ -16,7 +16,7 @@ import torch
 from conftest import logits_of, tokens
 from conftest import tiny_model as tiny_random_model
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
-from texts import begun_tokenizer, calibration_prose
+from texts import begun_tokenizer, calibration_prose, sampled_prose
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from hf_adaprune import (
@@ -24,6 +24,7 @@ from hf_adaprune import (
     PruningPlan,
     RecoveryConfig,
     TextSource,
+    documents,
     prune,
     recover,
     recovery,
@@ -256,6 +257,16 @@ def test_windows_begin_with_bos_where_the_tokenizer_adds_it(top_k: int | None) -
     assert found.text == train.facts() and found.text["begins_with"] == tokenizer.bos_token_id
     assert found.held_out["after"]["kl"].value < 0.97 * found.held_out["before"]["kl"].value
     assert found.held_out["after"]["loss"].tokens == 31 * len(held)
+
+
+@pytest.mark.parametrize("shares", [(), (9, 1), (1, 9)], ids=str)
+def test_text_of_the_model_itself_has_its_share(shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_sample", sampled_prose)
+    config = short(tokens=1280, shares=shares, held_out=10)
+    train, held = training_texts(tiny_model("llama"), tiny_tokenizer(), config, ["self", text()])
+    wanted = shares or (5, 5)
+    assert torch.bincount(train.domain).tolist() == [round(40 * share / 10) for share in wanted]
+    assert held is not None and torch.bincount(held.domain).tolist() == list(wanted)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

@@ -71,3 +71,9 @@ def random_blocks(
         mask[window, length - pad :] = False
     names = tuple("abcdef"[:domains])
     return TokenBlocks(ids, mask, torch.arange(samples) % domains, names)
+
+
+def sampled_prose(model: object, tokenizer: PreTrainedTokenizerFast, tokens: int, *_: object) -> list[str]:
+    """What a model might say that speaks prose: so many tokens and no more, in the place of `documents._sample`."""
+    ids = tokenizer(calibration_prose(77, tokens), add_special_tokens=False)["input_ids"]
+    return [tokenizer.decode(ids[:tokens])]
