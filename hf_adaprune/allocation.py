@@ -22,7 +22,7 @@ from .plan import PruningPlan, SitePlan
 from .shapes import SHAPES, profile_factor
 from .sites import ModelSites
 
-__all__ = ["TargetError", "allocate"]
+__all__ = ["TargetError", "allocate", "can_allocate", "whole_parts"]
 
 _FINE = ("channel", "expert_channel")
 
@@ -94,14 +94,31 @@ def allocate(
     return _shaped(sites, config, offers, target, shape)
 
 
-def _check_whole_parts(config: PruningConfig) -> None:
-    """Refuse whole parts beside widths where the method shares widths alone, and would never let one go.
+def whole_parts(units: Iterable[str]) -> list[str]:
+    """Those units that are no width of a site but a part of the model."""
+    return [unit for unit in units if unit in ("attention", "mlp", "layer")]
+
+
+def can_allocate(units: Sequence[str], method: str, structure: str) -> bool:
+    """Whether a method has a place for whole parts, where `units` names some; most share widths alone.
 
     `ratios` says by name what goes; strategies that refine a plan of whole parts and widths give it the widths.
+
+    Args:
+        units (sequence of `str`): what may go.
+        method (`str`): `allocation.method`.
+        structure (`str`): `allocation.structure`, of `flap`.
     """
-    own = config.allocation
-    whole = [unit for unit in config.units if unit in ("attention", "mlp", "layer")]
-    if whole and own.method != "ratios" and (own.method, own.structure) != ("flap", "AL-AM"):
+    whole = whole_parts(units)
+    if not whole or method == "global":
+        return True
+    return len(whole) < len(units) and (method == "ratios" or (method, structure) == ("flap", "AL-AM"))
+
+
+def _check_whole_parts(config: PruningConfig) -> None:
+    """Refuse whole parts beside widths where the method would never let one go."""
+    own, whole = config.allocation, whole_parts(config.units)
+    if not can_allocate(config.units, own.method, own.structure):
         raise ConfigError(
             f"allocation {own.method!r} shares widths, and {', '.join(whole)} of `units` would never go. Use the "
             "method `global` (or `flap` with the structure AL-AM), which ranks whole parts beside widths, or take "

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .allocation import can_allocate, whole_parts
 from .config import PruningConfig
 from .errors import ConfigError
 from .metrics import METRICS
+from .parts import ALLOCATIONS
 from .search.dimensions import Choice, Simplex
 from .search.problem import View
 from .search.space import default_space
@@ -69,6 +71,7 @@ def check_search(config: PruningConfig) -> None:
             f"the strategy {refining[0]!r} decides `allocation.method` and `allocation.ratios`, which `search.space` "
             "fixes. Take them out of the space, or use gp."
         )
+    _check_methods(config)
     if search.pareto is not None and config.budgets:
         raise ConfigError("`search.pareto` varies the size, which `budgets` would fix. Leave out one of them.")
     sizes = [name for name in ("search.pareto", "search.ratios") if getattr(search, name.partition(".")[2])]
@@ -92,6 +95,35 @@ def check_search(config: PruningConfig) -> None:
         raise ConfigError("`search.selection_tokens` is too small to measure anything.")
     for name, _ in search.shares():
         strategy(name)
+
+
+def _check_methods(config: PruningConfig) -> None:
+    """Refuse methods of a space that have no place for the whole parts of `units`: every trial with one would fail."""
+    assert config.search is not None
+    space = config.search.space
+    if not {"allocation.method", "allocation.structure"} & set(space):
+        return
+
+    def values(name: str) -> list[str]:
+        given = space.get(f"allocation.{name}", getattr(config.allocation, name))
+        return [str(value) for value in (given.get("choices", ()) if isinstance(given, Mapping) else [given])]
+
+    # Names that are none are told of with the rest of the space.
+    asked = [
+        (f"`{method}`" + (f" with the structure {structure}" if method == "flap" else ""), method, structure)
+        for method in values("method")
+        for structure in values("structure")[: None if method == "flap" else 1]
+        if method in ALLOCATIONS
+    ]
+    failing = [name for name, method, structure in asked if not can_allocate(config.units, method, structure)]
+    if failing:
+        whole = whole_parts(config.units)
+        mixed = len(whole) < len(config.units)
+        raise ConfigError(
+            f"`search.space` lets `allocation.method` be {', '.join(failing)}, which cannot let go of "
+            f"{', '.join(whole)} of `units`; `global`{' and `flap` with the structure AL-AM' if mixed else ''} can. "
+            f"Leave the former out of the space, or take {', '.join(whole)} out of `units`."
+        )
 
 
 def named_objective(config: PruningConfig, objective: Callable[[Any], Any] | None) -> PruningConfig:

@@ -18,7 +18,17 @@ from conftest import tiny_model as tiny_random_model
 from texts import calibration_make_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_adaprune import METRICS, PruningConfig, PruningPlan, TextSource, find_sites, prune, result_of, search_plan
+from hf_adaprune import (
+    METRICS,
+    PruningConfig,
+    PruningPlan,
+    TextSource,
+    find_sites,
+    prune,
+    result_of,
+    search_plan,
+    search_stage,
+)
 from hf_adaprune import metrics as metrics_module
 from hf_adaprune.choices import ChoiceRow
 from hf_adaprune.config import ImportanceConfig
@@ -534,6 +544,45 @@ def test_a_search_without_selection_text_says_what_to_do() -> None:
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+METHOD, STRUCTURE = "allocation.method", "allocation.structure"
+WIDE = ("channel", "kv_group", "layer")
+RANKED = "`global` and `flap` with the structure AL-AM can"
+
+
+@pytest.mark.parametrize(
+    ("units", "space", "cannot", "can"),
+    [
+        (WIDE, {METHOD: {"choices": ["global", "uniform", "similarity"]}}, "`uniform`, `similarity`", RANKED),
+        (("channel", "mlp"), {METHOD: {"choices": ["global", "profile"]}}, "`profile`", RANKED),
+        (WIDE, {METHOD: "logarithmic"}, "`logarithmic`", RANKED),
+        (
+            WIDE,
+            {METHOD: {"choices": ["global", "flap"]}, STRUCTURE: "UL-UM"},
+            "`flap` with the structure UL-UM",
+            RANKED,
+        ),
+        (("layer",), {METHOD: {"choices": ["global", "flap"]}}, "`flap` with the structure AL-AM", "`global` can"),
+    ],
+    ids=str,
+)
+def test_methods_that_whole_parts_have_no_place_in_are_refused_before_any_trial(
+    units: tuple[str, ...], space: dict[str, Any], cannot: str, can: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_stage, "gather_texts", lambda *_: pytest.fail("text was read"))
+    config = config_of({"space": space}, units=units)
+    told = f"lets `allocation.method` be {cannot}, which cannot let go of {units[-1]} of `units`; {can}"
+    with pytest.raises(ConfigError, match=told):
+        search_plan(tiny_model(), tokenizer(), config)
+
+
+def test_methods_that_whole_parts_have_a_place_in_are_searched() -> None:
+    space = {METHOD: {"choices": ["global", "flap"]}, STRUCTURE: "AL-AM"}
+    found = search_plan(tiny_model(), tokenizer(), config_of({"space": space, "trials": 6}, units=WIDE))
+    assert {trial.point[METHOD] for trial in found.journal.trials} == {"global", "flap"}
+    assert not any(trial.error for trial in found.journal.trials)
+    check_search(config_of({"space": {METHOD: {"choices": ["global", "uniform"]}}}))  # widths alone
 
 
 @pytest.mark.parametrize(
