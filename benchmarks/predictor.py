@@ -17,6 +17,7 @@ from machine import HERE, load, machine_line, short_names, versions  # beside th
 
 from hf_adaprune import PruningConfig, PruningPlan, find_sites, masked
 from hf_adaprune.calibration import report_blocks
+from hf_adaprune.documents import distinct_names
 from hf_adaprune.evaluation import perplexity
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.predictor import predictor_quality
@@ -72,8 +73,8 @@ def main() -> None:
     statistics = collect_statistics(sites, blocks, needs, gradient_samples=first.calibration.gradient_samples)
     measure = measure_of(sites, tokenizer, first)
     texts = {
-        Path(source).stem: report_blocks(source, tokenizer, tokens=args.tokens, sequence_length=1024)
-        for source in args.report
+        name: report_blocks(source, tokenizer, tokens=args.tokens, sequence_length=1024)
+        for name, source in zip(distinct_names(Path(own).stem for own in args.report), args.report, strict=True)
     }
 
     def read(plan: PruningPlan) -> dict[str, float]:

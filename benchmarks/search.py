@@ -28,6 +28,7 @@ from hf_adaprune import PruningConfig, PruningPlan, find_sites, masked
 from hf_adaprune.calibration import report_blocks
 from hf_adaprune.choices import multiple_choice, read_rows
 from hf_adaprune.compensation import repair_plan
+from hf_adaprune.documents import distinct_names
 from hf_adaprune.evaluation import perplexity
 from hf_adaprune.measures import Measure
 from hf_adaprune.recording import collect_statistics
@@ -155,11 +156,13 @@ def report(args: argparse.Namespace) -> None:
     results = json.loads(path.read_text()) if path.exists() else {"protocol": facts(args), "rows": []}
     done = {row["journal"] for row in results["rows"]}
     setting = Setting(args)
+    # Texts and questions are keys of one row, and files of one stem are several of them.
+    names = distinct_names(Path(source).stem for source in (*args.report, *args.rows))
     texts = {
-        Path(source).stem: report_blocks(source, setting.tokenizer, tokens=args.tokens, sequence_length=1024)
-        for source in args.report
+        name: report_blocks(source, setting.tokenizer, tokens=args.tokens, sequence_length=1024)
+        for name, source in zip(names, args.report, strict=False)
     }
-    rows = {Path(source).stem: read_rows(source) for source in args.rows}
+    rows = {name: read_rows(source) for name, source in zip(names[len(texts) :], args.rows, strict=True)}
 
     def measure(plan: PruningPlan, config: PruningConfig) -> dict[str, Any]:
         weights = setting.statistics.sample_weights(config.calibration.domain_weights)

@@ -146,7 +146,8 @@ def main() -> None:
             )  # fmt: skip
             row["seconds"] = time.perf_counter() - started - sum(curve.seconds for curve in curves)
             row["tokens"] = trained.tokens
-            row["curves"] = {Path(s).stem: curve.rows for s, curve in zip(args.selection, curves, strict=True)}
+            selected = distinct_names(Path(source).stem for source in args.selection)
+            row["curves"] = {name: curve.rows for name, curve in zip(selected, curves, strict=True)}
             for callback in callbacks:
                 row["cuts"] = callback.done  # type: ignore[attr-defined]
             if args.save:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
+from texts import calibration_make_tokenizer, calibration_prose
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -675,3 +677,44 @@ def test_a_line_breaks_where_nothing_was_measured() -> None:
     assert ratios == [0.0, 0.2, 0.5] and list(lines) == ["slow", "default"]
     assert lines["default"] == [20.0, 30.0, 50.0]
     assert lines["slow"] == pytest.approx([20.0, math.nan, 42.0], nan_ok=True)
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch, place: Path) -> Any:
+    """A script beside `machine.py`, whose results go elsewhere."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (place / "results").mkdir()
+    monkeypatch.setattr(module, "HERE", place)
+    return module
+
+
+@pytest.mark.parametrize("name", ["predictor", "search"])
+def test_scripts_measure_every_file_of_one_stem(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama", vocab_size=384).save_pretrained(tmp_path / "model")
+    calibration_make_tokenizer(eos_token="</s>").save_pretrained(tmp_path / "model")
+    roles: dict[str, list[str]] = {}
+    for number, role in enumerate(("calibration", "selection", "report")):
+        for part in range(2):
+            folder = tmp_path / role / str(part)
+            folder.mkdir(parents=True)
+            (folder / "test.txt").write_text(calibration_prose(10 * number + part, 3000))
+            roles.setdefault(role, []).append(str(folder / "test.txt"))
+    row = {"id": 0, "task": "t", "context": "the model", "choices": ["reads", "rain and light"], "label": 0}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    module = script(name, monkeypatch, tmp_path)
+    words = [str(tmp_path / "model"), "--journals", str(tmp_path / "journals"), "--trials", "2", "--samples", "8"]
+    words += [word for role, files in roles.items() for word in (f"--{role}", *files)] + ["--tokens", "64", "--seeds"]
+    commands = {"predictor": [[]], "search": [["run"], ["report"]]}[name]
+    more = {"predictor": [], "search": ["--strategies", "random", "--rows", str(tmp_path / "test.jsonl")]}[name]
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", [name, *command, *words, "0", *more])
+        module.main()
+    found = json.loads((tmp_path / "results" / f"{name}.json").read_text())["rows"][-1]
+    if name == "predictor":
+        found = found["uniform"]
+    texts = [found["test"], found["test-2"]]
+    assert texts[0] != texts[1] and all(isinstance(value, float) for value in texts)
+    assert name == "predictor" or found["test-3"][0] in (0.0, 1.0)
