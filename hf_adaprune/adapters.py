@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,29 @@ def merged(model: Any) -> Iterator[None]:
         model.unmerge_adapter()
 
 
+def _base_state(base: Any) -> dict[str, Any]:
+    """The weights of a base by the names they have without adapters.
+
+    Of the modules that train whole beside the factors (`modules_to_save`) the adapter has the trained copies, and the
+    base what they were copied from. A copy that was cut stands for an original that was not: peft calls the copy alone.
+    """
+    found = dict(base.state_dict())
+    for path, module in base.named_modules():
+        if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+            continue
+        copies = [copy.state_dict() for copy in module.modules_to_save.values()]
+        own = module.original_module.state_dict()
+        if copies and _shapes(copies[0]) != _shapes(own):
+            own = copies[0]
+        found = {name: value for name, value in found.items() if not name.startswith(f"{path}.")}
+        found |= {f"{path}.{name}": value for name, value in own.items()}
+    return {name_without_adapters(name): value for name, value in found.items() if ".lora_" not in name}
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.shape for name, value in state.items()}
+
+
 def save_base(model: Any, folder: Path) -> None:
     """Save the cut base model of LoRA factors, so that `from_pretrained` of the folder finds what they fit.
 
@@ -67,10 +90,9 @@ def save_base(model: Any, folder: Path) -> None:
         model (`PeftModel`): the model.
         folder (`Path`): holds the factors; the base goes into `base` in it.
     """
-    base = model.get_base_model()
-    state = {name_without_adapters(name): value for name, value in base.state_dict().items() if ".lora_" not in name}
     place = folder / "base"
-    base.save_pretrained(place, state_dict=state)
+    base = model.get_base_model()
+    base.save_pretrained(place, state_dict=_base_state(base))
     for tuner in model.peft_config.values():
         tuner.base_model_name_or_path = str(place.absolute())
     # The adapter `default` lies in the folder itself, others in folders of their names.

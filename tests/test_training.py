@@ -502,6 +502,53 @@ def test_factors_that_are_saved_afterwards_open(strategy: str, tmp_path: Path) -
     assert torch.allclose(logits_of(again, tokens()), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("saved", "tied"),
+    [(["lm_head"], False), (["embed_tokens", "lm_head"], False), (["embed_tokens"], True), (["input_layernorm"], True)],
+    ids=str,
+)
+def test_modules_that_train_whole_beside_factors_are_in_the_adapter_and_their_originals_in_the_base(
+    saved: list[str], tied: bool, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    dense = tiny_model("llama", tie_word_embeddings=tied)
+    before = weights(dense)
+    tie = {"ensure_weight_tying": True} if tied and "embed_tokens" in saved else {}
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "o_proj", "up_proj"], modules_to_save=saved, task_type="CAUSAL_LM", **tie
+    )
+    trainer = training(tmp_path, progressive(), peft.get_peft_model(dense, config), save_steps=10, learning_rate=0.05)
+    trainer.train()
+    assert len(cuts_of(trainer)) == 3
+    expected = logits_of(trainer.model.eval(), tokens())
+    with trainer.model.disable_adapter():
+        without = logits_of(trainer.model, tokens())
+    assert not torch.allclose(without, expected, atol=0.1)
+    for folder in (tmp_path, tmp_path / "checkpoint-10"):
+        base, loading = AutoModelForCausalLM.from_pretrained(folder / "base", output_loading_info=True)
+        assert not any(loading.values()), loading
+        assert torch.equal(logits_of(base, tokens()), without)
+        originals = {name: value for name, value in weights(base).items() if name.split(".")[-2] in saved}
+        assert originals and all(torch.equal(value, before[name]) for name, value in originals.items())
+        again = peft.PeftModel.from_pretrained(base, folder)
+        assert torch.equal(logits_of(again.eval(), tokens()), expected)
+        opened = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.allclose(logits_of(opened, tokens()), expected, atol=1e-5)
+
+
+def test_a_matrix_that_trains_whole_and_is_cut_is_in_the_base_as_it_was_trained(tmp_path: Path) -> None:
+    """Its original is not cut, and would fit nothing there."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    trainer = training(tmp_path, progressive(), peft.get_peft_model(tiny_model("llama"), config), save_strategy="no")
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    base, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not any(loading.values()), loading
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits_of(again.eval(), tokens()), logits_of(trainer.model.eval(), tokens()))
+
+
 def test_adapters_of_other_names_name_their_base_too(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
