@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from .calibration import TokenBlocks
 from .config import RepairConfig
 from .errors import CalibrationError, StatisticsError
-from .gram_sums import exact_products
+from .gram_sums import exact_products, summing_dtype
 from .moments import cholesky, covariance, ridge_diagonal, second_moments
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
@@ -30,7 +30,6 @@ __all__ = [
     "output_error",
     "repair_from_moments",
     "repair_plan",
-    "summing_dtype",
 ]
 
 
@@ -283,11 +282,6 @@ def output_error(
     with exact_products(torch.float32):
         change = values @ difference.T + bias
     return change.to(summing_dtype(rows.device)).square().sum()
-
-
-def summing_dtype(device: torch.device) -> torch.dtype:
-    """Of sums on a device: float64, but float32 on Apple's GPUs, which have nothing wider."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def counted_windows(blocks: TokenBlocks, domain_weights: tuple[float, ...] = ()) -> TokenBlocks:

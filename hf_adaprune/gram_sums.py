@@ -16,7 +16,7 @@ from .errors import StatisticsError
 from .sites import ModelSites, Site
 from .workers import Alone
 
-__all__ = ["STRIP", "GramSums", "exact_products", "strip_elements", "summing_bytes"]
+__all__ = ["STRIP", "GramSums", "exact_products", "strip_elements", "summing_bytes", "summing_dtype"]
 
 # Columns of a strip: wide enough for efficient products, narrow beside the triangle that strips cut off.
 STRIP = 192
@@ -41,6 +41,11 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """Of sums on a device: float64, but float32 on Apple's GPUs, which have nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class GramSums:
@@ -70,8 +75,8 @@ class GramSums:
             (start, min(self.columns, start + STRIP)) for start in range(0, self.columns, STRIP)
         ]  # fmt: skip
         self.device = site.reader.parameter.device if place == "model" else torch.device("cpu")
-        # Apple's GPUs have no float64; there the order of additions is seen in the last bits. Others were not run.
-        self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        # In float32 the order of additions is seen in the last bits. Such devices were not run.
+        self.dtype = summing_dtype(self.device)
         many = int(np.prod(self.lead))
         shapes = [(*self.lead, stop - start, stop) for start, stop in self.edges]
         flat = self._allocate((sum(int(np.prod(shape)) for shape in shapes),), self.dtype, "sums")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .errors import StatisticsError
+from .gram_sums import summing_dtype
 from .sites import Site
 from .statistics import Statistics
 
@@ -53,13 +54,18 @@ def second_moments(
     tokens = float((statistics.tokens * per_sample).sum())
     scaled = (mixture / max(tokens, 1.0)).to(gram.device)
     if len(gram) == 1:
-        second = gram[0].to(dtype) * float(scaled[0])
+        second = _wide(gram[0]).to(dtype) * float(scaled[0])
     else:
-        second = torch.mv(gram.reshape(len(gram), -1).T, scaled).reshape(gram.shape[1:]).to(dtype)
+        second = _wide(torch.mv(gram.reshape(len(gram), -1).T, scaled).reshape(gram.shape[1:])).to(dtype)
     if site.kind == "experts":
         return second, torch.zeros(site.columns, dtype=dtype), tokens
     mean = (kept.sums * per_sample[:, None]).sum(0).double() / max(tokens, 1.0)
     return second, mean.to(second.device, dtype), tokens
+
+
+def _wide(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix where the algebra of moments can be: on the CPU, where its own device has no float64."""
+    return matrix if summing_dtype(matrix.device) == torch.float64 else matrix.cpu()
 
 
 def covariance(site: Site, statistics: Statistics, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -12,19 +12,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import logits_of, tokens
+from conftest import tiny_model as tiny_random_model
+from plans import plan_of_kind
 from test_pipeline import config_of, passage, tiny_model, tiny_tokenizer
 from texts import random_blocks
 from torch import nn
 from trainings import pruning_config, training
 
 from hf_adaprune import PruningConfig, PruningPlan, TextSource, find_sites, prune, prune_to_disk
-from hf_adaprune.compensation import Moments, output_error, repair_from_moments, summing_dtype
+from hf_adaprune.compensation import Moments, output_error, repair_from_moments, repair_plan
+from hf_adaprune.config import RepairConfig
 from hf_adaprune.errors import AdaPruneError, StatisticsError, UnsupportedModelError
 from hf_adaprune.evaluation import per_window_top_kl, top_tokens
+from hf_adaprune.gram_sums import GramSums, summing_dtype
+from hf_adaprune.importance import raw_scores, scored_kinds
+from hf_adaprune.metrics import Context
 from hf_adaprune.plan import SitePlan
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.repairing import lowest
-from hf_adaprune.statistics import Needs
+from hf_adaprune.statistics import Needs, Statistics
 from hf_adaprune.tracing import mean_hidden_states
 from hf_adaprune.training import AdaPrunerCallback
 
@@ -450,3 +456,38 @@ def test_no_float64_on_a_device_that_has_none(monkeypatch: pytest.MonkeyPatch) -
     narrow = output_error(site, kept, None, rows.as_subclass(OnApple))
     assert wide.dtype == torch.float64 and narrow.dtype == torch.float32
     assert float(narrow) == pytest.approx(float(wide), rel=1e-5)
+
+
+@pytest.mark.parametrize("per_domain", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_gram_matrices_on_a_device_without_float64_are_inverted_on_the_cpu(
+    family: str, per_domain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = find_sites(tiny_random_model(family))
+    blocks, weights = random_blocks(12, 24, domains=2), torch.linspace(0.5, 1.5, 12)
+    kinds = scored_kinds(sites, ("channel", "expert_channel", "kv_group"))
+    plan = plan_of_kind(sites, "channel" if family == "llama" else "expert_channel")
+    assert plan is not None
+
+    def found(statistics: Statistics) -> list[torch.Tensor]:
+        scores = [
+            raw_scores(sites, kinds, name, Context(statistics, weights)) for name in ("obs", "obs_gradient_greedy")
+        ]
+        values = [value for own in scores for value in own.values()]
+        for dtype, intercept in ((torch.float64, False), (torch.float64, True), (torch.float32, False)):
+            config = RepairConfig(intercept=intercept, min_tokens_per_column=0)
+            for repair in repair_plan(sites, plan, statistics, weights, config, dtype).values():
+                values += [repair.weight] if repair.bias is None else [repair.weight, repair.bias]
+        return values
+
+    needs = Needs(gram=True, gradients=True, per_domain=per_domain)
+    statistics = collect_statistics(sites, blocks, needs, gradient_samples=12, gram_place="model")
+    expected = found(statistics)
+    grams = {name: own.gram for name, own in statistics.sites.items() if own.gram is not None}
+    moved = {name: replace(statistics.sites[name], gram=gram.as_subclass(OnApple)) for name, gram in grams.items()}
+    for room in ("gram_sums", "moments"):
+        monkeypatch.setattr(f"hf_adaprune.{room}.summing_dtype", lambda device: torch.float32)
+    for one, other in zip(found(replace(statistics, sites=moved)), expected, strict=True):
+        assert not isinstance(one, OnApple)
+        torch.testing.assert_close(one, other)
+    assert GramSums(sites.sites[0], 1, "model").dtype == torch.float32
