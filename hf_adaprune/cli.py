@@ -301,11 +301,12 @@ def _recover(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
-    from .calibration import begin_token, check_lengths, report_blocks
+    from .calibration import begin_token, report_blocks
     from .choices import multiple_choice, read_rows
     from .documents import distinct_names, read_source
     from .evaluation import perplexity
     from .harness import load_harness, run_tasks
+    from .positions import check_lengths
     from .reporting import text_table
     from .throughput import throughput
 

@@ -18,13 +18,14 @@ import torch
 from transformers import TrainerCallback
 
 from .adapters import is_peft
-from .calibration import TokenBlocks, check_lengths
+from .calibration import TokenBlocks
 from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .documents import input_device
 from .errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
 from .pipeline import PruningResult, as_sources
 from .plan import PruningPlan
+from .positions import check_lengths
 from .recovery_config import RecoveryConfig
 from .recovery_course import Checkpoints
 from .recovery_result import RecoveryResult

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibration import TokenBlocks, learned_positions, packed_blocks, report_blocks
+from .calibration import TokenBlocks, packed_blocks, report_blocks
 from .config import CalibrationConfig, Source
 from .documents import Documents, distinct_names, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError
 from .pipeline import as_sources
+from .positions import learned_positions
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
 from .stages import text_part
 from .teacher_cache import vocabulary_of

@@ -11,7 +11,7 @@ import torch
 
 from .allocation import allocate
 from .budgets import allocate_within, even_cosine, even_scores, gone_first
-from .calibration import TokenBlocks, calibration_blocks, check_lengths, report_blocks, window_counts
+from .calibration import TokenBlocks, calibration_blocks, report_blocks, window_counts
 from .clock import Clock
 from .clustering import cluster_domains
 from .compensation import check_enough_tokens, counted_windows
@@ -25,6 +25,7 @@ from .metrics import METRICS
 from .offers import target_removal
 from .offloading import check_finite
 from .plan import PruningPlan
+from .positions import check_lengths
 from .recording import collect_statistics
 from .repairing import is_repaired
 from .run_artefacts import kept_scores, kept_statistics

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .adapters import base_of, merged
-from .calibration import TokenBlocks, check_windows
+from .calibration import TokenBlocks
 from .compensation import check_enough_tokens
 from .config import PruningConfig
 from .cut_schedule import CutSchedule
@@ -23,6 +23,7 @@ from .model_config import known_architecture
 from .optimizer_state import OptimizerFollower
 from .pipeline import Decision, carry_out, decide_and_repair, note_provenance
 from .plan import PruningPlan
+from .positions import check_windows
 from .recording import quiet_bars, quiet_model
 from .search_checks import search_needs
 from .sites import ModelSites, find_sites

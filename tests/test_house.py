@@ -28,6 +28,7 @@ ORDER = [
     "activations",
     "documents",
     "calibration",
+    "positions",
     "experts",
     "layers",
     "model_config",
