@@ -245,9 +245,9 @@ class DistillationTrainer(Trainer):
             loss = loss + self.hidden_weight * self._distance(outputs, dense, chosen)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         if model.training:
-            own = [sums[1].detach().double(), sums[2].detach().double(), torch.tensor(len(targets)).double()]
+            own = [sums[1].detach(), sums[2].detach(), torch.tensor(len(targets))]
             self.tokens_seen += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else labels.numel()
-            self._terms_seen += torch.stack([value.cpu() for value in own])
+            self._terms_seen += torch.stack([value.cpu().double() for value in own])
         loss = loss / max(count, 1) if isinstance(count, int) else loss / count.clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())

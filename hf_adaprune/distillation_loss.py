@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError
+from .gram_sums import summing_dtype
 
 __all__ = ["DistillationTerms", "FullTeaching", "Teaching", "TopTeaching", "distill_hidden", "distill_logits"]
 
@@ -149,7 +150,7 @@ class _Fused(torch.autograd.Function):
             grad_hidden = torch.empty_like(inputs) if needs[0] else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
-            sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+            sums = torch.zeros(2, dtype=summing_dtype(hidden.device), device=hidden.device)
             for part in _slices(len(inputs), SLICE_POSITIONS):
                 logits = torch.nn.functional.linear(inputs[part], head, offset)
                 sums += _losses_into_gradients(logits, teaching, targets, part, terms)
@@ -220,7 +221,7 @@ def _losses_into_gradients(
         )
     # A GPU would wait for many small kernels where a CPU waits for memory.
     rows = max(CACHE_ELEMENTS // logits.shape[-1], 1) if logits.device.type == "cpu" else len(logits)
-    sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(2, dtype=summing_dtype(logits.device), device=logits.device)
     for own in _slices(len(logits), rows):
         there = slice(part.start + own.start, part.start + own.stop)
         gradient: torch.Tensor | None = None
@@ -236,8 +237,9 @@ def _losses_into_gradients(
                 gradient.mul_(terms.alpha * terms.temperature)
         if terms.alpha < 1:
             own_log_q = _log_softmax(logits[own], 1.0)
+            wide = summing_dtype(own_log_q.device)
             index = targets[there, None].to(logits.device)
-            sums[1] -= own_log_q.gather(-1, index).sum(dtype=torch.float64)
+            sums[1] -= own_log_q.gather(-1, index).sum(dtype=wide)
             entropy = own_log_q.exp_().scatter_add_(-1, index, own_log_q.new_full(index.shape, -1.0))
             entropy.mul_(1 - terms.alpha)
             gradient = entropy if gradient is None else gradient.add_(entropy)
@@ -253,11 +255,11 @@ def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def _full(log_q: torch.Tensor, log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed KL(p || q), and its gradient `q - p` with respect to the logits of `q`; `log_q` is overwritten."""
-    p = log_p.exp()
-    divergence = torch.linalg.vecdot(p, log_p.sub_(log_q)).sum(dtype=torch.float64)
+    p, wide = log_p.exp(), summing_dtype(log_p.device)
+    divergence = torch.linalg.vecdot(p, log_p.sub_(log_q)).sum(dtype=wide)
     if not math.isfinite(divergence):
         # A token that the teacher excludes contributes nothing, though 0 times infinity is not a number.
-        divergence = (p * log_p).masked_fill_(p == 0, 0.0).sum(dtype=torch.float64)
+        divergence = (p * log_p).masked_fill_(p == 0, 0.0).sum(dtype=wide)
     return divergence, log_q.exp_().sub_(p)
 
 
@@ -268,7 +270,7 @@ def _top(
 
     With shares `p_r` and `q_r` of the rest the gradient is `q - p` at the top tokens, `q (1 - p_r / q_r)` elsewhere.
     """
-    index = tokens.to(log_q.device).long()
+    index, wide = tokens.to(log_q.device).long(), summing_dtype(log_q.device)
     log_p = log_probabilities.to(log_q.device).float()
     # Stored in half precision the shares may add up to a little more than one.
     log_p = log_p - log_p.logsumexp(-1, keepdim=True).clamp(min=0.0)
@@ -277,9 +279,9 @@ def _top(
     p_rest = (1 - p.sum(-1, keepdim=True)).clamp_(min=0.0)
     everything = index.shape[-1] == log_q.shape[-1]
     q_rest = (1 - q.sum(-1, keepdim=True)).clamp_(min=LEAST_REST)
-    divergence = (p * (log_p - top)).masked_fill(p == 0, 0.0).sum(dtype=torch.float64)
+    divergence = (p * (log_p - top)).masked_fill(p == 0, 0.0).sum(dtype=wide)
     if not everything:
         rest = p_rest * (p_rest.clamp(min=torch.finfo(torch.float32).tiny) / q_rest).log()
-        divergence = divergence + rest.sum(dtype=torch.float64)
+        divergence = divergence + rest.sum(dtype=wide)
     gradient = log_q.exp_().mul_(1 - p_rest / q_rest)
     return divergence, gradient.scatter_(-1, index, q - p)

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from .calibration import TokenBlocks
 from .documents import eval_mode, input_device
 from .errors import CheckpointError, ConfigError
+from .gram_sums import summing_dtype
 from .whole_files import whole_folder
 
 __all__ = ["CachedTeacher", "cache_teacher", "vocabulary_of"]
@@ -143,7 +144,8 @@ def _fingerprint(model: PreTrainedModel) -> str:
     """A digest of sums over the weights: another model, or the same one trained further, has another."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        found.update(f"{name}:{parameter.detach().double().sum().item():.12g}".encode())
+        total = parameter.detach().to(summing_dtype(parameter.device)).sum().item()
+        found.update(f"{name}:{total:.12g}".encode())
     return found.hexdigest()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 from texts import random_blocks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
 from hf_adaprune import DistillationTrainer, distillation_loss
@@ -75,6 +76,31 @@ def test_fused_and_chunked_equal_the_formula(
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(torch.autograd.grad(loss * 0.7, (states, weight, bias)), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top", [False, True])
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_a_device_without_float64_is_not_asked_for_it(
+    terms: DistillationTerms, top: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation_loss, "summing_dtype", lambda device: torch.float32)
+    states, weight, bias, dense, targets = sample()
+    chosen = dense.log_softmax(-1).topk(8)
+    teaching = TopTeaching(chosen.indices, chosen.values) if top else FullTeaching(dense)
+
+    class Narrow(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            for one in found if isinstance(found, (tuple, list)) else [found]:
+                assert getattr(one, "dtype", None) != torch.float64, func
+            return found
+
+    with Narrow():
+        losses = distill_hidden(states, weight, bias, teaching, targets, terms)
+        losses[0].backward()
+    monkeypatch.undo()
+    for narrow, wide in zip(losses, distill_hidden(states, weight, bias, teaching, targets, terms), strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
 
 
 def test_top_tokens_equal_the_formula() -> None:
