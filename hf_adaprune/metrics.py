@@ -16,7 +16,7 @@ from .elements import ELEMENT_TERMS
 from .errors import StatisticsError
 from .moments import covariance, damped_inverse, need
 from .sites import Site
-from .statistics import Needs, SiteStatistics, Statistics
+from .statistics import Needs, SiteStatistics, Statistics, standing_weights
 
 __all__ = ["METRICS", "Context", "Metric", "block_costs", "block_influence", "greedy_costs"]
 
@@ -46,8 +46,11 @@ class Context:
 
     @property
     def gradient_weights(self) -> torch.Tensor:
-        """Weights of the samples that have gradients, `[gradient samples]`."""
-        return self.weights[self.statistics.gradient_index]
+        """Weights of the samples that have gradients, `[gradient samples]`; see [`standing_weights`].
+
+        Every domain has about as many of them, however many samples it has.
+        """
+        return standing_weights(self.weights, self.statistics.domain, self.statistics.gradient_index)
 
 
 NOTHING = Needs()

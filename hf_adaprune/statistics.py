@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SEGMENT", "Needs", "SiteStatistics", "Statistics", "mean_cosine", "spread_weights"]
+__all__ = ["SEGMENT", "Needs", "SiteStatistics", "Statistics", "mean_cosine", "spread_weights", "standing_weights"]
 
 SEGMENT = 64  # tokens; first-order terms are summed over segments: more draws of their scatter than whole windows give
 
@@ -32,7 +32,7 @@ class Needs:
     Args:
         gram (`bool`): Gram matrices.
         gradients (`bool`): first-order terms and squared output gradients, on `gradient_samples` samples spread over
-            the domains.
+            the domains, which stand for the others of their domain.
         elements (`bool`): element-wise Taylor terms, on the same samples.
         cosine (`bool`): cosine between input and output of every decoder layer.
         per_domain (`bool`): one Gram matrix per domain instead of one in all.
@@ -128,6 +128,31 @@ def spread_weights(domain: torch.Tensor, domains: int, domain_weights: tuple[flo
     counts = torch.bincount(domain, minlength=domains).clamp(min=1)
     share = torch.tensor(domain_weights) / sum(domain_weights)
     return (share / counts)[domain] * len(domain)
+
+
+def standing_weights(weights: torch.Tensor, domain: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Weights of the samples that stand for all, `[some samples]`: a domain weighs as much among them as among all.
+
+    What all samples of a domain weigh is shared by those of them that stand for it, in proportion to their own weights.
+    Where every domain has the same share of its samples among them, and where they are of one domain, weights stay as
+    they are, to the bit; else their scale does: multiplied by the mean of these shares.
+
+    Args:
+        weights (`torch.Tensor`): of all samples, `[samples]`.
+        domain (`torch.Tensor`): domain of each sample, `[samples]`.
+        index (`torch.Tensor`): which samples stand for all, `[some samples]`.
+    """
+    own, chosen = domain[index], weights[index]
+    if len(own.unique()) < 2:
+        return chosen
+    # In float64 sums of equal float32 weights are exact, and equal shares are equal to the bit.
+    none = torch.zeros(int(domain.max()) + 1, dtype=torch.float64)
+    whole = none.index_add(0, domain, weights.double())
+    standing = none.index_add(0, own, chosen.double())
+    counts = torch.bincount(domain)
+    mean = counts[own.unique()].sum().double() / len(index)
+    factors = torch.where(standing > 0, whole / standing, 1.0) / mean
+    return (chosen.double() * factors[own]).to(weights.dtype)
 
 
 def mean_cosine(statistics: Statistics, weights: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .gram_sums import exact_products
 from .masking import masked, other_forward
 from .plan import PruningPlan, SitePlan
 from .sites import ModelSites, Site
-from .statistics import spread_weights
+from .statistics import spread_weights, standing_weights
 from .streaming import layer_calls
 from .tracing import Enough, watched_inputs
 
@@ -51,7 +51,8 @@ class Walk:
         with_dense: bool = True,
     ) -> None:
         whole = torch.where(blocks.attention_mask.all(1))[0]
-        self.weights = spread_weights(blocks.domain, len(blocks.domains), domain_weights)[whole].tolist()
+        weights = spread_weights(blocks.domain, len(blocks.domains), domain_weights)
+        self.weights = standing_weights(weights, blocks.domain, whole).tolist()
         if not len(whole):
             raise CalibrationError(
                 "a repair that walks layer after layer needs calibration windows without padding, and there is none. "

@@ -19,7 +19,7 @@ from hf_adaprune.metrics import METRICS, block_costs, greedy_costs
 from hf_adaprune.moments import cholesky, covariance, damped_inverse, ridge_diagonal
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, find_sites
-from hf_adaprune.statistics import Needs, SiteStatistics, Statistics
+from hf_adaprune.statistics import Needs, SiteStatistics, Statistics, spread_weights, standing_weights
 
 NAMES = {
     "random", "magnitude", "wanda_sp", "ifv", "wifv", "wifn", "taylor_vector", "taylor_element_first",
@@ -110,6 +110,50 @@ def test_all_weights_doubled_is_all_text_twice(metric: str, llama: tuple[ModelSi
     weighted = scores_of(sites, statistics, metric, weights=torch.full((6,), 2.0))
     for name, expected in scores_of(sites, twice, metric).items():
         torch.testing.assert_close(weighted[name], expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [(), (0.5, 0.5), (0.9, 0.1)])
+def test_windows_with_gradients_stand_for_all_of_their_domain(weights: tuple[float, ...]) -> None:
+    """Windows of a domain are copies, so that scores with all gradients are those with a few of them."""
+    sites = find_sites(tiny_model("llama", num_hidden_layers=2))
+    domain = torch.tensor([0] * 9 + [1] + [0] * 8 + [1, 0])  # 18 and 2, of which 2 and 2 go backward
+    blocks = replace(random_blocks(20, domains=2).select(domain), domain=domain)
+    for metric in sorted(name for name in NAMES if METRICS[name].needs.gradients or METRICS[name].needs.elements):
+        needs = replace(needs_of(ImportanceConfig({metric: 1.0})), per_domain=True)
+        found = []
+        for count in (20, 4):
+            statistics = collect_statistics(sites, blocks, needs, gradient_samples=count)
+            own = scores_of(sites, statistics, metric, weights=statistics.sample_weights(weights))
+            found.append({name: scores / scores.sum() for name, scores in own.items()})
+        for name, expected in found[0].items():
+            torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-9, msg=f"{metric} {name}")
+
+
+def test_standing_weights_share_what_a_domain_weighs() -> None:
+    domain = torch.tensor([0, 1, 0, 0, 1, 2, 0, 2])
+    weights = torch.tensor([1.0, 3, 2, 0.5, 1, 4, 0.5, 0])
+    index = torch.tensor([0, 2, 4, 5])
+    mean = 8 / 4
+    expected = torch.tensor([4 / 3, 8 / 3, 4, 4]) / mean
+    torch.testing.assert_close(standing_weights(weights, domain, index), expected)
+    # A domain that weighs nothing has no say in the others' scale, so metrics stay linear in the domains' weights.
+    apart = [standing_weights(torch.where(domain == own, weights, 0), domain, index) for own in range(3)]
+    torch.testing.assert_close(torch.stack(apart).sum(0), expected)
+
+
+@given(st.integers(1, 5), st.integers(1, 30), st.data())
+@settings(max_examples=50, deadline=None)
+def test_equal_shares_of_every_domain_leave_weights_as_they_are_bitwise(
+    domains: int, size: int, data: st.DataObject
+) -> None:
+    standing = data.draw(st.integers(1, size))
+    given = data.draw(st.lists(st.floats(0.001, 7), min_size=domains, max_size=domains))
+    domain = torch.arange(domains * size) % domains
+    weights = spread_weights(domain, domains, tuple(given))
+    index = torch.arange(domains * standing)
+    assert torch.equal(standing_weights(weights, domain, index), weights[index])
+    one = torch.zeros_like(domain)
+    assert torch.equal(standing_weights(weights, one, index), weights[index])
 
 
 # -- formulas ---------------------------------------------------------------------------------------------------------

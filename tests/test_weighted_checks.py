@@ -23,7 +23,8 @@ from hf_adaprune.plan import SitePlan
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.repairing import check_repairs, choose_repairs
 from hf_adaprune.sites import ModelSites, find_sites
-from hf_adaprune.statistics import Needs
+from hf_adaprune.statistics import Needs, spread_weights
+from hf_adaprune.walk import Walk
 
 # Eight windows of one domain, then eight of the other: every eighth, which checks the regional repair, is of both.
 BLOCKS = replace(random_blocks(16, 12, domains=2), domain=(torch.arange(16) > 7).long())
@@ -65,6 +66,17 @@ def test_a_held_out_window_counts_by_the_weight_of_its_domain() -> None:
         for side in ("before", "after"):
             expected = sum(share * getattr(own[number], side) for share, own in zip(shares, alone, strict=True))
             assert getattr(report, side) == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_without_padding_walk_for_all_of_their_domain() -> None:
+    mask = torch.ones(16, 12, dtype=torch.bool)
+    mask[2:8, 7:] = False  # two of eight, and eight of eight
+    padded = replace(BLOCKS, attention_mask=mask)
+    for weights, share in (((), 0.5), ((3.0, 1.0), 0.75)):
+        walk = Walk(narrow()[0], padded, weights)
+        assert sum(walk.weights[:2]) / sum(walk.weights) == pytest.approx(share)
+        walk.close()
+    assert Walk(narrow()[0], BLOCKS, (3.0, 1.0)).weights == spread_weights(BLOCKS.domain, 2, (3.0, 1.0)).tolist()
 
 
 def test_equal_weights_check_and_learn_as_none_do_bitwise() -> None:
