@@ -313,13 +313,23 @@ def _obs_gradient_greedy(site: Site, kind: str, context: Context) -> torch.Tenso
 
 
 def block_influence(context: Context) -> torch.Tensor:
-    """ShortGPT's influence of every layer (2403.03853, eq. 1): one minus the cosine of input and output, `[layers]`."""
+    """ShortGPT's influence of every layer (2403.03853, eq. 1): one minus the cosine of input and output, `[layers]`.
+
+    Raises:
+        StatisticsError: no cosines were kept, or no window weighs anything.
+    """
     cosine = context.statistics.cosine
     if cosine is None:
         raise StatisticsError("the statistics hold no layer cosines. Collect them with needs_of(config).")
     weights = context.weights[:, None].double()
     tokens = (context.statistics.tokens[:, None] * weights).sum(0)
-    return 1 - (cosine * weights).sum(0) / tokens
+    influence = 1 - (cosine * weights).sum(0) / tokens
+    if not torch.isfinite(influence).all():
+        raise StatisticsError(
+            "block influence is not finite: no window weighs anything, or weights are not finite. Check "
+            "calibration.domain_weights, and give text of the domains that they weigh."
+        )
+    return influence
 
 
 def _influence_share(site: Site, kind: str, context: Context) -> torch.Tensor:

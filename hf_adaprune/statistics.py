@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .errors import StatisticsError
+
 __all__ = ["SEGMENT", "Needs", "SiteStatistics", "Statistics", "mean_cosine", "spread_weights", "standing_weights"]
 
 SEGMENT = 64  # tokens; first-order terms are summed over segments: more draws of their scatter than whole windows give
@@ -122,9 +124,17 @@ def spread_weights(domain: torch.Tensor, domains: int, domain_weights: tuple[flo
         domain (`torch.Tensor`): domain of each sample, `[samples]`.
         domains (`int`): how many there are.
         domain_weights (`tuple[float, ...]`): one per domain, or none.
+
+    Raises:
+        StatisticsError: another number of weights.
     """
     if not domain_weights:
         return torch.ones(len(domain))
+    if len(domain_weights) != domains:
+        raise StatisticsError(
+            f"there should be one domain weight for each of the {domains} domains of the windows. Found "
+            f"{len(domain_weights)}. Set calibration.domain_weights for these windows, or leave it out."
+        )
     counts = torch.bincount(domain, minlength=domains).clamp(min=1)
     share = torch.tensor(domain_weights) / sum(domain_weights)
     return (share / counts)[domain] * len(domain)
@@ -161,6 +171,15 @@ def mean_cosine(statistics: Statistics, weights: torch.Tensor) -> torch.Tensor:
     Args:
         statistics ([`Statistics`]): collected with `Needs(cosine=True)`.
         weights (`torch.Tensor`): sample weights, `[samples]`.
+
+    Raises:
+        StatisticsError: no window weighs anything, or weights are not finite.
     """
     assert statistics.cosine is not None
-    return (statistics.cosine * weights[:, None]).sum(0) / (statistics.tokens * weights).sum()
+    found = (statistics.cosine * weights[:, None]).sum(0) / (statistics.tokens * weights).sum()
+    if not torch.isfinite(found).all():
+        raise StatisticsError(
+            "the mean cosines of the layers' inputs and outputs are not finite: no window weighs anything, or weights "
+            "are not finite. Check calibration.domain_weights, and give text of the domains that they weigh."
+        )
+    return found

@@ -68,7 +68,8 @@ class AdaPrunerCallback(TrainerCallback):
         cuts, share, every, at, spacing, targets: when progressive cuts happen and how far they go, see
             [`CutSchedule`].
         data (`str`, *optional*, defaults to `"train"`): where statistics come from: `train` (samples of the trainer's
-            own data set, through its collator) or `calibration` (the config's sources).
+            own data set, through its collator; `calibration.domain_weights` and `clusters` say nothing of them) or
+            `calibration` (the config's sources).
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for calibration sources and searches; the trainer's
             `processing_class` where not given.
         samples (`int`, *optional*): calibration windows per cut; the config's, but at most 64 (16 of them with

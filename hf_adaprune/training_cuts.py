@@ -7,6 +7,7 @@ shapes.
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cuts"]
 
+logger = logging.getLogger(__name__)
+
 _LOSS_WINDOWS = 8  # of held-out text, for the losses before and after a cut
 # Windows of one of many cuts, and how many of them go backward, unless the user says so.
 _SAMPLES, _GRADIENT_SAMPLES = 64, 16
@@ -67,6 +70,7 @@ class Cuts:
         self.first: dict[str, int] = {}
         self.blocks: tuple[TokenBlocks | None, TokenBlocks | None] | None = None
         self.workers = Alone()
+        self._from_sources = True
         self._masks = UnitMasks()
 
     @property
@@ -105,9 +109,10 @@ class Cuts:
         Raises:
             CalibrationError: no text, too little, or windows longer than the model's learned positions.
         """
+        self._from_sources = from_sources
         # Of the first process: data sets and collators need not give the same windows everywhere.
         self.blocks = self.workers.lead(
-            lambda: self._from_sources(base, tokenizer) if from_sources else self._from_data(base, dataloader)
+            lambda: self._source_blocks(base, tokenizer) if from_sources else self._data_blocks(base, dataloader)
         )
 
     def cut(
@@ -183,6 +188,8 @@ class Cuts:
     def _config_of(self, sites: ModelSites, ratio: float, is_last: bool) -> PruningConfig:
         """The config of one cut: it removes what is left to remove of the share that is due."""
         config = self.config
+        if not self._from_sources:  # weights are of the sources' windows
+            config = config.with_changes(calibration={"domain_weights": (), "clusters": 0})
         if self.schedule.mode != "progressive":
             return config
         if self.samples is None:
@@ -220,7 +227,7 @@ class Cuts:
         own = self.config.calibration.samples
         return self.samples or (min(own, _SAMPLES) if self.schedule.mode == "progressive" else own)
 
-    def _from_sources(self, base: Any, tokenizer: Any) -> tuple[TokenBlocks | None, TokenBlocks | None]:
+    def _source_blocks(self, base: Any, tokenizer: Any) -> tuple[TokenBlocks | None, TokenBlocks | None]:
         config = self.config
         measures = config.search is not None or what_to_collect(config, None) is not None
         samples = max(self._count(), len(config.calibration.sources))
@@ -228,8 +235,13 @@ class Cuts:
         blocks, held_out, _ = gather_texts(self.sites(base), tokenizer, asked, measures)
         return blocks, held_out
 
-    def _from_data(self, base: Any, dataloader: Any) -> tuple[TokenBlocks, TokenBlocks | None]:
+    def _data_blocks(self, base: Any, dataloader: Any) -> tuple[TokenBlocks, TokenBlocks | None]:
         config, sites = self.config, self.sites(base)
+        if config.calibration.domain_weights or config.calibration.clusters:
+            logger.warning(
+                "calibration.domain_weights and calibration.clusters are not used: the data set's windows are one "
+                "domain. Give data='calibration' to weigh the config's sources."
+            )
         blocks = dataset_blocks(dataloader, self._count(), config.calibration.sequence_length, config.seed)
         check_windows(base, blocks, "Truncate the samples of the training data, which training reads, too")
         held_out = None

@@ -21,9 +21,10 @@ from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.errors import StatisticsError
 from hf_adaprune.experts import tapped_experts
 from hf_adaprune.gram_sums import GramSums, exact_products
+from hf_adaprune.metrics import Context, block_influence
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.sites import ModelSites, Site, find_sites
-from hf_adaprune.statistics import Needs, Statistics
+from hf_adaprune.statistics import Needs, Statistics, mean_cosine
 from hf_adaprune.tracing import watched_inputs
 
 EVERYTHING = Needs(gram=True, gradients=True, elements=True, cosine=True, squares=True)
@@ -381,6 +382,19 @@ def test_sample_weights_share_a_domains_weight() -> None:
     weights = found.sample_weights((3.0, 1.0))
     assert float(weights.mean()) == pytest.approx(1)
     assert float(weights[0] * 3) == pytest.approx(3 * float(weights[1] * 2))  # three samples of a, two of b
+    for other in ((1.0,), (1.0, 1.0, 1.0)):
+        with pytest.raises(StatisticsError, match="one domain weight for each of the 2 domains"):
+            found.sample_weights(other)
+
+
+def test_cosines_of_no_window_that_counts_are_refused() -> None:
+    sites = find_sites(tiny_model("llama", num_hidden_layers=1))
+    found = collect_statistics(sites, random_blocks(3), Needs(cosine=True))
+    for weights in (torch.zeros(3), torch.full((3,), torch.nan)):
+        with pytest.raises(StatisticsError, match="not finite"):
+            mean_cosine(found, weights)
+        with pytest.raises(StatisticsError, match="not finite"):
+            block_influence(Context(found, weights))
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -19,7 +19,7 @@ from plans import plan_of_kind
 from trainings import LENGTH, Rows, Timed, progressive, pruning_config, training, weights
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from hf_adaprune import AdaPrunerCallback
+from hf_adaprune import AdaPrunerCallback, PruningConfig
 from hf_adaprune.cut_schedule import CutSchedule
 from hf_adaprune.errors import (
     AdaPruneError,
@@ -461,6 +461,21 @@ def test_statistics_from_calibration_sources(tmp_path: Path) -> None:
     trainer.processing_class = trainer.callback_handler.processing_class = tokenizer
     trainer.train()
     assert len(cuts_of(trainer)) == 3
+
+
+@pytest.mark.parametrize("calibration", [{"domain_weights": (0.0, 1.0)}, {"domain_weights": (1.0, 3.0), "clusters": 2}])
+def test_weights_of_sources_say_nothing_of_the_trainers_data(
+    calibration: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plans = []
+    for own in ({}, calibration):
+        asked = {"sources": ("a.txt", "b.txt"), "sequence_length": 16, "samples": 16, "gradient_samples": 4, **own}
+        config = PruningConfig.recipe("adapt-pruner", pruning_ratio=0.3, calibration=asked)
+        callback = AdaPrunerCallback(config, at=(0.0, 0.5))
+        training(tmp_path, callback, save_strategy="no", max_steps=2).train()
+        plans.append(callback.plan)
+    assert plans[0] == plans[1] and plans[0] is not None
+    assert caplog.text.count("domain_weights and calibration.clusters are not used") == 1
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
