@@ -25,6 +25,7 @@ from .cut_schedule import CutSchedule
 from .errors import CheckpointError, ConfigError
 from .model_config import MODEL_TAGS
 from .parallel import processes
+from .parts import check_whole
 from .plan import PruningPlan
 from .public import base_model_name
 from .restoring import Restorer
@@ -118,6 +119,8 @@ class AdaPrunerCallback(TrainerCallback):
         self.trainer, self.tokenizer = trainer, tokenizer
         if data not in ("train", "calibration"):
             raise ConfigError(f"`data` should be 'train' or 'calibration'. Found {data!r}.")
+        if samples is not None:
+            check_whole("samples", samples, 1, what="calibration windows per cut")
         check_config(config, mode)
         self._cuts = Cuts(config, schedule, samples, architecture)
         self.saves_base = True  # of adapters; `recover` merges its own, and its Trainer's folder goes

@@ -661,6 +661,7 @@ def test_lora_of_another_size_is_refused_with_the_way_out(tmp_path: Path) -> Non
         ({"layer_by_layer": True}, {}, ConfigError, "layer_by_layer"),
         ({"search": {}}, {}, ConfigError, "mode='once'"),
         ({}, {"data": "elsewhere"}, ConfigError, "data"),
+        *(({}, {"samples": samples}, ConfigError, "`samples`") for samples in (0, -1, 2.5, "x", True)),
         ({"repair": {"regional_steps": 2}}, {}, ConfigError, "regional_steps"),
     ],
 )
