@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from .teacher_cache import CachedTeacher, vocabulary_of
 __all__ = ["DistillationTrainer", "Windows"]
 
 INDEX = "sample_index"
+_TIED = "tie_last_hidden_states"  # a field of every config in transformers, which few have
 
 
 class Windows(torch.utils.data.Dataset):
@@ -67,6 +68,35 @@ def _split(model: Any, ids: torch.Tensor) -> _Split | None:
     return _Split(base, head) if torch.equal(expected.float(), found.float()) else None
 
 
+@contextmanager
+def _before_the_last_norm(models: Iterable[Any]) -> Iterator[None]:
+    """The last of all hidden states is what the last layer gives; transformers has it normed in its place otherwise.
+
+    Raises:
+        ConfigError: a model whose code does not tell them apart.
+    """
+    configs: dict[int, Any] = {}
+    for model in models:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        if "hidden_states" not in (getattr(decoder, "_can_record_outputs", None) or {}):
+            raise ConfigError(
+                f"{type(model).__name__} gives its last hidden states normed only, and no other layer's are. Compare "
+                "its last layer with the last layer, or leave `hidden_layers` out ('last' in a RecoveryConfig)."
+            )
+        configs[id(decoder.config)] = decoder.config
+    before = [(config, vars(config).get(_TIED)) for config in configs.values()]
+    try:
+        for config, _ in before:
+            setattr(config, _TIED, False)
+        yield
+    finally:
+        for config, own in before:
+            if own is None:
+                delattr(config, _TIED)
+            else:
+                setattr(config, _TIED, own)
+
+
 class DistillationTrainer(Trainer):
     r"""A [`~transformers.Trainer`] whose loss is the divergence from a teacher, mixed with the language-model loss.
 
@@ -82,13 +112,15 @@ class DistillationTrainer(Trainer):
         hidden_weight (`float`, *optional*, defaults to 0.0): weight of the squared distance between hidden states,
             relative to the squared length of the teacher's.
         hidden_layers (`dict[int, int]`, *optional*): layers of the student and those of the teacher that their outputs
-            are compared with; the last hidden states alone where not given.
+            are compared with, counted from 0; the last hidden states alone where not given. The last layers of both
+            are compared behind the final norm, unless the last layer of one has another partner: then all are compared
+            as the layers give them.
         fused (`bool`, *optional*): compute head and loss together, so that full logits never exist. Where it is not
             given, it is done for every model for which it is the same.
         args, kwargs: those of the `Trainer`.
 
     Raises:
-        ConfigError: numbers out of range, or a teacher of another vocabulary.
+        ConfigError: numbers out of range, layers that are not there, or a teacher of another vocabulary.
 
     Example:
 
@@ -118,6 +150,7 @@ class DistillationTrainer(Trainer):
         self._student = self.accelerator.unwrap_model(self.model)
         if hasattr(self._student, "get_base_model"):
             self._student = self._student.get_base_model()
+        self._check_layers("student", self._student, self.hidden_layers)
         # Positions are counted here, over the labels moved by one, whatever the model's class is known for.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._splits: dict[int, _Split | None] = {}
@@ -176,8 +209,29 @@ class DistillationTrainer(Trainer):
                 "Name the model that the student was pruned from."
             )
 
+    def _check_layers(self, role: str, model: Any, layers: Iterable[Any]) -> int:
+        """Refuse layers that a model does not have; the number of those that it has."""
+        count = int(model.config.get_text_config().num_hidden_layers)
+        for layer in layers:
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
+                raise ConfigError(
+                    f"`hidden_layers` should name layers of the {role} from 0 to {count - 1}. Found {layer!r}."
+                )
+        return count
+
+    def _comparable(self) -> AbstractContextManager[None]:
+        """For forward passes: a last layer shows itself before the final norm where its partner is an inner one."""
+        if not self.hidden_weight or not self.hidden_layers:
+            return nullcontext()
+        student, teacher = self._student, self._dense()
+        own = self._check_layers("student", student, self.hidden_layers) - 1
+        other = self._check_layers("teacher", teacher, self.hidden_layers.values()) - 1
+        alike = all((mine == own) == (theirs == other) for mine, theirs in self.hidden_layers.items())
+        return nullcontext() if alike else _before_the_last_norm((student, teacher))
+
     def _take_teacher(self, teacher: Any) -> Any:
         self._check_vocabulary(vocabulary_of(teacher))
+        self._check_layers("teacher", teacher, self.hidden_layers.values())
         if self.place_model_on_device and not hasattr(teacher, "hf_device_map"):
             teacher.to(self.args.device)
         self.teacher = teacher.eval()
@@ -228,12 +282,13 @@ class DistillationTrainer(Trainer):
         inputs["use_cache"] = False
         chosen = labels[:, 1:] != -100
         targets = labels[:, 1:][chosen]
-        with self.accelerator.autocast():
+        with self._comparable(), self.accelerator.autocast():
             whole = model is self._student or getattr(model, "get_base_model", lambda: None)() is self._student
             # A wrapped model (several processes) has to be entered by its front door.
             parts = self._parts(self._student, inputs["input_ids"]) if whole and not return_outputs else None
             outputs = (parts.base if parts else model)(**inputs, **self._asked(parts))
-        teaching, dense = self._teach(inputs, chosen, index)
+        with self._comparable():
+            teaching, dense = self._teach(inputs, chosen, index)
         with self.accelerator.autocast():
             if parts:
                 hidden = outputs.last_hidden_state[:, :-1][chosen]

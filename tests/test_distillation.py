@@ -24,6 +24,9 @@ from hf_adaprune.distillation_loss import (
 )
 from hf_adaprune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_adaprune.evaluation import per_window_top_kl, top_tokens
+from hf_adaprune.plan import PruningPlan
+from hf_adaprune.sites import find_sites
+from hf_adaprune.surgery import apply_plan
 from hf_adaprune.teacher_cache import CachedTeacher, cache_teacher
 
 TERMS = [DistillationTerms(1.0, 1.0), DistillationTerms(2.0, 1.0), DistillationTerms(2.0, 0.3), DistillationTerms(1, 0)]
@@ -235,24 +238,51 @@ def test_the_teacher_is_left_alone(tmp_path: Path) -> None:
 def test_hidden_states_are_compared_layer_by_layer(tmp_path: Path) -> None:
     dense, blocks = tiny_model("llama"), random_blocks(4)
     values = []
-    for layers in ({0: 0, 1: 2}, None):
+    for layers in ({0: 0, 2: 2}, {0: 0, 1: 2}, None):
         for fused in (None, False):
             options = {"hidden_weight": 2.0, "hidden_layers": layers, "alpha": 0.0, "fused": fused}
             trainer = trainer_of(tmp_path, dense, blocks, **options)
             values.append(float(trainer.compute_loss(trainer.model, batch_of(blocks)).detach()))
-    student = tiny_model("llama", seed=1)
+    assert "tie_last_hidden_states" not in dense.config.to_dict()
+    student, last = tiny_model("llama", seed=1), []
+    dense.model.layers[2].register_forward_hook(lambda module, args, output: last.append(output))
     with torch.no_grad():
         mine, theirs = (
             m(blocks.input_ids, labels=blocks.input_ids, output_hidden_states=True) for m in (student, dense)
         )
 
-    def distance(own: int, other: int) -> float:
-        a, b = mine.hidden_states[own][:, :-1], theirs.hidden_states[other][:, :-1]
+    def distance(own: torch.Tensor, other: torch.Tensor) -> float:
+        a, b = own[:, :-1], other[:, :-1]
         return float(((a - b).square().sum(-1) / b.square().sum(-1)).mean())
 
-    loss = float(mine.loss)
-    assert values[:2] == pytest.approx([loss + distance(1, 1) + distance(2, 3)] * 2, rel=1e-5)
-    assert values[2:] == pytest.approx([loss + 2 * distance(-1, -1)] * 2, rel=1e-5)
+    loss, own, other = float(mine.loss), mine.hidden_states, theirs.hidden_states
+    first, normed = distance(own[1], other[1]), distance(own[3], other[3])
+    assert values[:2] == pytest.approx([loss + first + normed] * 2, rel=1e-5)
+    assert values[2:4] == pytest.approx([loss + first + distance(own[2], last[0])] * 2, rel=1e-5)
+    assert values[4:] == pytest.approx([loss + 2 * normed] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "gpt_neox"])
+def test_a_student_without_its_last_layer_is_at_no_distance_from_its_teacher(family: str, tmp_path: Path) -> None:
+    """All layers that are left are the dense model's own; its final norm stands between them no more."""
+    dense, blocks = tiny_model(family), random_blocks(4)
+    for fused in (None, False):
+        student = tiny_model(family)
+        apply_plan(find_sites(student), PruningPlan(student.config.model_type, 3, {}, (2,)))
+        options = {"hidden_weight": 1.0, "hidden_layers": {0: 0, 1: 1}, "alpha": 0.0, "fused": fused}
+        trainer = trainer_of(tmp_path, dense, blocks, student=student, **options)
+        found = float(trainer.compute_loss(trainer.model, batch_of(blocks)).detach())
+        with torch.no_grad():
+            assert found == pytest.approx(float(student(blocks.input_ids, labels=blocks.input_ids).loss), rel=1e-5)
+
+
+def test_a_teacher_of_unknown_code_says_what_it_cannot_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, blocks = tiny_model("llama"), random_blocks(4)
+    monkeypatch.setattr(type(dense.model), "_can_record_outputs", None)
+    options = {"hidden_weight": 1.0, "alpha": 0.0}
+    trainer = trainer_of(tmp_path, dense, blocks, hidden_layers={1: 2}, **options)
+    with pytest.raises(ConfigError, match="last hidden states normed only"):
+        trainer.compute_loss(trainer.model, batch_of(blocks))
 
 
 def test_a_cache_divergence_is_the_evaluations(tmp_path: Path) -> None:
@@ -336,6 +366,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"temperature": 0.0}, "temperature"),
         ({"alpha": 1.5}, "alpha"),
         ({"hidden_weight": -1.0}, "hidden_weight"),
+        ({"hidden_weight": 1.0, "hidden_layers": {-1: -1}}, "layers of the student from 0 to 2. Found -1"),
+        ({"hidden_weight": 1.0, "hidden_layers": {3: 2}}, "layers of the student from 0 to 2. Found 3"),
+        ({"hidden_weight": 1.0, "hidden_layers": {2: 3}}, "layers of the teacher from 0 to 2. Found 3"),
+        ({"hidden_weight": 1.0, "hidden_layers": {2: True}}, "layers of the teacher from 0 to 2. Found True"),
     ):
         with pytest.raises(ConfigError, match=message):
             trainer_of(tmp_path, dense, blocks, **options)
