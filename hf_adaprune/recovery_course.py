@@ -51,10 +51,15 @@ class Course(TrainerCallback):
         self.told = 0.0
         self.bar: Any = None
 
-    def share(self) -> float:
-        """Share of the training that is over in the middle of the next step."""
+    def share(self, done: int | None = None) -> float:
+        """Share of the training that is over in the middle of the next step.
+
+        Args:
+            done (`int`, *optional*): steps before it, for who counts them himself: a scheduler is asked when a step is
+                made and not yet told of. The clock needs no count.
+        """
         if self.limit is None:
-            return min((self.done + 0.5) / self.steps, 1.0)
+            return min(((self.done if done is None else done) + 0.5) / self.steps, 1.0)
         return min(self._next() / self.limit, 1.0)
 
     def _next(self) -> float:

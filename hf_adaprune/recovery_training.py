@@ -42,7 +42,9 @@ class _RecoveryTrainer(DistillationTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.shape(self.course.share()))
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda done: self.shape(self.course.share(done))
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

@@ -31,6 +31,7 @@ from hf_adaprune import (
 )
 from hf_adaprune.cli import main
 from hf_adaprune.errors import ConfigError, RunError
+from hf_adaprune.recovery_course import schedule_shape
 from hf_adaprune.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -107,6 +108,30 @@ def test_steps_are_not_made_again(way: str, tmp_path: Path) -> None:
     third = Counts(1, die)
     assert_same(recovered(tmp_path / "run", act=third, **WAYS[way]), wanted)
     assert third.steps == 0
+
+
+class Rates(Counts):
+    """Learning rates that steps are made with."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+        """Before every step."""
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_every_step_has_the_rate_of_its_own_middle(tmp_path: Path) -> None:
+    """Also after a kill, and the last one's is the lowest."""
+    whole, first, second = Rates(), Rates(4, die), Rates()
+    wanted = recovered(None, act=whole)
+    shape = schedule_shape(short())
+    assert whole.seen == [3e-3 * shape((step + 0.5) / wanted.steps) for step in range(wanted.steps)]
+    with pytest.raises(Killed):
+        recovered(tmp_path / "run", act=first)
+    assert_same(recovered(tmp_path / "run", act=second), wanted)
+    assert [*first.seen[:3], *second.seen] == whole.seen
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
