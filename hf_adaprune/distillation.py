@@ -120,7 +120,8 @@ class DistillationTrainer(Trainer):
         args, kwargs: those of the `Trainer`.
 
     Raises:
-        ConfigError: numbers out of range, layers that are not there, or a teacher of another vocabulary.
+        ConfigError: numbers out of range, layers that are not there, smoothed labels, or a teacher of another
+            vocabulary.
 
     Example:
 
@@ -147,6 +148,11 @@ class DistillationTrainer(Trainer):
         self.hidden_weight, self.hidden_layers = hidden_weight, dict(hidden_layers or {})
         self.fused = fused
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ConfigError(
+                "`label_smoothing_factor` is no part of this loss: the teacher's distribution is what softens labels. "
+                f"Set it to 0, and lower `alpha` to mix in the labels. Found {self.args.label_smoothing_factor!r}."
+            )
         self._student = self.accelerator.unwrap_model(self.model)
         if hasattr(self._student, "get_base_model"):
             self._student = self._student.get_base_model()

@@ -145,6 +145,7 @@ def test_tokens_that_the_teacher_excludes_cost_nothing() -> None:
 def trainer_of(tmp_path: Path, teacher: Any, blocks: Any, **options: Any) -> DistillationTrainer:
     own = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1, "learning_rate": 1e-2}
     arguments = {name: options.pop(name, value) for name, value in own.items()}
+    arguments["label_smoothing_factor"] = options.pop("label_smoothing_factor", 0.0)
     student = options.pop("student", None) or tiny_model(options.pop("family", "llama"), seed=1)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -366,6 +367,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"temperature": 0.0}, "temperature"),
         ({"alpha": 1.5}, "alpha"),
         ({"hidden_weight": -1.0}, "hidden_weight"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"hidden_weight": 1.0, "hidden_layers": {-1: -1}}, "layers of the student from 0 to 2. Found -1"),
         ({"hidden_weight": 1.0, "hidden_layers": {3: 2}}, "layers of the student from 0 to 2. Found 3"),
         ({"hidden_weight": 1.0, "hidden_layers": {2: 3}}, "layers of the teacher from 0 to 2. Found 3"),
