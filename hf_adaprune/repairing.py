@@ -21,7 +21,7 @@ from .errors import StatisticsError
 from .evaluation import per_window_loss, run_layers
 from .layerwise import Kept, regional_weights, sequential_repairs
 from .masking import masked
-from .plan import PruningPlan
+from .plan import PruningPlan, split_site_name
 from .recording import quiet_bars, quiet_model
 from .run_artefacts import kept_repair, repair_name
 from .run_folder import RunFolder, once_noted
@@ -39,6 +39,7 @@ __all__ = [
     "lowest",
     "own_repair",
     "relative_weights",
+    "say_what_stays_unrepaired",
 ]
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def cached_repairs(
     if not _is_cached(config) or (statistics is None and not is_repaired(run, plan, config)):
         return {}
     weights = None if statistics is None else statistics.sample_weights(config.calibration.domain_weights)
+    say_what_stays_unrepaired(plan, own)
     place = repair_name("cached", config, plan)
     repairs: dict[str, Repair] = {}
     for name, kept in transformers_logging.tqdm(list(plan.changed()), desc="repair", unit="site"):
@@ -98,6 +100,24 @@ def cached_repairs(
 
         repairs.update(kept_repair(run, f"{place}/{name}", make))
     return repairs
+
+
+def say_what_stays_unrepaired(plan: PruningPlan, config: RepairConfig) -> None:
+    """Warn of sites that a repair by biases cannot repair: experts, which have none.
+
+    Args:
+        plan ([`PruningPlan`]): which units stay.
+        config ([`RepairConfig`]): method.
+    """
+    cut = [name for name, kept in plan.changed() if split_site_name(name)[1] == "experts" and not kept.is_empty]
+    if config.method == "bias" and cut:
+        logger.warning(
+            "%d of %d cut sites stay unrepaired, their experts have no bias: %s. repair.method='least_squares' repairs "
+            "experts, too.",
+            len(cut),
+            len(list(plan.changed())),
+            ", ".join(cut),
+        )
 
 
 def _is_cached(config: PruningConfig) -> bool:

@@ -42,7 +42,15 @@ from .pipeline import PruningResult, Sizes, as_sources, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
 from .recording import quiet_bars, quiet_model
-from .repairing import RepairReport, check_repairs, counted_held_out, lowest, own_repair, relative_weights
+from .repairing import (
+    RepairReport,
+    check_repairs,
+    counted_held_out,
+    lowest,
+    own_repair,
+    relative_weights,
+    say_what_stays_unrepaired,
+)
 from .run_artefacts import kept_blocks, kept_layer_scores, repair_name
 from .run_facts import bind_layer, bytes_digest, run_facts
 from .run_folder import SPARE_BYTES, RunFolder, locked_output, open_run
@@ -383,6 +391,7 @@ class _Run:
             kept = Kept(self.kept, repair_name("walked", self.config, plan))
             layers: Layers = repairs_by_layer(self.sites, plan, blocks, repair, weights, self.store, kept)
         else:
+            say_what_stays_unrepaired(plan, repair)
             layers = self._by_means(plan, means, held_out)
         self._cut(writer, plan, layers, watched)
         self.clock.stop("repair and write")

@@ -117,6 +117,18 @@ def test_same_plan_and_weights_as_in_memory(family: str, tmp_path: Path) -> None
     untouched(pieces)
 
 
+def test_experts_without_a_repair_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = small(units=("expert_channel",), repair={"method": "bias"})
+    prune(text_model("mixtral"), tiny_tokenizer(), config)
+    sites = "layers.0.experts, layers.1.experts, layers.2.experts"
+    told = f"3 of 3 cut sites stay unrepaired, their experts have no bias: {sites}."
+    assert caplog.text.count(told) == 1
+    prune_to_disk(offloaded(tmp_path, "mixtral"), tiny_tokenizer(), config, tmp_path / "disk")
+    assert caplog.text.count(told) == 2
+    prune(text_model("mixtral"), tiny_tokenizer(), small(units=("expert_channel",)))
+    assert caplog.text.count("unrepaired") == 2
+
+
 TWO = (TEXT, TextSource("b", [passage(99) * 9]))
 
 
