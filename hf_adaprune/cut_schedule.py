@@ -107,7 +107,8 @@ class CutSchedule:
         if self.every is not None:
             steps = [cut * self.every for cut in range(count)]
         elif self.at:
-            steps = [int(fraction * total) for fraction in self.at]
+            # 0.29 * 100 is 28.999999999999996; what is short of a step by rounding alone is that step.
+            steps = [int(fraction * total * (1 + 1e-12)) for fraction in self.at]
         else:
             shares = stage_shares(count, self.spacing)
             steps = [int(sum(shares[:cut]) * total + 0.5) for cut in range(count)]

@@ -53,9 +53,18 @@ def test_shares_of_the_stages() -> None:
     assert list(cosine) == sorted(cosine)
 
 
+@given(st.integers(1, 10**6), st.data())
+def test_a_fraction_that_is_a_step_cuts_after_it(total: int, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, total - 1))
+    assert CutSchedule(at=(step / total,)).steps(0.3, total) == (step,)
+    if step:  # and not before it is made
+        assert CutSchedule(at=((step - 0.001) / total,)).steps(0.3, total) == (step - 1,)
+
+
 def test_steps_by_number_by_fraction_and_at_the_ends() -> None:
     assert CutSchedule(every=10, cuts=3).steps(0.3, 100) == (0, 10, 20)
     assert CutSchedule(at=(0.1, 0.5)).steps(0.3, 100) == (10, 50)
+    assert CutSchedule(at=(0.28, 0.29)).steps(0.3, 100) == (28, 29)
     assert CutSchedule(mode="once").steps(0.3, 100) == (0,)
     assert CutSchedule(mode="at_end").steps(0.3, 100) == (100,)
 
