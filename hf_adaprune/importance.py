@@ -139,6 +139,9 @@ def mix_scores(
         raw (`dict[str, dict[str, torch.Tensor]]`): by metric with a positive weight, what [`raw_scores`] gives.
         config ([`ImportanceConfig`]): weights and normalisation.
         influence (`torch.Tensor`, *optional*): block influence `[layers]`, where it is one of the metrics.
+
+    Raises:
+        StatisticsError: a mixed score is not finite.
     """
     mixed = {name: torch.zeros(sites.by_name[name].units(kind)) for name, kind in kinds.items()}
     layers = torch.zeros(len(sites.layers), dtype=torch.float64)
@@ -155,6 +158,12 @@ def mix_scores(
     if not config.metrics.get("block_influence"):
         for site in sites:
             layers[site.layer] += sublayers[site.name]
+    bad = [name for name, scores in mixed.items() if not torch.isfinite(scores).all()]
+    if bad or not torch.isfinite(layers).all():
+        raise StatisticsError(
+            f"{bad[0] if bad else 'layers'}: the mixture of {', '.join(raw)} is not finite, though each of them is. "
+            "Choose another `importance.normalization`, or fewer metrics."
+        )
     return Scores(mixed, dict(kinds), sublayers, layers)
 
 

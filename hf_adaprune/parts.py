@@ -30,6 +30,9 @@ REPAIRS = ("none", "bias", "least_squares")
 SCHEDULES = ("cached", "sequential", "best")
 DAMPING_SCALES = ("mean", "column", "median")
 
+WEIGHT = 1e18  # of what is weighted against others: numbers whose sums and products are finite
+REACH = 20.0  # of exponents of the profile: two layers may differ by a factor of 2e17
+
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Refuse a value that is none of those allowed.
@@ -189,7 +192,9 @@ class CalibrationConfig:
                     f"`calibration.domain_weights` should have one weight per source or cluster ({domains}). "
                     f"Found {len(self.domain_weights)}."
                 )
-            if min(self.domain_weights) < 0 or sum(self.domain_weights) <= 0:
+            for weight in self.domain_weights:
+                check_number("calibration.domain_weights", weight, 0.0, WEIGHT, what="weights of domains")
+            if sum(self.domain_weights) <= 0:
                 raise ConfigError("`calibration.domain_weights` should be non-negative with a positive sum.")
 
 
@@ -220,8 +225,10 @@ class ImportanceConfig:
     def __post_init__(self) -> None:
         """Check every field. Names of metrics are checked where the table is, in `metrics`."""
         metrics = dict(self.metrics)
-        if not metrics or any(not isinstance(w, (int, float)) or w < 0 for w in metrics.values()):
-            raise ConfigError("`importance.metrics` should map metric names to non-negative weights.")
+        if not metrics:
+            raise ConfigError("`importance.metrics` should map metric names to non-negative weights. Found none.")
+        for name, weight in metrics.items():
+            check_number(f"importance.metrics[{name!r}]", weight, 0.0, WEIGHT, what="a weight in the mixture")
         if sum(metrics.values()) <= 0:
             raise ConfigError("`importance.metrics` should have at least one positive weight.")
         object.__setattr__(self, "metrics", {name: float(weight) for name, weight in metrics.items()})
@@ -257,7 +264,7 @@ class AllocationConfig:
             where not given.
         profile (`tuple[float, ...]`, *optional*): control points over depth, interpolated linearly. In `global` they
             multiply scores by `exp(value)`; in `profile` they raise a layer's log-odds of being cut by `-value`. Higher
-            keeps more.
+            keeps more; from -20 to 20.
         attention_balance (`float`, *optional*, defaults to 0.0): the same for attention against MLP; higher keeps more
             attention.
         ratios (`dict[str, float]`, *optional*): share of its units that each site (`layers.3.mlp`) loses, for the
@@ -288,6 +295,12 @@ class AllocationConfig:
             "allocation.max_site_ratio", self.max_site_ratio, 0.0, 1.0, what="the largest share a site may lose"
         )
         object.__setattr__(self, "profile", tuple(float(value) for value in self.profile))
+        for value in self.profile:
+            check_number("allocation.profile", value, -REACH, REACH, what="exponents over depth; higher keeps more")
+        check_number(
+            "allocation.attention_balance", self.attention_balance, -REACH, REACH,
+            what="an exponent; higher keeps more attention",
+        )  # fmt: skip
         object.__setattr__(self, "ratios", {name: float(value) for name, value in dict(self.ratios).items()})
         for name, value in self.ratios.items():
             check_number(f"allocation.ratios[{name!r}]", value, 0.0, 1.0, what="a share of units")

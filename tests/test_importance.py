@@ -14,7 +14,7 @@ from texts import random_blocks
 
 from hf_adaprune.config import ImportanceConfig
 from hf_adaprune.errors import ConfigError, StatisticsError
-from hf_adaprune.importance import needs_of, score_units, unit_of
+from hf_adaprune.importance import mix_scores, needs_of, score_units, scored_kinds, unit_of
 from hf_adaprune.metrics import METRICS, block_costs, greedy_costs
 from hf_adaprune.moments import cholesky, covariance, damped_inverse, ridge_diagonal
 from hf_adaprune.recording import collect_statistics
@@ -483,6 +483,16 @@ def test_layers_score_by_influence_or_by_their_sites(llama: tuple[ModelSites, St
     for layer in range(3):
         own = found.sublayers[f"layers.{layer}.attention"] + found.sublayers[f"layers.{layer}.mlp"]
         assert float(found.layers[layer]) == pytest.approx(own)
+
+
+def test_a_mixture_that_is_not_finite_is_refused(llama: tuple[ModelSites, Statistics]) -> None:
+    """Each number is, and their sum over a layer is not."""
+    sites, _ = llama
+    kinds = scored_kinds(sites, UNITS)
+    huge = {site.name: torch.full((site.units(kinds[site.name]),), 1e308, dtype=torch.float64) for site in sites}
+    config = ImportanceConfig({"random": 1.0})
+    with pytest.raises(StatisticsError, match="mixture of random is not finite"):
+        mix_scores(sites, kinds, {"random": huge}, config)
 
 
 def test_unknown_metrics_and_missing_statistics_are_named(llama: tuple[ModelSites, Statistics]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -357,6 +359,31 @@ def test_layer_by_layer_refuses_metrics_that_need_all_moments() -> None:
 def test_a_config_explains_what_is_wrong(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PruningConfig.recipe("default", **changes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [
+        ("importance.metrics", lambda value: {"fisher": 1.0, "obs": value}),
+        ("calibration.domain_weights", lambda value: (1.0, value)),
+        ("allocation.profile", lambda value: (0.0, value)),
+        ("allocation.attention_balance", lambda value: value),
+    ],
+)
+def test_numbers_of_a_config_are_finite(field: str, given: Callable[[float], object], value: float) -> None:
+    """NaN and infinity compare with nothing: plans that they scale are arbitrary."""
+    part, _, name = field.partition(".")
+    default = PruningConfig.recipe("default", calibration={"sources": ("a", "b")})
+    with pytest.raises(ConfigError, match=rf"`{field}.*should be in \["):
+        default.with_changes(**{part: {name: given(value)}})
+
+
+def test_a_profile_that_no_float_holds_is_refused() -> None:
+    """`exp(800)` overflows."""
+    for given in ({"profile": (800.0, -800.0)}, {"attention_balance": -800.0}, {"attention_balance": "much"}):
+        with pytest.raises(ConfigError, match=r"should be in \[-20, 20\]"):
+            PruningConfig.recipe("default", allocation=given)
 
 
 def test_config_round_trip_and_unknown_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -369,6 +369,7 @@ def test_a_mapping_adds_a_dimension() -> None:
         ({"repair.schedule": {"simplex": ["a", "b"]}}, "no field of weights"),
         ({"importance.metrics": {"simplex": ["fisher"]}}, "two things"),
         ({"calibration.domain_weights": {"simplex": ["a", "b"]}}, "one weight per source"),
+        ({"allocation.profile": {"low": -1, "high": float("inf")}}, "`low` < `high`"),
         ({"allocation.profile": {"low": 0.5, "high": 1.0}}, "centred"),
         ({"allocation.profile": {"log": True}}, "logarithmic|vector"),
         ({"allocation.profile": {"low": -1, "high": 1, "size": 2.5}}, "size"),

@@ -317,7 +317,7 @@ def _dimension(
     low: Any = given.get("low")
     high: Any = given.get("high")
     size: Any = given.get("size")
-    if not (_is_number(low) and _is_number(high) and low < high):
+    if not (_is_number(low) and _is_number(high) and -math.inf < low < high < math.inf):
         raise ConfigError(
             f"`search.space[{path!r}]` should be a value (fixes the field), or a mapping with `low` < `high`, "
             f"`choices` or `simplex`. Found {given!r}."
