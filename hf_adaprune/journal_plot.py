@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .journal_report import Finalist, JournalSummary, Scale, describe_journal, differences, search_of
-from .search.gaussian_process import SQUEEZE
+from .search.gaussian_process import expand
 from .search.journal import Journal, Trial, mean_value
 from .width_plot import picture_file
 
@@ -98,8 +98,8 @@ def _interval(trial: Trial, scale: Scale) -> tuple[float, float]:
     assert trial.predicted is not None
     mean, deviation = trial.predicted
     ends = [mean - _Z * deviation, mean + _Z * deviation]
-    if trial.strategy == "gp":  # which predicts squeezed differences
-        ends = [SQUEEZE * math.exp(min(end, 5.0) / SQUEEZE - 1) if end > SQUEEZE else end for end in ends]
+    if trial.strategy == "gp" and scale.logarithmic:  # which predicts squeezed differences
+        ends = [expand(end) for end in ends]
     return scale.value(ends[0]), scale.value(ends[1])
 
 

@@ -275,10 +275,10 @@ def describe_journal(journal: Journal) -> JournalSummary:
         tuple({"trial": trial.number, "value": value, "costs": dict(trial.costs)} for trial, value in points),
         mixtures,
         changes,
-        _importance(space, in_space),
+        _importance(space, in_space, journal.logarithmic),
         _correlation(space, in_space),
         layers,
-        coverage([(t, e.value) for t, e in measured if t.strategy == "gp"], LEVEL),
+        coverage([(t, e.value) for t, e in measured if t.strategy == "gp"], LEVEL, journal.logarithmic),
         quality,
         scale,
     )
@@ -376,11 +376,11 @@ def _merged(space: Space, shares: Sequence[float]) -> dict[str, float]:
     return found
 
 
-def _importance(space: Space, known: Sequence[tuple[Trial, Estimate]]) -> dict[str, float]:
+def _importance(space: Space, known: Sequence[tuple[Trial, Estimate]], logarithmic: bool) -> dict[str, float]:
     """Shares of the inverse lengthscales (over the unit cube) of a Gaussian process on all trials of the space."""
     if len(known) < FEWEST or not space.dimensions:
         return {}
-    view = View(space, (), SearchConfig(), (), 0, 0, 0, 0, True)
+    view = View(space, (), SearchConfig(), (), 0, 0, 0, 0, logarithmic)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of imports, and of fits that stop at their step limit
         torch.manual_seed(0)

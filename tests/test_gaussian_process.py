@@ -18,6 +18,7 @@ from hf_adaprune.search.gaussian_process import (
     SQUEEZE,
     compress,
     coverage,
+    expand,
     fit_surrogate,
     propose_gp,
     widening,
@@ -43,10 +44,12 @@ STRATEGIES = {"gp": propose_gp, "random": propose_random}
 class Bowl:
     """A smooth objective with a known optimum, a ripple by window that all points share, and a little of its own."""
 
-    first, windows, fresh, logarithmic, slots = 4, 8, 4, True, ()
+    first, windows, fresh, slots = 4, 8, 4, ()
 
-    def __init__(self, space: Space = SPACE, ripple: float = 0.01) -> None:
+    def __init__(self, space: Space = SPACE, ripple: float = 0.01, factor: float | None = None) -> None:
+        """With a factor the objective is compared as it is, and times this."""
         self.space, self.ripple = space, ripple
+        self.factor, self.logarithmic = factor or 1.0, factor is None
         self.optimum = space.encode(
             {
                 "calibration.domain_weights": (0.7, 0.3, 0.0),
@@ -68,16 +71,17 @@ class Bowl:
 
     def measure(self, candidate: Candidate, start: int, stop: int) -> Rows:
         value, salt = self.value(candidate.payload), float(self.space.encode(candidate.payload).sum())
+        size = 10 * self.factor * value
         return tuple(
-            (10.0, 10 * value * math.exp(0.2 * math.sin(5 * w) + self.ripple * math.sin(9 * w + 70 * salt)))
+            (10.0, size * math.exp(0.2 * math.sin(5 * w) + self.ripple * math.sin(9 * w + 70 * salt)))
             for w in range(start, stop)
         )
 
 
-def searched(strategy: str, trials: int, seed: int = 0, **options: Any) -> Journal:
+def searched(strategy: str, trials: int, seed: int = 0, factor: float | None = None, **options: Any) -> Journal:
     config = SearchConfig(trials=trials, strategy=(strategy,), initial=6, **options)
-    journal = Journal.start(None, {"logarithmic": True})
-    return run_search(Bowl(), SPACE, config, journal, STRATEGIES, seed=seed)
+    journal = Journal.start(None, {"logarithmic": factor is None})
+    return run_search(Bowl(factor=factor), SPACE, config, journal, STRATEGIES, seed=seed)
 
 
 def view_of(journal: Journal, number: int, **config: Any) -> View:
@@ -90,6 +94,27 @@ def test_it_finds_a_known_optimum_where_random_draws_do_not() -> None:
     found = {name: min(j.estimate(t).value for t in j.trials) for name in STRATEGIES if (j := searched(name, 26))}
     assert found["gp"] < best + 0.05
     assert found["gp"] < found["random"] - 0.05
+
+
+def test_the_scale_of_an_objective_changes_no_trial() -> None:
+    """Without logarithms: of a thousandth of an objective it learns what it learns of the objective, in its units."""
+    plain = searched("gp", 20, factor=1.0)
+    for factor in (2.0**-10, 2.0**10):  # which scale every number to the bit
+        for one, other in zip(searched("gp", 12, factor=factor).trials, plain.trials, strict=False):
+            assert one.point == other.point
+            expected = None if other.predicted is None else tuple(factor * number for number in other.predicted)
+            assert one.predicted == expected
+    thousandth = searched("gp", 20, factor=1e-3)
+    lowest = {n: min(j.estimate(t).value for t in j.trials) for n, j in enumerate((plain, thousandth))}
+    assert 1e3 * lowest[1] == pytest.approx(lowest[0], abs=0.05)
+    assert lowest[0] < 0.7 * (0.5 - Bowl().value(SPACE.default))  # most of the way to the optimum
+
+
+def test_predictions_of_an_objective_as_it_is_are_in_its_own_units() -> None:
+    journal = searched("gp", 30, factor=1e-3)
+    held, total = coverage([(t, journal.estimate(t).value) for t in journal.trials], logarithmic=False)
+    assert total == 24
+    assert 0.6 <= held / total <= 0.95
 
 
 def test_the_first_candidates_lie_around_trial_0() -> None:
@@ -176,6 +201,7 @@ def test_the_outcome_transform_is_smooth_and_increasing() -> None:
     values = torch.linspace(-1, 8, 400, dtype=torch.float64)
     squeezed = torch.tensor([compress(float(value)) for value in values])
     assert bool((squeezed.diff() > 0).all())
+    assert [expand(compress(value)) for value in (-0.3, 0.1, 0.2, 1.2)] == pytest.approx([-0.3, 0.1, 0.2, 1.2])
     assert compress(-0.3) == -0.3 and compress(SQUEEZE) == pytest.approx(SQUEEZE)
     assert compress(SQUEEZE + 1e-6) == pytest.approx(SQUEEZE + 1e-6, abs=1e-9)
     assert ROUGHNESS >= 1
@@ -252,7 +278,7 @@ def test_the_default_space_can_be_searched() -> None:
 
     class Flat(Bowl):
         def __init__(self) -> None:
-            self.space, self.ripple = space, 0.02
+            self.space, self.ripple, self.factor, self.logarithmic = space, 0.02, 1.0, True
 
         def value(self, point: Mapping[str, Any]) -> float:
             return 1.0 + float(point["repair.damping"])

@@ -21,7 +21,7 @@ from .journal import Trial
 from .problem import Proposal, View, cost_axis
 from .space import Space
 
-__all__ = ["compress", "coverage", "fit_surrogate", "propose_gp"]
+__all__ = ["compress", "coverage", "expand", "fit_surrogate", "propose_gp", "unit_of"]
 
 # Differences above this are squeezed: how bad a bad candidate is teaches nothing about where the good ones lie.
 SQUEEZE = 0.15
@@ -51,8 +51,33 @@ def compress(value: float) -> float:
     return SQUEEZE * (1 + math.log(value / SQUEEZE))
 
 
+def expand(value: float) -> float:
+    """The inverse of [`compress`]; of what is squeezed to more than 5, that of 5.
+
+    Args:
+        value (`float`): a squeezed difference.
+    """
+    return SQUEEZE * math.exp(min(value, 5.0) / SQUEEZE - 1) if value > SQUEEZE else value
+
+
 def _slope(value: float) -> float:
     return 1.0 if value <= SQUEEZE else SQUEEZE / value
+
+
+def unit_of(view: View, known: Sequence[tuple[Trial, float, float]]) -> float:
+    """What differences and their errors are divided by, so that `SQUEEZE` and `NOISE_FLOOR` fit them.
+
+    Both are meant for differences of logarithms. Of other objectives nobody knows the scale, nor what a large
+    difference is: there the usual one (the median of those that are not 0) becomes `SQUEEZE`.
+
+    Args:
+        view ([`View`]): whether objectives are compared by logarithms.
+        known (sequence): trials with their difference to trial 0 and its standard error.
+    """
+    sizes = sorted(abs(value) for _, value, _ in known if value)
+    if view.logarithmic or not sizes:
+        return 1.0
+    return sizes[len(sizes) // 2] / SQUEEZE
 
 
 def propose_gp(view: View, count: int) -> Sequence[Proposal]:
@@ -80,6 +105,7 @@ def propose_gp(view: View, count: int) -> Sequence[Proposal]:
         warnings.simplefilter("ignore", RuntimeWarning)  # of optimisers that stop at their step limit
         torch.manual_seed(view.seed * 1_000_003 + view.number)
         model, inputs, outcomes, noise = fit_surrogate(view, known)
+        unit = unit_of(view, known)
         proposals: list[Proposal] = []
         pending: list[torch.Tensor] = []
         for _ in range(count):
@@ -88,7 +114,11 @@ def propose_gp(view: View, count: int) -> Sequence[Proposal]:
             vector = view.space.encode(point)
             pending.append(vector)
             mean, deviation = _expected(model, vector, noise)
-            proposals.append(Proposal(point, (mean, deviation * widening(known))))
+            deviation *= widening(known, logarithmic=view.logarithmic)
+            if not view.logarithmic:
+                # Its unit moves with every trial, so what is written down is a difference as it is measured.
+                mean, deviation = unit * expand(mean), unit * deviation / _slope(expand(mean))
+            proposals.append(Proposal(point, (mean, deviation)))
     return proposals
 
 
@@ -126,7 +156,7 @@ def _load() -> None:
 def fit_surrogate(
     view: View, known: Sequence[tuple[Trial, float, float]]
 ) -> tuple[Any, torch.Tensor, torch.Tensor, float]:
-    """A Gaussian process of the negated, compressed differences to trial 0.
+    """A Gaussian process of the negated, compressed differences to trial 0, in units of [`unit_of`].
 
     Args:
         view ([`View`]): space and config.
@@ -143,6 +173,8 @@ def fit_surrogate(
     from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
     from gpytorch.mlls import ExactMarginalLogLikelihood, SumMarginalLogLikelihood
 
+    unit = unit_of(view, known)
+    known = [(trial, value / unit, error / unit) for trial, value, error in known]
     inputs = torch.stack([view.space.encode(trial.point) for trial, _, _ in known])
     values = torch.tensor([[-compress(value)] for _, value, _ in known], dtype=torch.float64)
     errors = torch.tensor([[error * _slope(value)] for _, value, error in known], dtype=torch.float64)
@@ -275,7 +307,7 @@ def _expected(model: Any, vector: torch.Tensor, noise: float) -> tuple[float, fl
     return -float(mean), math.sqrt(float(variance) + noise)
 
 
-def widening(known: Sequence[tuple[Trial, float, float]], level: float = 0.8) -> float:
+def widening(known: Sequence[tuple[Trial, float, float]], level: float = 0.8, logarithmic: bool = True) -> float:
     """The factor on predicted deviations that the predictions so far ask for.
 
     Adaptive conformal inference (Gibbs and Candes, 2106.00170): an interval that missed its trial widens the next ones,
@@ -285,21 +317,24 @@ def widening(known: Sequence[tuple[Trial, float, float]], level: float = 0.8) ->
     Args:
         known (sequence): trials with their measured difference to trial 0 and its standard error, in order.
         level (`float`, *optional*, defaults to 0.8): of the intervals.
+        logarithmic (`bool`, *optional*, defaults to `True`): see [`coverage`].
     """
     factor = 0.0
     for trial, value, _ in known:
         if trial.predicted is not None and trial.answered_by is None:
-            held, _ = coverage([(trial, value)], level)
+            held, _ = coverage([(trial, value)], level, logarithmic)
             factor += STEP * (level - 1 if held else level)
     return math.exp(factor)
 
 
-def coverage(trials: Sequence[tuple[Trial, float]], level: float = 0.8) -> tuple[int, int]:
+def coverage(trials: Sequence[tuple[Trial, float]], level: float = 0.8, logarithmic: bool = True) -> tuple[int, int]:
     """How many predicted trials fell into their central prediction interval, and how many were predicted.
 
     Args:
         trials (sequence): trials with their measured difference to trial 0; those without a prediction are left out.
         level (`float`, *optional*, defaults to 0.8): of the interval.
+        logarithmic (`bool`, *optional*, defaults to `True`): differences are those of logarithms, which are predicted
+            as [`compress`] makes them; others are predicted as they are.
     """
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
     inside = total = 0
@@ -308,5 +343,5 @@ def coverage(trials: Sequence[tuple[Trial, float]], level: float = 0.8) -> tuple
             continue
         mean, deviation = trial.predicted
         total += 1
-        inside += abs(compress(value) - mean) <= z * deviation
+        inside += abs((compress(value) if logarithmic else value) - mean) <= z * deviation
     return inside, total

@@ -41,7 +41,7 @@ class Trial:
         seconds (`float`): scoring, repair and measuring.
         elapsed (`float`): seconds of the search when this was done, proposals and earlier runs of the journal included.
         predicted (`tuple[float, float]`, *optional*): what a surrogate expected before: mean and standard deviation of
-            the difference to trial 0 as [`compare`] gives it.
+            the difference to trial 0 as [`compare`] gives it; differences of logarithms as `gp` squeezes them, by `gp`.
         answered_by (`int`, *optional*): the earlier trial with the same key, whose rows these are.
         error (`str`): why the candidate could not be built.
     """
