@@ -929,6 +929,61 @@ def test_a_model_whose_objective_is_not_finite_never_wins(tmp_path: Path, first:
         assert repr(Journal.load(path).trials) == repr(journal.trials)
 
 
+class LateCliff(Bowl):
+    """On fresh text alone, not a number or an infinity for some candidates."""
+
+    def __init__(self, bad: float, which: Callable[[Mapping[str, Any]], bool]) -> None:
+        super().__init__()
+        self.bad, self.which = bad, which
+
+    def measure(self, candidate: Candidate, start: int, stop: int) -> tuple[tuple[float, ...], ...]:
+        rows = super().measure(candidate, start, stop)
+        return tuple((row[0], self.bad) for row in rows) if start >= 12 and self.which(candidate.payload) else rows
+
+
+@pytest.mark.parametrize("pareto", [None, "parameters"])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+@pytest.mark.parametrize("default", [True, False])
+def test_a_model_that_is_not_finite_on_fresh_text_never_wins(bad: float, pareto: str | None, default: bool) -> None:
+    """Neither where it is trial 0, which is measured first, nor where every other one is."""
+    problem = LateCliff(bad, lambda point: (point == LOOP_SPACE.default) is default)
+    journal = search(problem=problem, pareto=pareto)
+    finals = {final.number: mean_value(final.rows) for final in journal.finals}
+    assert len(finals) > 2 and (0 in [n for n, v in finals.items() if not math.isfinite(v)]) is default
+    value, number = min((v, n) for n, v in finals.items() if math.isfinite(v))
+    assert journal.event("winner") == {"kind": "winner", "number": number, "value": value, "trials": 14}
+    if pareto is not None:
+        points = front(journal, pareto)
+        assert points and all(math.isfinite(value) for _, value in points)
+
+
+def test_where_nothing_is_finite_on_fresh_text_trial_0_stays() -> None:
+    journal = search(problem=LateCliff(math.nan, lambda point: True), pareto="parameters")
+    winner = journal.winner()
+    assert winner is not None and winner.number == 0
+    assert not front(journal, "parameters")
+
+
+def test_no_candidate_is_behind_one_whose_objective_is_not_finite() -> None:
+    """Minus infinity on the rest of the text leaves the others the windows that NaN there leaves them."""
+
+    class Deep(LateCliff):
+        def measure(self, candidate: Candidate, start: int, stop: int) -> tuple[tuple[float, ...], ...]:
+            rows = Bowl.measure(self, candidate, start, stop)
+            if not self.which(candidate.payload):
+                return rows
+            return tuple((row[0], self.bad if start >= 4 else 0.1 * row[1]) for row in rows)  # good at first
+
+    seen = []
+    for bad in (math.nan, -math.inf):
+        problem = Deep(bad, lambda point: 0 < point["allocation.attention_balance"] < 0.9)
+        problem.logarithmic = False  # type: ignore[misc]
+        journal = search(Journal.start(None, {"logarithmic": False}), problem, strategy="random", trials=20)
+        assert any(not math.isfinite(mean_value(trial.rows)) for trial in journal.trials)
+        seen.append([trial.windows for trial in journal.trials])
+    assert seen[0] == seen[1]
+
+
 def test_no_trial_starts_after_the_minutes(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = search(Journal.start(path, HEADER), minutes=0)

@@ -236,7 +236,8 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def front(journal: Journal, cost: str, count: int = SearchConfig.finalists) -> list[tuple[Trial, float]]:
     """The measured front of a Pareto search: finalists that no other beats on fresh text, and their objective there.
 
-    Where nothing is fresh, as for a function of the caller's, they are compared by what they measured as trials.
+    A model whose objective is not finite there is not on it. Where nothing is fresh, as for a function of the
+    caller's, they are compared by what they measured as trials.
 
     Args:
         journal ([`Journal`]): with its finalists measured, if there is something fresh.
@@ -246,6 +247,7 @@ def front(journal: Journal, cost: str, count: int = SearchConfig.finalists) -> l
     rows = {final.number: final.rows for final in journal.finals}
     rows = rows or {trial.number: trial.rows for trial in finalists(journal, count, cost)}
     points = {number: (mean_value(own), cost_axis(journal.trials[number], cost)) for number, own in rows.items()}
+    points = {number: point for number, point in points.items() if math.isfinite(point[0])}
     best = [n for n, p in points.items() if not any(_beats(q, p) for q in points.values())]
     return [(journal.trials[n], points[n][0]) for n in sorted(best, key=lambda n: points[n][1])]
 
@@ -266,13 +268,19 @@ def _run_finals(run: _Run) -> None:
         run.workers.each(partial(_write_finals, journal, finals))
     if stop > start:
         scored = [(mean_value(final.rows), final.number) for final in journal.finals]
-        value, number = min(scored)
+        value, number = min(scored, key=_finite_first)
     else:
         best = journal.best()
         assert best is not None
         value, number = mean_value(best.rows), best.number
     event = {"number": number, "value": value, "trials": len(journal.trials)}
     run.workers.each(lambda: journal.add_event("winner", event))
+
+
+def _finite_first(scored: tuple[float, int]) -> tuple[bool, float, int]:
+    """NaN sorts nowhere by itself, and -inf would win; where nothing is finite, trial 0 does."""
+    value, number = scored
+    return (False, value, number) if math.isfinite(value) else (True, 0.0, number)
 
 
 def _write_finals(journal: Journal, finals: Sequence[Final]) -> None:

@@ -212,8 +212,10 @@ def _goes_on(problem: Problem, trial: Trial, before: Sequence[Trial], always: bo
 
 def _promising(problem: Problem, rows: Rows, before: Sequence[Trial]) -> bool:
     """Whether a candidate could still beat the best on the rest of the text."""
-    full = [trial for trial in before if trial.windows >= problem.windows]
-    best = min(full, key=lambda t: compare(t.rows, before[0].rows, problem.logarithmic).value, default=None)
+    seen = [trial for trial in before if trial.windows >= problem.windows]
+    values = [compare(trial.rows, before[0].rows, problem.logarithmic).value for trial in seen]
+    full = [(value, number) for number, value in enumerate(values) if math.isfinite(value)]
+    best = seen[min(full)[1]] if full else None
     if best is None or not math.isfinite(mean_value(rows)):
         return best is None
     behind = compare(rows, best.rows, problem.logarithmic)
