@@ -271,14 +271,33 @@ def trained_on(function: Any, count: int = 120) -> dict[str, float]:
     return predictor_quality(journal.trials, problem.slots, logarithmic=False)
 
 
+def noise_of(shares: np.ndarray) -> float:
+    return float(np.random.default_rng(zlib.crc32(shares.tobytes())).normal())
+
+
 def test_predictor_learns_what_can_be_learnt_and_nothing_from_noise() -> None:
     learnable = trained_on(Made().price)
     assert learnable["pairs"] == 120
     assert learnable["r2"] > 0.5
     assert learnable["spearman"] > 0.7
-    noise = trained_on(lambda shares: float(np.random.default_rng(zlib.crc32(shares.tobytes())).normal()))
+    noise = trained_on(noise_of)
     assert noise["r2"] < 0.1
     assert abs(noise["spearman"]) < 0.25
+
+
+def test_a_model_that_was_tried_again_is_one_pair() -> None:
+    """Trials answered from the journal, in folds of their own, would be told by their twins: noise would be learnt."""
+    problem = Made(
+        noise=0.0, function=lambda shares: float(np.random.default_rng(zlib.crc32(shares.tobytes())).normal())
+    )
+    once = search(problem, ("sobol",), 20).trials
+    again = [
+        dataclasses.replace(trial, number=len(once) + trial.number, answered_by=trial.number)
+        for trial in (*once, *once)
+    ]
+    quality = [predictor_quality(trials, problem.slots, logarithmic=False) for trials in (once, [*once, *again])]
+    assert quality[0] == quality[1]
+    assert quality[0]["pairs"] == 20 and quality[0]["r2"] < 0.3
 
 
 def test_quality_of_too_few_pairs_is_unknown() -> None:

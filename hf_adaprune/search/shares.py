@@ -278,13 +278,17 @@ def alike(point: Mapping[str, Any]) -> str:
 
 
 def pairs_of(trials: Sequence[Trial], sharing: Sharing, logarithmic: bool) -> list[Pair]:
-    """All measured trials that differ from the base in their allocation at most, whoever proposed them."""
+    """The measured models that differ from the base in their allocation at most, whoever proposed them.
+
+    Each once: a trial that was answered by an earlier one teaches nothing, and would be known to those who hold it out.
+    """
     known = [trial for trial in trials if trial.rows]
     own, most = alike(sharing.base.point), max((trial.windows for trial in known), default=0)
-    found = []
+    found, seen = [], set[str]()
     for trial in known:
-        if trial.widths and alike(trial.point) == own:
+        if trial.widths and trial.key not in seen and alike(trial.point) == own:
             value = compare(trial.rows, known[0].rows, logarithmic).value
             if math.isfinite(value):
+                seen.add(trial.key)
                 found.append(Pair(trial, sharing.shares(trial.widths), value, trial.windows / most))
     return found
