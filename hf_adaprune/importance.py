@@ -138,7 +138,8 @@ def mix_scores(
         kinds (`dict[str, str]`): see [`scored_kinds`].
         raw (`dict[str, dict[str, torch.Tensor]]`): by metric with a positive weight, what [`raw_scores`] gives.
         config ([`ImportanceConfig`]): weights and normalisation.
-        influence (`torch.Tensor`, *optional*): block influence `[layers]`, where it is one of the metrics.
+        influence (`torch.Tensor`, *optional*): block influence `[layers]`, where it is one of the metrics. Layers score
+            by it where it is the only one; by the sum of their sites' scores in every mixture.
 
     Raises:
         StatisticsError: a mixed score is not finite.
@@ -146,16 +147,18 @@ def mix_scores(
     mixed = {name: torch.zeros(sites.by_name[name].units(kind)) for name, kind in kinds.items()}
     layers = torch.zeros(len(sites.layers), dtype=torch.float64)
     total = sum(config.metrics.values())
+    # Beside other metrics it counts by its site scores, which are normalised as theirs are.
+    alone = set(raw) == {"block_influence"}
     for name, scores in raw.items():
         share = config.metrics[name] / total
-        if name == "block_influence" and influence is not None:
+        if name == "block_influence" and alone and influence is not None:
             layers += share * influence
         for site_name, own in _normalized(sites, kinds, scores, METRICS[name], config.normalization).items():
             mixed[site_name] = mixed[site_name] + share * own
     if config.normalization == "log":
         mixed = {name: scores.exp() for name, scores in mixed.items()}
     sublayers = {name: float(scores.sum()) for name, scores in mixed.items()}
-    if not config.metrics.get("block_influence"):
+    if not alone or influence is None:
         for site in sites:
             layers[site.layer] += sublayers[site.name]
     bad = [name for name, scores in mixed.items() if not torch.isfinite(scores).all()]

@@ -485,6 +485,25 @@ def test_layers_score_by_influence_or_by_their_sites(llama: tuple[ModelSites, St
         assert float(found.layers[layer]) == pytest.approx(own)
 
 
+@pytest.mark.parametrize("normalization", ["mean", "rank", "log"])
+def test_layers_score_by_all_metrics_of_a_mixture(normalization: str, llama: tuple[ModelSites, Statistics]) -> None:
+    """Block influence beside another metric: a little of either changes little, half of each is neither alone."""
+    sites, statistics = llama
+
+    def layers(influence: float, fisher: float) -> torch.Tensor:
+        config = ImportanceConfig({"block_influence": influence, "fisher": fisher}, normalization)
+        return score_units(sites, ("layer",), config, statistics).layers
+
+    def shares(scores: torch.Tensor) -> torch.Tensor:
+        return scores / scores.sum()
+
+    torch.testing.assert_close(layers(1e-9, 1.0), layers(0.0, 1.0), rtol=1e-6, atol=0)
+    if normalization != "rank":  # whose steps are even, however far apart two layers are
+        torch.testing.assert_close(shares(layers(1.0, 1e-9)), shares(layers(1.0, 0.0)), rtol=1e-6, atol=0)
+    half = shares(layers(1.0, 1.0))
+    assert all(float((half - shares(layers(*own))).abs().max()) > 1e-3 for own in ((1.0, 0.0), (0.0, 1.0)))
+
+
 def test_a_mixture_that_is_not_finite_is_refused(llama: tuple[ModelSites, Statistics]) -> None:
     """Each number is, and their sum over a layer is not."""
     sites, _ = llama
