@@ -86,7 +86,7 @@ class PruningConfig:
             between layers; what does not fit goes to files beside the output.
         gram_place (`str`, *optional*, defaults to `"cpu"`): where Gram matrices live: on the `model`'s device, the
             `cpu` or the `disk` (safetensors files in a temporary folder).
-        seed (`int`, *optional*, defaults to 0): of everything drawn at random.
+        seed (`int`, *optional*, defaults to 0): of everything drawn at random; below 2**32.
         recipe_name (`str`, *optional*): the recipe this config came from, for cards and tables.
 
     Raises:
@@ -181,6 +181,8 @@ class PruningConfig:
         check_whole("activation_bytes", self.activation_bytes, 0, what="bytes of memory for activations")
         check_choice("gram_place", self.gram_place, GRAM_PLACES)
         check_whole("seed", self.seed, 0, what="the seed of everything drawn at random")
+        if self.seed >= 2**32:
+            raise ConfigError(f"`seed` should be below 2**32, the most that all generators take. Found {self.seed}.")
         if self.uniform and self.repair.method == "bias":
             raise ConfigError(
                 "`repair.method='bias'` adds biases, which the uniform form cannot carry. Use `least_squares` or "

@@ -354,6 +354,8 @@ def test_layer_by_layer_refuses_metrics_that_need_all_moments() -> None:
         ({"calibration": {"sources": ()}}, "sources"),
         ({"repair": {"damping": -1}}, "damping"),
         ({"target_bytes": 1, "target_parameters": 1}, "one budget"),
+        ({"seed": 2**32}, r"seed. should be below 2\*\*32"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_a_config_explains_what_is_wrong(changes: dict, message: str) -> None:
