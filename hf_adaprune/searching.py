@@ -18,6 +18,7 @@ from .costs import Costs
 from .errors import ConfigError
 from .measures import Measure
 from .plan import PruningPlan
+from .search.gaussian_process import expand
 from .search.journal import Journal, Trial, mean_value
 from .search.loop import Progress, front, run_search
 from .search.space import Space, default_space
@@ -212,7 +213,7 @@ class _Line:
     """The live line: trial, last, best, what was predicted, time left."""
 
     def __init__(self, trials: int, done: int, enabled: bool, logarithmic: bool = True) -> None:
-        self.said = _percent if logarithmic else _plain
+        self.said, self.logarithmic = _percent if logarithmic else _plain, logarithmic
         self.bar = (
             transformers_logging.tqdm(total=trials, initial=done, desc="search", unit="trial") if enabled else None
         )
@@ -223,7 +224,11 @@ class _Line:
         said = f"best {self.said(progress.best)} (trial {progress.best_number}), last {self.said(progress.value)}"
         if progress.trial.predicted is not None:
             mean, deviation = progress.trial.predicted
-            said += f", predicted {self.said(mean)} ± {self.said(deviation).lstrip('+')}"
+            if self.logarithmic and progress.trial.strategy == "gp":  # which predicts squeezed differences
+                low, high = (self.said(expand(mean + sign * deviation)) for sign in (-1, 1))
+                said += f", predicted {self.said(expand(mean))} ({low} to {high})"
+            else:
+                said += f", predicted {self.said(mean)} ± {self.said(deviation).lstrip('+')}"
         minutes, seconds = divmod(round(progress.seconds_left), 60)
         self.bar.set_postfix_str(f"{said}, {minutes}:{seconds:02d} left", refresh=False)
         self.bar.update(1)

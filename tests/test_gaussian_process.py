@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,10 +25,11 @@ from hf_adaprune.search.gaussian_process import (
     widening,
 )
 from hf_adaprune.search.journal import Journal, Rows, Trial
-from hf_adaprune.search.loop import front, run_search
+from hf_adaprune.search.loop import Progress, front, run_search
 from hf_adaprune.search.problem import Candidate, View, cost_axis
 from hf_adaprune.search.space import Space, default_space
 from hf_adaprune.search_config import SearchConfig
+from hf_adaprune.searching import _Line
 
 SPACE = Space(
     (
@@ -217,6 +219,20 @@ def test_coverage_counts_predicted_trials_inside_their_intervals() -> None:
     ]  # fmt: skip
     assert coverage(trials) == (2, 3)
     assert coverage(trials, level=0.1) == (1, 3)
+
+
+@pytest.mark.parametrize("value", [-0.1, 0.1, 1.193])
+def test_the_live_line_shows_a_prediction_as_it_shows_the_trial_that_it_meets(value: float) -> None:
+    """What is predicted is squeezed, what is measured is not."""
+    said: list[str] = []
+    with _Line(5, 0, True) as line:
+        assert line.bar is not None
+        line.bar.set_postfix_str = lambda text, refresh: said.append(text)
+        trial = Trial(1, "gp", {}, "", predicted=(compress(value), 0.01))
+        line(Progress(trial, 5, value, value, 1, 60.0))
+    assert said[0].count(f"{100 * math.expm1(value):+.1f} %") == 3  # best, last and predicted
+    low, high = (float(end) for end in re.findall(r"\((\S+) % to (\S+) %\)", said[0])[0])
+    assert low < 100 * math.expm1(value) < high
 
 
 def test_predictions_are_honest_on_a_smooth_objective() -> None:
