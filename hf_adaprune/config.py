@@ -70,7 +70,8 @@ class PruningConfig:
             end.
         uniform (`bool`, *optional*, defaults to `False`): every layer gets the same widths and no bias is added, so
             that the checkpoint loads in anything that loads the dense model, without this package.
-        channel_multiple (`int`, *optional*, defaults to 1): MLP and expert widths are kept multiples of this.
+        channel_multiple (`int`, *optional*, defaults to 1): MLP and expert widths that are cut end at multiples of
+            this; a site that loses nothing keeps its width, whatever it is.
         min_channels (`int`, *optional*, defaults to 1) and min_groups (`int`, *optional*, defaults to 1): floors per
             site. A site loses its last unit only where its sublayer may go.
         budgets (`dict[str, float]`, *optional*): budgets that all hold together, instead of a ratio: `ratio`,
