@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["LayerConfigView", "SizedConfigView", "SkippedAttention", "SkippedMlp", "bind_views"]
+__all__ = ["LayerConfigView", "SizedConfigView", "SkippedAttention", "SkippedMlp", "bind_views", "is_layer_class"]
 
 
 class LayerConfigView:
@@ -100,6 +101,14 @@ class SkippedMlp(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Zeros in the shape of the input."""
         return torch.zeros_like(hidden_states)
+
+
+def is_layer_class(kind: Any) -> bool:
+    """Whether something is a class of modules that are built from `(config, layer_idx)`, as decoder layers are."""
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        return False
+    names = list(inspect.signature(kind.__init__).parameters)
+    return names[1:3] == ["config", "layer_idx"]
 
 
 def bind_views(layers: Iterable[Any], config: Any) -> None:

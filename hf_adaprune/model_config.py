@@ -7,14 +7,13 @@ no trace. Provenance lies under the key `adaprune` (a key `pruning_config` would
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from .architectures import ARCHITECTURES, Architecture, Attention, Experts, Mlp, architecture_for
+from .architecture_json import architecture_to_dict, carried_architecture
+from .architectures import ARCHITECTURES, Architecture, architecture_for
 from .errors import CheckpointError
 from .layers import bind_views
 from .sites import ModelSites
@@ -34,24 +33,6 @@ PROVENANCE_KEY = "adaprune"
 # Beside the `per_layer_config` that transformers' error points at: it has no place for a message of ours.
 LOADING = "import hf_adaprune before from_pretrained"
 MODEL_TAGS = ("hf-adaprune", "pruned")  # of repositories on the Hub
-
-
-def architecture_to_dict(architecture: Architecture) -> dict[str, Any]:
-    """An architecture as JSON types, for checkpoints of a family that is not built in."""
-    return json.loads(json.dumps(asdict(architecture)))  # tuples become lists, as they do in a checkpoint
-
-
-def architecture_from_dict(data: Mapping[str, Any]) -> Architecture:
-    """The architecture of [`architecture_to_dict`]'s mapping."""
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    values["attention"] = Attention(**values["attention"])
-    mlp = dict(values["mlp"])
-    mlp["up"] = tuple(mlp["up"])
-    values["mlp"] = Mlp(**mlp)
-    if values.get("experts"):
-        values["experts"] = Experts(**values["experts"])
-    values["layer_refusals"] = tuple(tuple(refusal) for refusal in values.get("layer_refusals", ()))
-    return Architecture(**values)
 
 
 def head_dim_of(config: Any) -> int:
@@ -205,18 +186,9 @@ def provenance_of(config: Any) -> dict[str, Any]:
 
 
 def known_architecture(config: Any, own: Architecture | None = None) -> Architecture:
-    """The architecture of a config: the caller's, the one its checkpoint carries, or a built-in one."""
-    carried = provenance_of(config).get("architecture")
-    candidates = [own] if own is not None else []
-    if carried:
-        try:
-            candidates.append(architecture_from_dict(carried))
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"`{PROVENANCE_KEY}.architecture` in config.json describes no architecture: {error!r}. Is the "
-                "checkpoint whole, and from a source that you trust?"
-            ) from error
-    return architecture_for(config.model_type, candidates)
+    """The architecture of a config: the caller's, a built-in one, or the one its checkpoint carries."""
+    carried = carried_architecture(provenance_of(config), config.model_type)
+    return architecture_for(config.model_type, [entry for entry in (own, carried) if entry is not None])
 
 
 def own_architecture(model: Any, given: Architecture | None) -> Architecture | None:

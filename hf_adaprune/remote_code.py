@@ -17,7 +17,7 @@ from string import Template
 from typing import Any
 
 from .errors import CheckpointError, UnsupportedModelError
-from .layers import LayerConfigView, SkippedAttention, SkippedMlp
+from .layers import LayerConfigView, SkippedAttention, SkippedMlp, is_layer_class
 from .model_config import LOADING, PROVENANCE_KEY, known_architecture, provenance_of
 
 __all__ = ["add_remote_code", "is_needed", "load_class", "module_name", "render"]
@@ -50,9 +50,9 @@ BUILT_IN = importlib.util.find_spec("transformers.integrations.heterogeneity.mod
 $modules
 
 
-LAYERS = "$layers"
+LAYERS = $layers
 # What stands where a sublayer was removed: path in the layer, module.
-ATTENTION = (("$attention", SkippedAttention),)
+ATTENTION = (($attention, SkippedAttention),)
 MLP = $mlp
 
 
@@ -109,7 +109,7 @@ def _finish_layer(config, number, layer):
             parent, _, name = path.rpartition(".")
             module = stand_in(number, head_dim) if stand_in is SkippedAttention else stand_in()
             setattr(layer.get_submodule(parent), name, module)
-    for path in (getattr(config, "$provenance", None) or {}).get("added_biases", {}).get(str(number), ()):
+    for path in (getattr(config, $provenance, None) or {}).get("added_biases", {}).get(str(number), ()):
         module = layer.get_submodule(path)
         if module.bias is None:
             outputs = getattr(module, "out_features", None) or module.nf
@@ -145,9 +145,9 @@ def render(model_class: type, config: Any) -> str:
     from . import __version__
 
     architecture = known_architecture(config)
-    base = next((cls for cls in model_class.__mro__ if cls.__module__.startswith("transformers.models.")), None)
+    base = _base_of(model_class)
     module = sys.modules.get(base.__module__) if base is not None else None
-    if base is None or not hasattr(module, architecture.layer_class):
+    if base is None or not is_layer_class(getattr(module, architecture.layer_class, None)):
         raise UnsupportedModelError(
             f"remote code is written for classes that transformers brings. {model_class.__name__} is not one of them: "
             "save without remote_code, and publish its own code with it."
@@ -157,17 +157,23 @@ def render(model_class: type, config: Any) -> str:
         # The layer itself holds the matrices: the writer passes its input on and the reader returns nothing.
         stand_ins = [*((path, "nn.Identity") for path in architecture.mlp.up), (architecture.mlp.down, "SkippedMlp")]
     sources = (inspect.getsource(thing).rstrip() for thing in (LayerConfigView, SkippedAttention, SkippedMlp))
+    # Whatever comes from a config goes in as a literal, never as text.
     return _TEMPLATE.substitute(
         model_class=base.__name__,
         base_module=base.__module__,
         layer_class=architecture.layer_class,
-        layers=architecture.layers,
-        attention=architecture.attention.module,
-        mlp="(" + " ".join(f'("{path}", {name}),' for path, name in stand_ins) + ")",
+        layers=repr(architecture.layers),
+        attention=repr(architecture.attention.module),
+        mlp="(" + " ".join(f"({path!r}, {name})," for path, name in stand_ins) + ")",
         modules="\n\n\n".join(sources),
-        provenance=PROVENANCE_KEY,
+        provenance=repr(PROVENANCE_KEY),
         version=__version__,
     )
+
+
+def _base_of(model_class: type) -> type | None:
+    """The class of transformers' own that a model class is, or extends."""
+    return next((cls for cls in model_class.__mro__ if cls.__module__.startswith("transformers.models.")), None)
 
 
 def add_remote_code(folder: Path, model_class: type, config: Any) -> Path | None:
@@ -189,10 +195,12 @@ def add_remote_code(folder: Path, model_class: type, config: Any) -> Path | None
     name = module_name(config.model_type)
     file = folder / f"{name}.py"
     file.write_text(render(model_class, config), encoding="utf-8")
+    base = _base_of(model_class)
+    assert base is not None
     place = folder / "config.json"
     data = json.loads(place.read_text(encoding="utf-8"))
     # The class has the name of the one it extends: a model loaded with it saves the same `architectures` again.
-    data["auto_map"] = {**data.get("auto_map", {}), _AUTO_CLASS: f"{name}.{data['architectures'][0]}"}
+    data["auto_map"] = {**data.get("auto_map", {}), _AUTO_CLASS: f"{name}.{base.__name__}"}
     data[PROVENANCE_KEY] = {**data.get(PROVENANCE_KEY, {}), "loading": f"{LOADING}, or pass it trust_remote_code=True"}
     place.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return file

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .architecture_json import carried_architecture
 from .architectures import ARCHITECTURES, Architecture
 from .config import CONFIG_NAME
 from .errors import AdaPruneError, CheckpointError, PlanError
@@ -425,12 +426,8 @@ def _config_widths(
 
 
 def _family(config: Mapping[str, Any]) -> Architecture | None:
-    carried = (config.get("adaprune") or {}).get("architecture")
-    if carried:
-        from .model_config import architecture_from_dict
-
-        return architecture_from_dict(carried)
-    return ARCHITECTURES.get(str(config.get("model_type")))
+    model_type = str(config.get("model_type"))
+    return carried_architecture(config.get("adaprune"), model_type) or ARCHITECTURES.get(model_type)
 
 
 def _layer_pairs(config: Mapping[str, Any], family: Architecture, layer: int, sparse: bool) -> dict[str, Pair]:

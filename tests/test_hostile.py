@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,10 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_hub import folder, hub, pruned, saved  # noqa: F401
-from test_pipeline import config_of
-from transformers import AutoModelForCausalLM
+from test_pipeline import config_of, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_adaprune import PruningConfig, PruningPlan, prune, push_to_hub
+from hf_adaprune import ARCHITECTURES, Architecture, PruningConfig, PruningPlan, prune, push_to_hub
+from hf_adaprune.architecture_json import architecture_from_dict, architecture_to_dict
+from hf_adaprune.architectures import Experts
 from hf_adaprune.cli import main
 from hf_adaprune.errors import AdaPruneError, CheckpointError, UnsupportedModelError
 from hf_adaprune.publication import check_checkpoint
@@ -78,6 +81,123 @@ def test_code_in_a_folder_never_runs_by_itself(hub: Any, folder: Path, tmp_path:
         with pytest.raises(CheckpointError, match="code of its own"):
             push_to_hub(folder, "me/other", remote_code=True)
     assert "me/other" not in hub.repositories
+
+
+# A family that transformers has and this package has not: its checkpoints bring an architecture of their own.
+FOREIGN = Architecture("granite", "GraniteDecoderLayer", heads_must_divide_hidden=True, experts=None)
+WHOLE = dataclasses.replace(
+    FOREIGN, experts=Experts(), layer_index_lists=("mlp_only_layers",), layer_refusals=(("flag", "a reason"),)
+)
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with remote code, of a family that is not built in."""
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **sizes, **heads))
+    result = prune(model, tiny_tokenizer(), config_of("magnitude"), architecture=FOREIGN)
+    return result.save_pretrained(tmp_path_factory.mktemp("granite") / "out", remote_code=True)
+
+
+def spots(data: Any, place: tuple = ()) -> list[tuple]:
+    """Where the strings of an architecture are."""
+    if isinstance(data, str):
+        return [place]
+    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [found for key, value in entries for found in spots(value, (*place, key))]
+
+
+def with_value(data: dict, place: tuple, value: Any) -> dict:
+    data = json.loads(json.dumps(data))
+    inner = data
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return data
+
+
+def test_a_checkpoint_of_a_family_that_is_not_built_in_is_published(hub: Any, granite: Path) -> None:  # noqa: F811
+    push_to_hub(granite, "me/granite")
+    there = hub.repositories["me/granite"].files
+    assert there["modeling_adaprune_granite.py"] == (granite / "modeling_adaprune_granite.py").read_bytes()
+    for own in (*ARCHITECTURES.values(), WHOLE):
+        assert architecture_from_dict(architecture_to_dict(own)) == own
+        # Places in a list of modules are paths, too.
+        in_list = dataclasses.replace(own, mlp=dataclasses.replace(own.mlp, up=("mlp.0",), down="mlp.2"))
+        assert architecture_from_dict(architecture_to_dict(in_list)) == in_list
+
+
+@pytest.mark.parametrize("place", spots(architecture_to_dict(WHOLE)), ids=lambda place: ".".join(map(str, place)))
+def test_an_architecture_that_a_config_brings_never_becomes_code(
+    hub: Any, folder: Path, granite: Path, tmp_path: Path, place: tuple  # noqa: F811
+) -> None:  # fmt: skip
+    touch = f"__import__('pathlib').Path({str(tmp_path / MARK)!r}).touch()"
+    foreign = Path(shutil.copytree(granite, tmp_path / "granite"))
+    llama = json.loads(json.dumps(architecture_to_dict(WHOLE) | {"model_type": "llama"}))
+    for own, data in ((folder, llama), (foreign, architecture_to_dict(WHOLE))):
+        values = [f"x\n{touch}\n", f'x\\"\n{touch}\n', ["x"], {"x": 1}]
+        if place[-1] != "refuse_heads" and place[0] != "layer_refusals":  # a reason is one line of any text
+            values += [f'x" if {touch} else "x', "x y", "x\n", "__class__"]
+        for value in values:
+            hostile = with_value(data, place, value)
+            name = f"modeling_adaprune_{data['model_type']}.{own.name}"
+            edit(own / "config.json", lambda config, h=hostile: config["adaprune"].update(architecture=h))
+            edit(own / "config.json", lambda config, n=name: config.update(auto_map={"AutoModelForCausalLM": n}))
+            with pytest.raises(CheckpointError, match="describes no architecture"):
+                push_to_hub(own, "me/mirror", remote_code=True)
+            with pytest.raises(CheckpointError, match="describes no architecture"):
+                AutoModelForCausalLM.from_pretrained(own)
+            assert main(["show", str(own), "--quiet"]) != 0
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mlp": {"fused": "2"}},
+        {"mlp": {"up": "mlp.up_proj"}},
+        {"mlp": {"unknown": 1}},
+        {"attention": {"query": "self_attn.__class__"}},
+        {"attention": {"query": "self_attn..q_proj"}},
+        {"explicit_head_dim": "False"},
+        {"heads_read_globally": 1},
+        {"heads_field": "_name_or_path"},
+        {"layer_class": ""},
+        {"layer_class": "os.system"},
+        {"layers": ""},
+        {"layer_lists": "layer_types"},
+        {"removed_attention": ["num_key_value_heads", [1]]},
+        {"removed_attention": ["num_key_value_heads"]},
+        {"layer_refusals": [["flag"]]},
+        {"experts": 3},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_an_architecture_of_other_types_is_refused(change: dict) -> None:
+    data = architecture_to_dict(WHOLE)
+    for name, value in change.items():
+        data[name] = {**data[name], **value} if isinstance(value, dict) else value
+    with pytest.raises((TypeError, ValueError)):
+        architecture_from_dict(data)
+
+
+def test_a_built_in_family_follows_no_architecture_of_a_config(hub: Any, folder: Path) -> None:  # noqa: F811
+    changed = {"layer_class": "LlamaRMSNorm", "layers": "lm_head", "width_field": "vocab_size"}
+    other = architecture_to_dict(ARCHITECTURES["llama"]) | changed
+    edit(folder / "config.json", lambda data: data["adaprune"].update(architecture=other))
+    push_to_hub(folder, "me/tiny", remote_code=True)
+    text = hub.repositories["me/tiny"].files["modeling_adaprune_llama.py"].decode()
+    assert "LlamaRMSNorm" not in text and "lm_head" not in text
+    assert prune(AutoModelForCausalLM.from_pretrained(folder), None, config_of("magnitude")).after.total > 0
+
+
+def test_the_class_that_a_config_names_is_not_written_into_code(hub: Any, folder: Path) -> None:  # noqa: F811
+    edit(folder / "config.json", lambda data: data.update(architectures=["torch"]))
+    push_to_hub(folder, "me/tiny", remote_code=True)
+    config = json.loads(hub.repositories["me/tiny"].files["config.json"])
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_adaprune_llama.LlamaForCausalLM"}
 
 
 def test_links_out_of_the_folder_are_not_followed(hub: Any, folder: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -22,6 +22,7 @@ ORDER = [
     "search_config",
     "config",
     "architectures",
+    "architecture_json",
     "plan",
     "sites",
     "offloading",
@@ -142,6 +143,7 @@ WITHOUT_TORCH = (
     "search_config",
     "config",
     "architectures",
+    "architecture_json",
     "plan",
     "recovery_config",
 )
