@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .errors import CheckpointError, UnsupportedModelError
-from .layers import LayerConfigView
+from .layers import LayerConfigView, is_layer_class
 from .model_config import MODEL_TAGS, PROVENANCE_KEY, head_dim_of, known_architecture, provenance_of
 from .surgery import add_bias, skip_sublayers
 
@@ -38,7 +38,12 @@ def prepare_layer_class(model: nn.Module, config: Any) -> None:
     for cls in type(model).__mro__:
         layer_class = getattr(sys.modules.get(cls.__module__), architecture.layer_class, None)
         if layer_class is not None:
-            _wrap(layer_class)
+            if not is_layer_class(layer_class):
+                raise CheckpointError(
+                    f"{architecture.layer_class!r}, which the checkpoint's architecture names, is no decoder layer "
+                    "built from (config, layer_idx). Is the checkpoint whole, and from a source that you trust?"
+                )
+            _wrap(layer_class, architecture.layer_class)
             return
 
 
@@ -63,40 +68,43 @@ def _upstream_builds_layers() -> bool:
     return importlib.util.find_spec("transformers.integrations.heterogeneity.modeling_utils") is not None
 
 
-def _wrap(layer_class: type[nn.Module]) -> None:
-    if getattr(layer_class.__init__, "_adaprune", False):
+def _wrap(layer_class: type[nn.Module], name: str) -> None:
+    names: set[str] | None = getattr(layer_class.__init__, "_adaprune", None)
+    if names is not None:
+        names.add(name)
         return
     original = layer_class.__init__
+    names = {name}
 
     @functools.wraps(original)
     def init(self: Any, config: Any, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> None:
         provenance = provenance_of(config)
         mixed = getattr(config, "is_heterogeneous", False)
-        if not mixed and not provenance.get("added_biases"):
+        architecture = _architecture_or_none(config) if mixed or provenance.get("added_biases") else None
+        # A class stays wrapped when the model that asked for it fails: whose layer it is, each config says anew.
+        if architecture is None or architecture.layer_class not in names:
             original(self, config, layer_idx, *args, **kwargs)
             return
         number = layer_idx or 0
         own = config.per_layer_config[number] if mixed and not _upstream_builds_layers() else config
         original(self, own, layer_idx, *args, **kwargs)
-        architecture = _architecture_or_none(config)
-        if architecture is not None:
-            skip = getattr(config.per_layer_config[number], "skip", ()) if mixed else ()
-            skip_sublayers(self, number, skip, architecture, head_dim_of(config))
-            for path in provenance.get("added_biases", {}).get(str(number), ()):
-                readers = (architecture.attention.output, architecture.mlp.down)
-                if path not in readers:
-                    raise CheckpointError(
-                        f"`{PROVENANCE_KEY}.added_biases` in config.json should name {' or '.join(readers)}. Found "
-                        f"{path!r}. Is the checkpoint whole, and from a source that you trust?"
-                    )
-                module = self.get_submodule(path)
-                add_bias(module, _outputs(module))
+        skip = getattr(config.per_layer_config[number], "skip", ()) if mixed else ()
+        skip_sublayers(self, number, skip, architecture, head_dim_of(config))
+        for path in provenance.get("added_biases", {}).get(str(number), ()):
+            readers = (architecture.attention.output, architecture.mlp.down)
+            if path not in readers:
+                raise CheckpointError(
+                    f"`{PROVENANCE_KEY}.added_biases` in config.json should name {' or '.join(readers)}. Found "
+                    f"{path!r}. Is the checkpoint whole, and from a source that you trust?"
+                )
+            module = self.get_submodule(path)
+            add_bias(module, _outputs(module))
         view = LayerConfigView(config, number)
         for module in self.modules():
             if module.__dict__.get("config") is own and own is not config:
                 module.config = view
 
-    init._adaprune = True  # type: ignore[attr-defined]
+    init._adaprune = names  # type: ignore[attr-defined]
     layer_class.__init__ = init  # type: ignore[method-assign]
 
 

@@ -85,6 +85,8 @@ def test_code_in_a_folder_never_runs_by_itself(hub: Any, folder: Path, tmp_path:
 
 # A family that transformers has and this package has not: its checkpoints bring an architecture of their own.
 FOREIGN = Architecture("granite", "GraniteDecoderLayer", heads_must_divide_hidden=True, experts=None)
+GRANITE = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+GRANITE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 WHOLE = dataclasses.replace(
     FOREIGN, experts=Experts(), layer_index_lists=("mlp_only_layers",), layer_refusals=(("flag", "a reason"),)
 )
@@ -93,9 +95,7 @@ WHOLE = dataclasses.replace(
 @pytest.fixture(scope="module")
 def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with remote code, of a family that is not built in."""
-    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **sizes, **heads))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **GRANITE))
     result = prune(model, tiny_tokenizer(), config_of("magnitude"), architecture=FOREIGN)
     return result.save_pretrained(tmp_path_factory.mktemp("granite") / "out", remote_code=True)
 
@@ -191,6 +191,25 @@ def test_a_built_in_family_follows_no_architecture_of_a_config(hub: Any, folder:
     text = hub.repositories["me/tiny"].files["modeling_adaprune_llama.py"].decode()
     assert "LlamaRMSNorm" not in text and "lm_head" not in text
     assert prune(AutoModelForCausalLM.from_pretrained(folder), None, config_of("magnitude")).after.total > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GraniteRMSNorm", "GraniteMLP", "GraniteAttention", "GraniteModel", "nn", "Callable", "apply_rotary_pos_emb"],
+)
+def test_a_checkpoint_that_names_another_class_breaks_no_other_one(granite: Path, tmp_path: Path, name: str) -> None:
+    """Whatever a stranger's config made of a class of transformers, later models are built as before."""
+    bad, tall = (Path(shutil.copytree(granite, tmp_path / place)) for place in ("bad", "tall"))
+    edit(bad / "config.json", lambda data: data["adaprune"]["architecture"].update(layer_class=name))
+    edit(bad / "config.json", lambda data: data["adaprune"].update(added_biases={"0": ["mlp.down_proj"]}))
+    plain = AutoConfig.for_model("granite", **GRANITE)
+    before = AutoModelForCausalLM.from_config(plain).state_dict().keys()
+    with pytest.raises((AdaPruneError, RuntimeError, AttributeError)):
+        AutoModelForCausalLM.from_pretrained(bad)
+    assert AutoModelForCausalLM.from_config(plain).state_dict().keys() == before
+    assert AutoModelForCausalLM.from_pretrained(granite).state_dict().keys() == before
+    edit(tall / "config.json", lambda data: data["adaprune"].update(added_biases={"0": ["mlp.down_proj"]}))
+    assert AutoModelForCausalLM.from_pretrained(tall).model.layers[0].mlp.down_proj.bias is not None
 
 
 def test_the_class_that_a_config_names_is_not_written_into_code(hub: Any, folder: Path) -> None:  # noqa: F811
