@@ -235,6 +235,8 @@ def _commit(
     there = api.list_repo_files(repo_id, revision=revision)
     # What an earlier push left and this one has no more: other shards would load instead of these weights.
     stale = [name for name in there if is_ours(name) and name not in files]
+    if stale:
+        logger.info("taken out of %s, where an earlier push left it: %s", repo_id, ", ".join(stale))
     operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in stale)]
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     tree = api.list_repo_tree(repo_id, recursive=True, revision=commit.oid)

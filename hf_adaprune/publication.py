@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".
 _FOLDERS = ("additional_chat_templates",)
 _NOT = ("trainer_state.json", "README.md", CONFIG_NAME, PICTURE_NAME, JOURNAL_NAME)
 _INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors", re.ASCII)
 
 
 def check_checkpoint(folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> Description:
@@ -261,5 +263,5 @@ def is_ours(name: str) -> bool:
     """Whether a file of a repository is one that a push writes, so that one without it takes it away."""
     if "/" in name:
         return False
-    weights = name.endswith(".safetensors") or name == _INDEX
+    weights = _WEIGHTS.fullmatch(name) is not None or name == _INDEX
     return weights or name.startswith(module_name("")) or name in (JOURNAL_NAME, PICTURE_NAME)

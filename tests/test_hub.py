@@ -234,6 +234,24 @@ def test_what_an_earlier_push_left_goes(hub: FakeHub, folder: Path, saved: Path)
     assert len(hub.commits("me/tiny")) == 2
 
 
+def test_weights_that_no_push_of_ours_wrote_stay(
+    hub: FakeHub, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    api = huggingface_hub.HfApi()
+    api.create_repo("me/tiny")
+    others = {"adapter_model.safetensors", "steering.safetensors", "model.fp16.safetensors", "model-x.safetensors"}
+    ours = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    for name in others | ours:
+        api.upload_file(path_or_fileobj=name.encode(), path_in_repo=name, repo_id="me/tiny")
+    with caplog.at_level(logging.INFO, "hf_adaprune"):
+        push_to_hub(saved, "me/tiny")
+    files = hub.repositories["me/tiny"].files
+    assert {name: files.get(name) for name in others} == {name: name.encode() for name in others}
+    assert not ours & files.keys()
+    told = next(record.getMessage() for record in caplog.records if "taken out" in record.getMessage())
+    assert all(name in told for name in ours) and not any(name in told for name in others)
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
