@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["check_output", "check_round_trip", "quiet_global_values", "save_pruned", "write_records"]
 
 PLAN_NAME = "pruning_plan.json"
+_PROMPT, _NEW = 16, 8  # tokens that the check reads and generates
 _PROBE = "A tokenizer that reloads gives 1,234 equal ids: naïve, 日本語.\n\tdone"
 
 
@@ -170,7 +171,15 @@ def _compare(model: Any, folder: str | os.PathLike[str], kind: Any, what: str) -
         if name not in theirs or not torch.equal(value.cpu(), theirs[name]):
             raise CheckpointError(f"{what} does not reload to the same model: {name} differs.")
     if len({parameter.device for parameter in model.parameters()}) == 1:
-        _compare_outputs(model, again.to(model.device))
+        try:
+            _compare_outputs(model, again.to(model.device))
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{what} has the same weights, but could not be run to compare its outputs "
+                f"({type(error).__name__}: {error}). Where the model itself runs, save it with check=False."
+            ) from error
     # A model spread over devices computes other last bits than one that is not; its weights were compared.
 
 
@@ -178,11 +187,16 @@ def _compare_outputs(model: Any, again: Any) -> None:
     from .evaluation import eval_mode
 
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions if isinstance(positions, int) and positions > 0 else _PROMPT + _NEW
+    ids = torch.randint(0, vocabulary, (1, min(_PROMPT, room)), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
     with eval_mode(model), eval_mode(again):
         if not torch.equal(model(input_ids=ids, use_cache=False).logits, again(input_ids=ids, use_cache=False).logits):
             raise CheckpointError("the reloaded model computes other logits.")
-        expected, found = _generate(model, ids), _generate(again, ids)
+        new = min(_NEW, max(1, room - 1))
+        prompt = ids[:, : max(1, room - new)]
+        expected, found = _generate(model, prompt, new), _generate(again, prompt, new)
     if expected != found:
         raise CheckpointError(
             f"the reloaded model generates other tokens with its cache: {found}, expected {expected}."
@@ -215,9 +229,15 @@ def quiet_global_values() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _generate(model: Any, ids: torch.Tensor) -> list[int]:
-    options: dict[str, Any] = {"do_sample": False, "use_cache": True, "max_new_tokens": 8, "min_new_tokens": 8}
-    pad = model.generation_config.pad_token_id
-    mask = torch.ones_like(ids)
-    generated = model.generate(ids, attention_mask=mask, pad_token_id=0 if pad is None else pad, **options)
+def _generate(model: Any, ids: torch.Tensor, count: int) -> list[int]:
+    """Tokens that a model adds greedily, with its cache; whatever its own generation config asks for."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    # `generate` takes from the model's own config what a given one leaves open, so the model gets another one.
+    model.generation_config = GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=count, pad_token_id=0)
+    try:
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids))
+    finally:
+        model.generation_config = own
     return generated[0, ids.shape[1] :].tolist()

@@ -81,6 +81,53 @@ def test_a_checkpoint_that_does_not_reload_is_removed(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+GENERATION = {
+    "stop strings": {"stop_strings": ["\n\n"]},
+    "a dict": {"return_dict_in_generate": True, "output_scores": True},
+    "several sequences": {"num_return_sequences": 2, "do_sample": True},
+    "a quantised cache": {"cache_implementation": "quantized"},
+    "dola": {"dola_layers": "low"},
+    "groups of beams": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "no cache": {"use_cache": False},
+    "an end at once": {"eos_token_id": list(range(320)), "max_time": 1e-4},
+    "a length": {"max_length": 3},
+}
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_a_generation_config_of_the_models_own_is_saved_and_not_in_the_way(name: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    for field, value in GENERATION[name].items():
+        setattr(model.generation_config, field, value)
+    own, said = model.generation_config, model.generation_config.to_dict()
+    folder = prune(model, tiny_tokenizer(), config_of("magnitude")).save_pretrained(tmp_path / "out")
+    assert model.generation_config is own and own.to_dict() == said
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert {field: written.get(field) for field in GENERATION[name]} == GENERATION[name]
+
+
+@pytest.mark.parametrize("positions", [2, 9, 16, 23])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_models_of_few_positions_are_checked_within_them(family: str, positions: int, tmp_path: Path) -> None:
+    field = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    prune(tiny_model(family, **{field: positions}), None, config_of("magnitude")).save_pretrained(tmp_path / "out")
+
+
+def test_a_model_that_cannot_be_run_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = prune(tiny_model("llama"), None, config_of("magnitude"))
+    own = result.model.generation_config
+
+    def breaks(*args: object, **options: object) -> None:
+        raise IndexError("index out of range in self")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(result.model), "generate", breaks)
+        with pytest.raises(CheckpointError, match=r"IndexError: index out of range.*check=False"):
+            result.save_pretrained(tmp_path / "out")
+        assert result.model.generation_config is own and not list(tmp_path.iterdir())
+        result.save_pretrained(tmp_path / "out", check=False)
+
+
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = prune(tiny_model("llama"), None, config_of("magnitude"))
 
