@@ -106,6 +106,32 @@ def test_a_generation_config_of_the_models_own_is_saved_and_not_in_the_way(name:
     assert {field: written.get(field) for field in GENERATION[name]} == GENERATION[name]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("cast", ["bfloat16", "float16", "bfloat16 and back"])
+def test_a_model_that_was_cast_as_a_whole_is_saved(
+    family: str, cast: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cast rounds rotary frequencies too, which a checkpoint does not hold; weights must be equal all the same."""
+    dtype = getattr(torch, cast.split()[0])
+    model = tiny_model(family).to(dtype)
+    model = model.float() if cast.endswith("back") else model
+    result = prune(model, None, config_of("magnitude"))
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    folder = result.save_pretrained(tmp_path / "out", remote_code=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert ("inv_freq" in caplog.text) == (family != "gpt2")
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert again.dtype == model.dtype
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_buffers_that_are_more_than_rounded_are_noticed(tmp_path: Path) -> None:
+    result = prune(tiny_model("llama"), None, config_of("magnitude"))
+    result.model.model.rotary_emb.inv_freq.mul_(1.05)
+    with pytest.raises(CheckpointError, match="other logits"):
+        result.save_pretrained(tmp_path / "out")
+
+
 @pytest.mark.parametrize("positions", [2, 9, 16, 23])
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_models_of_few_positions_are_checked_within_them(family: str, positions: int, tmp_path: Path) -> None:
