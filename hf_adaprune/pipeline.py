@@ -33,7 +33,7 @@ from .run_start import begin_run, is_resumed, room_for_moments
 from .search_checks import check_search, highest_ratio, named_objective, search_needs
 from .search_stage import search_stage
 from .searching import SearchResult, shared_costs
-from .sites import ModelSites, find_sites
+from .sites import ModelSites, find_sites, uncompiled
 from .stages import check_weights, decide, gather_texts, layer_by_layer_config, what_to_collect
 from .statistics import Needs
 from .surgery import Follow, apply_plan, assign_layer
@@ -226,6 +226,7 @@ def prune(
     if calibration is not None:
         config = config.with_changes(calibration={"sources": as_sources(calibration)})
     config = layer_by_layer_config(named_objective(config, objective))
+    model = uncompiled(model)
     sites = find_sites(model, own_architecture(model, architecture))
     check_weights(sites)
     before = Sizes.of(sites)

@@ -35,6 +35,7 @@ from .run_artefacts import kept_blocks
 from .run_facts import bytes_digest, text_digests, tokenizer_digest
 from .run_folder import RunFolder, once_noted, open_run
 from .saving import PLAN_NAME
+from .sites import uncompiled
 from .teacher_cache import vocabulary_of
 from .training import AdaPrunerCallback
 from .workers import Alone
@@ -99,6 +100,7 @@ def recover(
     ```
     """
     config = config or RecoveryConfig()
+    model = uncompiled(model)
     check_student(model, config)
     _check_cuts(config, callbacks)
     if run_dir is not None:

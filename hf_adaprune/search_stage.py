@@ -33,7 +33,7 @@ from .search.journal import Journal, mean_value
 from .search_checks import check_search, highest_ratio, named_objective, search_needs, trial_needs
 from .searching import SearchResult, find_best, shared_costs
 from .selection import measure_of
-from .sites import ModelSites, find_sites
+from .sites import ModelSites, find_sites, uncompiled
 from .stages import check_weights, decide, gather_texts
 from .statistics import Needs, Statistics
 from .workers import Alone
@@ -92,6 +92,7 @@ def search_plan(
     clock = Clock()
     config = PruningConfig.recipe("default", search=SearchConfig()) if config is None else config
     config = config.with_changes(search={}) if config.search is None else config
+    model = uncompiled(model)
     sites = find_sites(model, own_architecture(model, architecture))
     check_weights(sites)
     workers = processes()

@@ -18,7 +18,7 @@ from .architectures import Architecture, architecture_for
 from .errors import PlanError, UnsupportedModelError
 from .plan import PruningPlan, SitePlan, site_name
 
-__all__ = ["Matrix", "ModelSites", "Site", "find_sites", "model_architecture"]
+__all__ = ["Matrix", "ModelSites", "Site", "find_sites", "model_architecture", "uncompiled"]
 
 WIDTH_UNITS = {
     "channel": "mlp",
@@ -350,6 +350,24 @@ class ModelSites:
         for name, kept in plan.changed():
             removed += self.by_name[name].removed_parameters(kept)
         return removed - sum(self.by_name[name].outputs for name in added_biases)
+
+
+def uncompiled(model: Any) -> Any:
+    """The model itself where `torch.compile(model)` wrapped it, whose names of weights no checkpoint has.
+
+    Args:
+        model (`PreTrainedModel`): compiled or not.
+
+    Raises:
+        UnsupportedModelError: parts of it are wrapped so.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.Module) and any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
+        raise UnsupportedModelError(
+            f"parts of this {type(model).__name__} are compiled with torch.compile, and would be saved under names "
+            "that nothing loads. Prune the model as it was loaded, and compile the result."
+        )
+    return model
 
 
 def model_architecture(model: Any, own: Iterable[Architecture] = ()) -> Architecture:

@@ -56,7 +56,7 @@ from .run_facts import bind_layer, bytes_digest, run_facts
 from .run_folder import SPARE_BYTES, RunFolder, locked_output, open_run
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of
-from .sites import ModelSites, find_sites
+from .sites import ModelSites, find_sites, uncompiled
 from .skeleton import bound_skeleton
 from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
@@ -184,6 +184,7 @@ def prune_to_disk(
         live: Any = model
         if isinstance(model, (str, os.PathLike)):
             live, tokenizer = _loaded(model, tokenizer, config, folder("converted"))
+        live = uncompiled(live)
         found = find_sites(live, own_architecture(live, architecture))
         run = _Run(found, _skeleton(found), config, target, limit, clock)
         stack.enter_context(other_weights(found))
