@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import AdaPruneError, ConfigError, MissingDependencyError, UnsupportedModelError
-from .whole_files import scratch_folder
+from .whole_files import place_of, room_for, scratch_folder
 
 if TYPE_CHECKING:
     from .config import PruningConfig
@@ -121,7 +121,7 @@ class Loader:
                 "whole. Leave out --layer-by-layer, or save the dequantised model first."
             )
         # Beside the output, where there is room for a model: transformers writes the experts of most mixtures there.
-        with scratch_folder(output.absolute().parent, f".{output.name}.loaded") as folder:
+        with scratch_folder(room_for(output), f".{place_of(output).name}.loaded") as folder:
             with self._told("the model"):
                 model = load_offloaded(self.name, sites, folder, self.device, dtype=self.dtype, **self.options)
             return prune_to_disk(model, tokenizer, config, output, **options)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import AdaPruneError, ConfigError, RunError
-from .whole_files import folder_above
+from .whole_files import folder_above, place_of
 
 if TYPE_CHECKING:
     from .estimate import Estimate
@@ -106,7 +106,7 @@ def disk_rooms(arguments: argparse.Namespace, output: Path, expected: Estimate) 
     disks: dict[int, list[Path]] = {}
     folders: dict[int, Path] = {}
     for place in needed:
-        folder = place.absolute() if place.is_dir() else folder_above(place)
+        folder = place.absolute() if place.is_dir() else folder_above(place_of(place))
         disk = folder.stat().st_dev
         folders.setdefault(disk, folder)
         disks.setdefault(disk, []).append(place)

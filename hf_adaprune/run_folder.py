@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from .errors import AdaPruneError, CheckpointError, RunError
 from .locks import drop_lock, has_no_locks, take_lock
-from .whole_files import write_whole
+from .whole_files import place_of, room_for, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -111,12 +111,13 @@ def locked_output(target: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         RunError: another run writes to it, or the folder above it cannot be written.
     """
-    place = Path(target).absolute()
+    place = place_of(target)
+    room = room_for(place)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        room.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{place.parent} cannot be made ({error.strerror}). Choose another output.") from error
-    with locked(place.with_name(f".{place.name}.lock"), target):
+        raise RunError(f"{room} cannot be made ({error.strerror}). Choose another output.") from error
+    with locked(room / f".{place.name}.lock", target):
         yield
 
 

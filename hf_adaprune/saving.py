@@ -22,7 +22,7 @@ from .config import CONFIG_NAME
 from .errors import CheckpointError
 from .remote_code import add_remote_code, load_class, module_name
 from .run_folder import SPARE_BYTES, locked_output
-from .whole_files import check_writable, whole_folder
+from .whole_files import check_writable, is_taken, place_of, room_for, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,16 +43,16 @@ def check_output(output_dir: str | os.PathLike[str], needed_bytes: int = 0) -> P
     """Refuse an output folder that cannot take a checkpoint, before any work is done.
 
     Args:
-        output_dir (`str`): must not exist, or be an empty folder.
+        output_dir (`str`): must not exist, or be an empty folder (or a link to one, or a mount point).
         needed_bytes (`int`, *optional*): size of the weights.
 
     Raises:
         CheckpointError: not empty, not writable, or too little space on the disk.
     """
     target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise CheckpointError(f"{target} exists and is not empty. Name another output folder, or remove it first.")
-    parent = check_writable(target)
+    parent = check_writable(room_for(target) / place_of(target).name)
     free = shutil.disk_usage(parent).free
     if needed_bytes and free < needed_bytes + SPARE_BYTES:
         raise CheckpointError(

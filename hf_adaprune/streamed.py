@@ -62,7 +62,7 @@ from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
 from .streaming import HiddenStream
 from .surgery import apply_plan, cut_layer
-from .whole_files import check_writable, scratch_folder, whole_folder
+from .whole_files import check_writable, place_of, room_for, scratch_folder, whole_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def prune_to_disk(
         stack.enter_context(locked_output(target))
 
         def folder(what: str) -> str:
-            return str(stack.enter_context(scratch_folder(target.absolute().parent, f".{target.name}.{what}")))
+            return str(stack.enter_context(scratch_folder(room_for(target), f".{place_of(target).name}.{what}")))
 
         live: Any = model
         if isinstance(model, (str, os.PathLike)):
@@ -272,10 +272,11 @@ class _Run:
         """Refuse a disk without room for the checkpoint and for activations that do not fit in memory."""
         written, spilled = disk_by_layer(self.dense, self.config)
         needed = written + spilled + SPARE_BYTES
-        free = shutil.disk_usage(self.target.absolute().parent).free
+        room = room_for(self.target)
+        free = shutil.disk_usage(room).free
         if free < needed:
             raise CheckpointError(
-                f"{self.target.absolute().parent} has {free / 2**20:,.0f} MiB free; the checkpoint and "
+                f"{room} has {free / 2**20:,.0f} MiB free; the checkpoint and "
                 f"{spilled / 2**20:,.0f} MiB of activations need up to {needed / 2**20:,.0f} MiB. Free some space, "
                 "name another disk, or give fewer calibration windows."
             )

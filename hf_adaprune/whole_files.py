@@ -7,6 +7,7 @@ each lies the file of a lock, which its process holds while it lives. No folder 
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -26,10 +27,20 @@ from .locks import drop_lock, take_lock
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["check_writable", "folder_above", "scratch_folder", "whole_folder", "write_whole"]
+__all__ = [
+    "check_writable",
+    "folder_above",
+    "is_taken",
+    "place_of",
+    "room_for",
+    "scratch_folder",
+    "whole_folder",
+    "write_whole",
+]
 
 _ROOM = "Free some space, or name another place."
 _LOCK = ".lock"
+_LAST = "config.json"  # without which nothing loads a folder
 
 
 def check_writable(place: str | os.PathLike[str]) -> Path:
@@ -65,6 +76,56 @@ def folder_above(place: str | os.PathLike[str]) -> Path:
     while not parent.exists():
         parent = parent.parent
     return parent
+
+
+def place_of(target: str | os.PathLike[str]) -> Path:
+    """Where a folder really is: absolute, and without links on the way, the last one among them.
+
+    Args:
+        target (`str`): need not exist, nor what a link points to.
+    """
+    return Path(os.path.realpath(target))
+
+
+def room_for(target: str | os.PathLike[str]) -> Path:
+    """The folder to write in what becomes a target folder: the one above it, on the same disk, if that can be.
+
+    A folder that is there already may be a mount point, which cannot be replaced, or stand in a folder that is not
+    writable: then it is the target itself.
+
+    Args:
+        target (`str`): does not exist, or is a folder.
+    """
+    place = place_of(target)
+    if not place.is_dir():
+        return place.parent
+    if os.path.ismount(place) or os.listdir(place):
+        return place
+    # Mounts of a part of the same disk look like folders, but nothing can be moved across their edge.
+    try:
+        inside = Path(tempfile.mkdtemp(prefix=f".{place.name}.probe-", dir=place))
+    except OSError:
+        return place.parent
+    try:
+        inside.rename(place.parent / inside.name)
+    except OSError:
+        inside.rmdir()
+        return place
+    (place.parent / inside.name).rmdir()
+    return place.parent
+
+
+def is_taken(target: str | os.PathLike[str]) -> bool:
+    """Whether something is at a target that a new folder must not replace; what unfinished runs left there is none.
+
+    Args:
+        target (`str`): need not exist.
+    """
+    place = place_of(target)
+    if not place.is_dir():
+        return place.exists()
+    # Disks that are mounted there bring a folder of the file system's own.
+    return any(not name.startswith(f".{place.name}.") and name != "lost+found" for name in os.listdir(place))
 
 
 @contextmanager
@@ -141,23 +202,45 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Args:
         target (`str`): does not exist, or is an empty folder; folders above it are made.
 
+    A link is followed. A folder that cannot be replaced (see [`room_for`]) gets the files one by one, at the end.
+
     Yields:
-        `Path`: beside the target; gone afterwards, whatever happened.
+        `Path`: beside the target, or in it; gone afterwards, whatever happened.
 
     Raises:
         CheckpointError: for an `OSError` or a `SafetensorError` inside the `with`, and where the target cannot be made.
     """
-    place = Path(target)
+    place = place_of(target)
     try:
-        place.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(place.absolute().parent, f".{place.name}.partial") as partial:
+        room = room_for(place)
+        room.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(room, f".{place.name}.partial") as partial:
             partial.chmod(0o755)  # others may read it, as they may a folder that was just made
             yield partial
+            if room == place:
+                _move_in(partial, place)
+                return
             if place.exists():
                 place.rmdir()
             partial.replace(place)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{place} could not be written: {error}. Nothing was left behind. {_ROOM}") from error
+        raise CheckpointError(f"{target} could not be written: {error}. Nothing was left behind. {_ROOM}") from error
+
+
+def _move_in(folder: Path, place: Path) -> None:
+    """Move what is in a folder into one that is there; after an error or an interrupt none of it is."""
+    if is_taken(place):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(place))
+    moved: list[Path] = []
+    try:
+        for name in sorted(os.listdir(folder), key=lambda name: (name == _LAST, name)):
+            moved.append(place / name)
+            (folder / name).rename(place / name)
+    except BaseException:
+        for path in moved:
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(file: str | os.PathLike[str], text: str) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_adaprune import PruningConfig, PruningPlan, prune, saving, whole_files
+from hf_adaprune import PruningConfig, PruningPlan, prune, prune_to_disk, saving, whole_files
 from hf_adaprune.errors import CheckpointError
 
 
@@ -203,3 +203,36 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     prune(tiny_model("llama"), None, config_of("magnitude")).save_pretrained(tmp_path / "out")
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_is_taken_and_its_disk_counts(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "here").mkdir()
+    if there:
+        (tmp_path / "disk" / "out").mkdir()
+    link = tmp_path / "here" / "out"
+    link.symlink_to(tmp_path / "disk" / "out", target_is_directory=True)
+    result = prune(tiny_model("llama"), tiny_tokenizer(), config_of("magnitude"))
+    usage = shutil.disk_usage
+
+    def full(path: Path) -> object:
+        return usage(path)._replace(free=2**20 if "disk" in Path(path).parts else 2**40)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", full)
+        with pytest.raises(CheckpointError, match="1 MiB free"):
+            saving.check_output(link, 2**30)
+    with pytest.raises(CheckpointError, match="is not empty"):
+        (tmp_path / "file").symlink_to(__file__)
+        saving.check_output(tmp_path / "file")
+    assert result.save_pretrained(link) == link
+    assert link.is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["out"]
+    AutoModelForCausalLM.from_pretrained(link)
+    shutil.rmtree(tmp_path / "disk" / "out")
+    streamed = prune_to_disk(tiny_model("llama"), None, config_of("magnitude"), link)
+    assert streamed.folder == link and link.is_symlink()
+    AutoModelForCausalLM.from_pretrained(link)

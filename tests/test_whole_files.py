@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from filelock import FileLock
 from hf_adaprune import whole_files
 from hf_adaprune.errors import CheckpointError
 from hf_adaprune.locks import drop_lock, take_lock
-from hf_adaprune.whole_files import scratch_folder, whole_folder, write_whole
+from hf_adaprune.whole_files import is_taken, room_for, scratch_folder, whole_folder, write_whole
 
 WRITES = """
 import sys
@@ -190,3 +192,106 @@ def test_an_error_leaves_nothing_and_the_old_file_stays(tmp_path: Path, monkeypa
     with pytest.raises(CheckpointError, match="No space left"):
         write_whole(tmp_path / "plan.json", "new")
     assert left_in(tmp_path) == ["plan.json"] and (tmp_path / "plan.json").read_text(encoding="utf-8") == "old"
+
+
+def edge(monkeypatch: pytest.MonkeyPatch, mount: Path, listed: bool) -> None:
+    """Make a folder behave as a mount point does; one of a part of the same disk is not listed as such."""
+    rename, rmdir, ismount = os.rename, os.rmdir, os.path.ismount
+    mount = mount.resolve()
+
+    def moves(source: Path, target: Path, **options: object) -> None:
+        if mount in Path(source).parents and mount in Path(target).parents:
+            return rename(source, target, **options)
+        if mount in (*Path(source).parents, *Path(target).parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        if mount in (Path(source), Path(target)):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(source, target, **options)
+
+    def removes(path: Path, **options: object) -> None:
+        if Path(path) == mount:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rename", moves)
+    monkeypatch.setattr(os, "replace", moves)
+    monkeypatch.setattr(os, "rmdir", removes)
+    monkeypatch.setattr(os.path, "ismount", lambda path: (listed and Path(path) == mount) or ismount(path))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_mount_point_gets_the_files_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool, linked: bool
+) -> None:
+    mount = target = tmp_path / "disk"
+    mount.mkdir()
+    if linked:
+        target = tmp_path / "elsewhere" / "out"
+        target.parent.mkdir()
+        target.symlink_to(mount, target_is_directory=True)
+    edge(monkeypatch, mount, listed)
+    assert room_for(target) == mount.resolve()
+    with whole_folder(target) as folder:
+        assert folder.parent == mount.resolve() and not is_taken(target)
+        (folder / "config.json").write_text("{}")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("whole")
+        (folder / "weights").write_text("whole")
+    assert left_in(mount) == ["config.json", "sub", "weights"] and left_in(mount / "sub") == ["a.txt"]
+    assert is_taken(target)
+    if linked:
+        assert target.is_symlink() and left_in(target.parent) == ["out"]
+
+
+def test_an_interrupt_while_files_are_moved_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = tmp_path / "disk"
+    (mount / "lost+found").mkdir(parents=True)
+    edge(monkeypatch, mount, True)
+    rename, moved = Path.rename, []
+
+    def interrupted(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_folder(mount) as folder:
+        for name in ("a.json", "config.json", "model.safetensors"):
+            (folder / name).write_text("whole")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b").write_text("whole")
+    assert moved == ["a.json", "model.safetensors", "sub", "config.json"]  # without the last one nothing loads
+    assert left_in(mount) == ["lost+found"]
+    with pytest.raises(CheckpointError, match="not empty"), whole_folder(mount) as folder:
+        (folder / "a.txt").write_text("whole")
+        (mount / "thesis.txt").write_text("of somebody else, meanwhile")
+    assert left_in(mount) == ["lost+found", "thesis.txt"]
+
+
+def test_what_a_killed_process_left_in_a_mount_point_is_no_output(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / "lost+found").mkdir(parents=True)  # so that it cannot be replaced
+    with writer(target) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(left_in(target)) == 3 and not is_taken(target)
+    with whole_folder(target) as folder:
+        (folder / "a.txt").write_text("whole")
+    assert left_in(target) == ["a.txt", "lost+found"] and left_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(tmp_path: Path, there: bool) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "out").mkdir()
+    link = tmp_path / "here" / "out"
+    link.symlink_to(tmp_path / "disk" / "out", target_is_directory=True)
+    with whole_folder(link) as folder:
+        assert folder.parent == (tmp_path / "disk").resolve()
+        (folder / "a.txt").write_text("whole")
+    assert link.is_symlink() and left_in(link) == ["a.txt"]
+    assert left_in(tmp_path / "here") == left_in(tmp_path / "disk") == ["out"]
