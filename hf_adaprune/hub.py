@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .card import PICTURE_NAME, model_card, read_run
 from .config import CONFIG_NAME
 from .errors import AdaPruneError, HubError, MissingDependencyError
+from .names import rename
 from .public import without_tokens
 from .publication import check_checkpoint, forbid_tokens, is_ours, public_files, stays_inside
 from .reporting import Description
@@ -114,7 +115,10 @@ def push_to_hub(
                 files["README.md"] = str(card).encode()
             forbid_tokens({"README.md": files["README.md"]}, secret)
             repo_id = _repository(api, repo_id, private, create_pr)
-            return _commit(api, repo_id, files, revision, create_pr, commit_message or "Upload pruned model")
+            commit = _commit(api, repo_id, files, revision, create_pr, commit_message or "Upload pruned model")
+    if not isinstance(source, (str, os.PathLike)) and revision in (None, "main") and not create_pr:
+        rename(source.model, repo_id)  # what the id alone loads
+    return commit
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
@@ -126,7 +130,11 @@ def _folder(source: PruningResult | RecoveryResult | str | os.PathLike[str], rem
         yield Path(source)
         return
     with tempfile.TemporaryDirectory(prefix="hf_adaprune_") as place:
-        yield save_pruned(source, Path(place) / "model", remote_code=remote_code)
+        name = source.model.config.name_or_path
+        try:
+            yield save_pruned(source, Path(place) / "model", remote_code=remote_code)
+        finally:
+            rename(source.model, name)  # the folder goes
 
 
 def _journal_of(source: Any, folder: Path) -> Path | None:

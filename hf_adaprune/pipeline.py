@@ -23,6 +23,7 @@ from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
 from .model_config import MODEL_TAGS, PROVENANCE_KEY, own_architecture
+from .names import forget_name
 from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
@@ -88,7 +89,8 @@ class PruningResult:
     """What came of a run.
 
     Args:
-        model (`PreTrainedModel`): the pruned model: the object that went in, smaller.
+        model (`PreTrainedModel`): the pruned model: the object that went in, smaller. `name_or_path` is empty
+            until it is saved, and then the folder.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): as given.
         config ([`PruningConfig`]): what was asked for.
         plan ([`PruningPlan`]): which units stayed.
@@ -272,6 +274,7 @@ def prune(
         config, plan = made.config, made.plan
         cut = carry_out(sites, made)
         clock.stop("surgery")
+        forget_name(model)
         note_provenance(cut, config, plan)
         model.add_model_tags(list(MODEL_TAGS))
         after = Sizes.of(cut)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from .names import name_of
+
 __all__ = ["base_model_name", "find_token", "is_repo_id", "public", "without_tokens"]
 
 _PATH = re.compile(r"(~|[A-Za-z]:)?[/\\]|\.{1,2}[/\\]|~")
@@ -31,12 +33,12 @@ def is_repo_id(name: str) -> bool:
 
 
 def base_model_name(model: Any) -> str:
-    """What a model was loaded by: its id on the Hub, the last part of a folder's path, or nothing.
+    """What a model was loaded or made from: its id on the Hub, the last part of a folder's path, or nothing.
 
     Args:
         model (`PreTrainedModel`, *optional*): the model.
     """
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    name = name_of(model)
     if found := _SNAPSHOT.search(name):
         return "/".join(part for part in found.groups() if part)
     return name if is_repo_id(name) else _last_part(name)

@@ -23,6 +23,7 @@ from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .documents import input_device
 from .errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
+from .names import forget_name, name_of
 from .pipeline import PruningResult, as_sources
 from .plan import PruningPlan
 from .positions import check_lengths
@@ -106,9 +107,7 @@ def recover(
     if run_dir is not None:
         _check_resumable(callbacks)
     provenance, plan = _provenance(model, pruning)
-    name = (
-        str(teacher) if isinstance(teacher, (str, os.PathLike)) else str(getattr(teacher.config, "_name_or_path", ""))
-    )
+    name = str(teacher) if isinstance(teacher, (str, os.PathLike)) else name_of(teacher)
     with open_run(run_dir) as run:
         texts = partial(training_texts, model, tokenizer, config, sources, selection=selection, report=report)
         read = texts() if run is None else None
@@ -138,6 +137,7 @@ def recover(
                 callback.saves_base = False
         started = time.perf_counter()
         checkpoints = None if run is None else partial(Checkpoints, run, checkpoint_minutes)
+        forget_name(model)
         tokens, steps, minutes, log = train(model, dense, windows, config, layers, started, callbacks, run, checkpoints)
         if held_out is not None:
             measured["after"] = _kept_measure(run, "after", model, dense, held_out)
@@ -249,7 +249,7 @@ def _facts(
 def _provenance(model: Any, pruning: Any) -> tuple[dict[str, Any], PruningPlan | None]:
     if isinstance(pruning, PruningResult):
         return pruning.to_dict(), pruning.plan
-    folder = Path(pruning or getattr(model.config, "_name_or_path", "") or "-")
+    folder = Path(pruning or name_of(model) or "-")
     if pruning is not None and not (folder / CONFIG_NAME).is_file():
         raise ConfigError(f"`pruning` should be the folder of a pruned checkpoint. {folder} holds no {CONFIG_NAME}.")
     try:

@@ -20,6 +20,7 @@ import torch
 
 from .config import CONFIG_NAME
 from .errors import CheckpointError
+from .names import rename
 from .remote_code import add_remote_code, load_class, module_name
 from .run_folder import SPARE_BYTES, locked_output
 from .whole_files import check_writable, is_taken, place_of, room_for, whole_folder
@@ -73,7 +74,8 @@ def save_pruned(
     """Save a pruned model so that `AutoModelForCausalLM.from_pretrained` opens it.
 
     The folder holds the checkpoint as transformers writes it, `pruning_config.json` (the config and everything that was
-    measured) and `pruning_plan.json`. Of several processes one should call it: `if PartialState().is_main_process`.
+    measured) and `pruning_plan.json`. The model's `name_or_path` is the folder from then on, so that adapters of peft
+    name a base that they fit. Of several processes one should call it: `if PartialState().is_main_process`.
 
     Args:
         result ([`PruningResult`] or [`RecoveryResult`]): what [`prune`] or [`recover`] returned.
@@ -103,6 +105,7 @@ def save_pruned(
         if check:
             with quiet_global_values():
                 check_round_trip(result.model, partial, result.tokenizer)
+    rename(result.model, str(output_dir))
     return target
 
 

@@ -20,6 +20,7 @@ from .calibration import TokenBlocks
 from .documents import eval_mode, input_device
 from .errors import CheckpointError, ConfigError
 from .gram_sums import summing_dtype
+from .names import name_of
 from .whole_files import whole_folder
 
 __all__ = ["CachedTeacher", "cache_teacher", "vocabulary_of"]
@@ -119,7 +120,7 @@ def cache_teacher(
     if top_k < 1:
         raise ConfigError(f"`top_k` should be at least 1. Found {top_k}.")
     target = Path(folder)
-    name = str(getattr(model.config, "_name_or_path", ""))
+    name = name_of(model)
     facts: dict[str, Any] = {
         "sha256": blocks.digest, "windows": len(blocks), "temperature": temperature, "vocabulary": vocabulary_of(model),
         "top_k": min(top_k, vocabulary_of(model)), "teacher": _fingerprint(model), "name": name,

@@ -16,6 +16,7 @@ ORDER = [
     "locks",
     "whole_files",
     "run_folder",
+    "names",
     "public",
     "workers",
     "parts",

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from hf_adaprune import PruningPlan, PruningResult, RecoveryConfig, TextSource, prune, push_to_hub, recover
 from hf_adaprune.cli import main
 from hf_adaprune.errors import CheckpointError, HubError, PlanError
+from hf_adaprune.names import rename
 from hf_adaprune.search.journal import Journal
 
 # huggingface_hub 2.4 sends large files in a way that its own HTTP library calls deprecated.
@@ -167,6 +168,20 @@ def test_what_a_recovery_returned_is_pushed_as_its_folder_is(hub: FakeHub, saved
 def test_a_result_pushed_twice_is_one_commit(hub: FakeHub) -> None:
     oids = {pruned().push_to_hub("tiny", remote_code=True).oid for _ in range(2)}
     assert [commit.oid for commit in hub.commits("me/tiny")] == list(oids)
+
+
+def test_a_pushed_result_is_called_by_its_id(hub: FakeHub) -> None:
+    model = pruned().model
+    rename(model, "")
+    for options in ({"revision": "candidate"}, {"create_pr": True}):
+        pruned().push_to_hub("tiny", **options)
+        assert model.name_or_path == model.config.name_or_path == ""  # the id loads something else, or nothing
+    hub.fails("POST", "/commit/", 403)
+    with pytest.raises(HubError):
+        pruned().push_to_hub("me/other")
+    assert model.name_or_path == ""
+    pruned().push_to_hub("tiny")
+    assert model.name_or_path == model.config.name_or_path == "me/tiny"
 
 
 def test_the_command_line_pushes(hub: FakeHub, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:

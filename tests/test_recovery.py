@@ -120,6 +120,17 @@ def test_saved_with_plan_and_provenance(recipe: str, ratio: float, tmp_path: Pat
     assert data["recovery"]["tokens"] == result.tokens and data["recovery"]["config"]["hidden_layers"] == "all"
 
 
+def test_a_recovered_model_is_not_what_its_old_name_loads(tmp_path: Path) -> None:
+    pruned("magnitude").save_pretrained(tmp_path / "pruned")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    result = recover(model, tiny_tokenizer(), tiny_model("llama"), short(tokens=500), sources=text())
+    assert model.name_or_path == model.config.name_or_path == ""
+    again = recover(model, tiny_tokenizer(), tiny_model("llama"), short(tokens=500), sources=text())
+    assert again.plan == result.plan is not None  # found by the folder that it came from
+    folder = result.save_pretrained(tmp_path / "out")
+    assert model.name_or_path == model.config.name_or_path == str(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_are_merged(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The merged model is the adapted one, without a trace of peft, and reloads."""

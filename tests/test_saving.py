@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import logits_of, tokens
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -236,3 +238,40 @@ def test_a_link_to_a_folder_is_taken_and_its_disk_counts(
     streamed = prune_to_disk(tiny_model("llama"), None, config_of("magnitude"), link)
     assert streamed.folder == link and link.is_symlink()
     AutoModelForCausalLM.from_pretrained(link)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # read by peft
+def test_an_adapter_names_the_model_that_it_fits(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    result = prune(model, tiny_tokenizer(), config_of("magnitude", units=("channel",)))
+    assert result.base_model == "dense"
+
+    def adapted(folder: Path) -> torch.Tensor:
+        options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        tuned: Any = get_peft_model(result.model, LoraConfig(r=4, task_type="CAUSAL_LM", **options)).eval()
+        tuned.save_pretrained(folder)
+        logits = logits_of(tuned, tokens())
+        tuned.unload()
+        return logits
+
+    adapted(tmp_path / "early")
+    with pytest.raises(Exception):  # noqa: B017 - peft's and the Hub's, by version
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "early")
+    folder = result.save_pretrained(tmp_path / "out")
+    expected = adapted(tmp_path / "adapter")
+    loaded: Any = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits_of(loaded.eval(), tokens()), expected)
+    assert result.model.name_or_path == result.model.config.name_or_path == str(folder)
+    again = result.save_pretrained(tmp_path / "again")
+    for place in (folder, again):
+        assert str(tmp_path) not in (place / "config.json").read_text()
+
+
+def test_a_second_run_knows_what_the_first_began_with(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    results = [prune(model, None, config_of("magnitude", calibration={"sources": ("python",)})) for _ in range(2)]
+    assert [result.base_model for result in results] == ["dense", "dense"]
+    results[1].save_pretrained(tmp_path / "once")
+    assert prune(model, None, config_of("magnitude", calibration={"sources": ("python",)})).base_model == "once"
