@@ -33,7 +33,7 @@ from .recovery_result import RecoveryResult
 from .recovery_texts import report_texts, training_texts
 from .recovery_training import train
 from .run_artefacts import kept_blocks
-from .run_facts import bytes_digest, text_digests, tokenizer_digest
+from .run_facts import bytes_digest, config_facts, text_digests, tokenizer_digest
 from .run_folder import RunFolder, once_noted, open_run
 from .saving import PLAN_NAME
 from .sites import uncompiled
@@ -241,6 +241,8 @@ def _facts(
         "sources": {role: said[role] for role in ("sources", "selection", "report")},
         "texts": text_digests(named),
         "tokenizer": tokenizer_digest(tokenizer),
+        "student": config_facts(model),
+        "teacher": config_facts(dense),
         "weights of the student": bytes_digest(dict(model.named_parameters())),
         "weights of the teacher": bytes_digest(dict(dense.named_parameters())),
     }

@@ -21,12 +21,20 @@ from .sites import ModelSites
 __all__ = [
     "bind_layer",
     "bytes_digest",
+    "config_facts",
     "model_bytes_digest",
     "run_facts",
     "source_digests",
     "text_digests",
     "tokenizer_digest",
 ]
+
+# Fields of a model's config that change no logits, or that the weights tell: names, versions, labels, forms of output.
+_NO_OUTPUTS = {
+    "_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "id2label",
+    "label2id", "problem_type",
+}  # fmt: skip
 
 
 def run_facts(
@@ -54,6 +62,7 @@ def run_facts(
         "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
         "texts": text_digests(config),
         "architecture": hashlib.sha256(repr(sites.architecture).encode()).hexdigest(),
+        "model": config_facts(sites.model),
         **more,
     }
 
@@ -86,6 +95,18 @@ def source_digests(roles: Mapping[str, tuple[Source, ...]]) -> dict[str, str]:
             elif isinstance(source, str) and Path(source).expanduser().is_file():
                 found[f"{role} {source}"] = digest_of_file(Path(source).expanduser())
     return found
+
+
+def config_facts(model: Any) -> dict[str, Any]:
+    """What a model's config says about its outputs, as JSON types: equal weights compute others with another one.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+    """
+    said = {name: value for name, value in model.config.to_dict().items() if name not in _NO_OUTPUTS}
+    # Implementations differ in more than the last bits where one leaves something out, such as Gemma 2's soft caps.
+    said["attention implementation"] = getattr(model.config, "_attn_implementation", None)
+    return json.loads(json.dumps(said, default=str))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

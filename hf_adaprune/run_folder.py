@@ -38,6 +38,7 @@ _KIND = "run of hf_adaprune"  # what tells a folder of a run from others, which 
 _FACTS, _LOCK = "run.json", "lock"
 SPARE_BYTES = 64 * 2**20  # that stay free beside what is about to be written
 _DIGEST = 64  # characters of a sha256, which is not worth printing
+_NAMED = 12  # differences that an error lists
 _held: dict[Path, tuple[int, int]] = {}  # lock files of this process: the thread that holds one, and how often
 
 
@@ -159,7 +160,9 @@ class RunFolder:
         there, here = _flat(found), _flat(wanted)
         different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         if different:
-            said = "; ".join(_change(name, there.get(name), here.get(name)) for name in different)
+            changes = [_change(name, there.get(name), here.get(name)) for name in different]
+            more = [f"{len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
+            said = "; ".join([*changes[:_NAMED], *more])
             raise RunError(
                 f"{self.place} is of a run that began with something else: {said}. Give the same to go on with it; to "
                 "begin again, remove the folder (--fresh does), or choose another output."

@@ -189,12 +189,17 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
         recovered(tmp_path / "run", learning_rate=0.1)
     with pytest.raises(RunError, match=r"else: weights of the student\. Give"):
         recovered(tmp_path / "run", dtype=torch.bfloat16)
-    other = tiny_random_model("llama", seed=5, vocab_size=384)
-    with pytest.raises(RunError, match=r"else: weights of the teacher\. Give"):
-        recover(
-            pruned().model, tiny_tokenizer(), other, short(tokens=1500, held_out=4), sources=text(), report=REPORT,
-            run_dir=tmp_path / "run",
-        )  # fmt: skip
+    turned = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    for changes, name in [
+        ({"seed": 5}, r"else: weights of the teacher\. Give"),
+        (turned, r"else: teacher\.rope_parameters\.rope_theta 10000\.0 -> 100\.0\. Give"),
+    ]:
+        other = tiny_random_model("llama", vocab_size=384, **changes)
+        with pytest.raises(RunError, match=name):
+            recover(
+                pruned().model, tiny_tokenizer(), other, short(tokens=1500, held_out=4), sources=text(), report=REPORT,
+                run_dir=tmp_path / "run",
+            )  # fmt: skip
 
 
 def test_what_cannot_go_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,10 +310,14 @@ def test_a_changed_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         model.get_input_embeddings().weight[0, 0] += 1e-3
     other = calibration_make_tokenizer(eos_token="<|end|>")
+    theta, eager = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}, tiny_model()
+    eager.set_attn_implementation("eager")
     for work, name in [
         (lambda: run(pruning_ratio=0.3), r"else: pruning_ratio 0\.25 -> 0\.3\. Give"),
         (lambda: run(calibration={**text, "samples": 9}), r"else: calibration\.samples 16 -> 9\. Give"),
         (lambda: run(model), r"else: weights of the model\. Give"),
+        (lambda: run(tiny_model(**theta)), r"else: model\.rope_parameters\.rope_theta 10000\.0 -> 100\.0\. Give"),
+        (lambda: run(eager), r'else: model\.attention implementation "sdpa" -> "eager"\. Give'),
         (lambda: run(tokenizer=other), r"else: tokenizer\. Give"),
         (lambda: run(plan=plan), r"else: plan\. Give"),
         (lambda: run(recipe="flap"), r"importance"),
@@ -328,7 +332,9 @@ def test_a_changed_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         patch.setattr("hf_adaprune.__version__", "9.9")
         with pytest.raises(RunError, match=r'version of hf_adaprune ".*" -> "9\.9"'):
             run()
-    assert run().plan == plan
+    model = tiny_model()
+    model.config.use_cache, model.config.name_or_path = False, "elsewhere"  # nothing that changes outputs
+    assert run(model).plan == plan
 
 
 def test_a_tokenizer_that_begins_texts_with_bos_is_another_one() -> None:

@@ -454,6 +454,10 @@ def test_a_changed_layer_is_named(tmp_path: Path) -> None:
     other = in_pieces(tmp_path / "other", model)
     with pytest.raises(RunError, match="something else: weights of layer 1"):
         prune_to_disk(other, tiny_tokenizer(), small(), tmp_path / "b", run_dir=tmp_path / "run")
+    other = in_pieces(tmp_path / "turned", text_model("llama"))
+    other.config.rope_parameters["rope_theta"] = 100.0  # type: ignore[index]
+    with pytest.raises(RunError, match=r"rope_theta 10000\.0 -> 100\.0"):
+        prune_to_disk(other, tiny_tokenizer(), small(), tmp_path / "b", run_dir=tmp_path / "run")
     with pytest.raises(RunError, match="units"):
         config = small(units=("channel",))
         prune_to_disk(pieces, tiny_tokenizer(), config, tmp_path / "b", run_dir=tmp_path / "run")
