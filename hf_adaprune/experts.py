@@ -8,19 +8,22 @@ run the eager computation below, which hands the channels of every expert to the
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["ExpertTap", "tapped_experts"]
+__all__ = ["ExpertTap", "balance_by_layer", "tapped_experts"]
 
 # (expert, tokens it serves [tokens], channels [tokens, channels], gates [tokens])
 # -> channels to go on with, and the down projection [hidden, channels] to use instead of the expert's own
 ExpertTap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 _IMPLEMENTATION = "adaprune_tapped"
+_LOSS = "load_balancing_loss_func"
 _open_taps: dict[int, list[ExpertTap]] = {}
 
 
@@ -72,3 +75,39 @@ def tapped_experts(config: Any, taps: Mapping[nn.Module, ExpertTap]) -> Iterator
             _open_taps[id(module)].remove(tap)
             if not _open_taps[id(module)]:
                 del _open_taps[id(module)]
+
+
+def balance_by_layer(model: nn.Module) -> None:
+    """Let the router's loss of a model's family count every layer with its own number of experts.
+
+    transformers adds up the layers expert by expert, with one number of experts for all. Its function, wrapped once,
+    is called for the layers of each number in turn; the loss is their mean, weighted by how many layers there are.
+    Where all layers have as many experts as the model states, nothing changes.
+
+    Args:
+        model (`nn.Module`): a mixture of experts, whole or about to be built.
+    """
+    for cls in type(model).__mro__:
+        module: Any = sys.modules.get(cls.__module__)
+        original = vars(module).get(_LOSS) if module is not None else None
+        if original is not None:
+            if not hasattr(original, "_adaprune"):
+                setattr(module, _LOSS, _by_layer(original))
+            return
+
+
+def _by_layer(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def loss(gate_logits: Any, num_experts: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        counts = sorted({own.shape[-1] for own in gate_logits}) if isinstance(gate_logits, tuple) else []
+        if not counts or counts == [num_experts]:
+            return original(gate_logits, num_experts, *args, **kwargs)
+        total: Any = 0.0
+        for count in counts:
+            layers = tuple(own for own in gate_logits if own.shape[-1] == count)
+            found = original(layers, count, *args, **kwargs)
+            total = total + found.to(gate_logits[0].device) * (len(layers) / len(gate_logits))
+        return total
+
+    loss._adaprune = True  # type: ignore[attr-defined]
+    return loss

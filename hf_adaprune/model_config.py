@@ -45,7 +45,7 @@ def update_config(sites: ModelSites, added_biases: Mapping[int, Iterable[str]]) 
     """Regenerate a pruned model's config from its modules, in place.
 
     Equal layers without added biases change the plain fields; everything else goes into `per_layer_config`, relative to
-    the global values, which stay what they were.
+    the global values, which stay what they were (but for a number of experts that all layers share).
 
     Args:
         sites ([`ModelSites`]): the pruned model, found anew.
@@ -74,6 +74,9 @@ def update_config(sites: ModelSites, added_biases: Mapping[int, Iterable[str]]) 
             provenance["architecture"] = architecture_to_dict(architecture)
         setattr(config, PROVENANCE_KEY, provenance)
         experts = architecture.experts_field
+        counts = {row[experts] for row in rows if experts in row}
+        if len(counts) == 1:
+            setattr(config, experts, counts.pop())  # the router's loss is one of all layers, and reads it globally
         mixed_experts = bool(experts) and any(
             row.get(experts, getattr(config, experts)) != getattr(config, experts) for row in rows
         )

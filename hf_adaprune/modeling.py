@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from .errors import CheckpointError, UnsupportedModelError
+from .experts import balance_by_layer
 from .layers import LayerConfigView, is_layer_class
 from .model_config import MODEL_TAGS, PROVENANCE_KEY, head_dim_of, known_architecture, provenance_of
 from .surgery import add_bias, skip_sublayers
@@ -44,6 +45,8 @@ def prepare_layer_class(model: nn.Module, config: Any) -> None:
                     "built from (config, layer_idx). Is the checkpoint whole, and from a source that you trust?"
                 )
             _wrap(layer_class, architecture.layer_class)
+            if architecture.experts_field:
+                balance_by_layer(model)
             return
 
 

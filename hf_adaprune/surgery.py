@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .architectures import Architecture
+from .experts import balance_by_layer
 from .layers import SizedConfigView, SkippedAttention, SkippedMlp
 from .model_config import PROVENANCE_KEY, drop_config_layers, head_dim_of, update_config
 from .plan import PruningPlan, SitePlan
@@ -80,9 +81,7 @@ def apply_plan(
         drop_config_layers(config, architecture, kept_layers)
         biases = {new: biases[old] for new, old in enumerate(kept_layers) if old in biases}
     cut = find_sites(model, architecture)
-    experts = {site.groups for site in cut if site.kind == "experts"}
-    if len(experts) == 1:
-        _state(model, {"num_experts": experts.pop()})  # the router's loss counts with it
+    _state_experts(cut)
     update_config(cut, biases)
     return cut
 
@@ -302,6 +301,15 @@ def _state(module: nn.Module, sizes: Mapping[str, int]) -> None:
             setattr(module, name, size)
 
 
+def _state_experts(sites: ModelSites) -> None:
+    """The router's loss counts with the model's number of experts."""
+    counts = {site.groups for site in sites if site.kind == "experts"}
+    if len(counts) == 1:
+        _state(sites.model, {"num_experts": counts.pop()})
+    elif counts:
+        balance_by_layer(sites.model)
+
+
 def _drop_layers(layers: nn.ModuleList, kept: Iterable[int]) -> None:
     kept = set(kept)
     for number in reversed(range(len(layers))):
@@ -355,6 +363,7 @@ def take_structure(sites: ModelSites, like: ModelSites) -> ModelSites:
         if hasattr(other, name):
             setattr(config, name, copy.deepcopy(getattr(other, name)))
     changed = find_sites(sites.model, architecture)
+    _state_experts(changed)
     update_config(changed, _carried_biases(other))
     return changed
 

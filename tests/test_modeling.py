@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, HEADLESS, TOKEN_IDS, logits_of, tiny_model, tokens
+from conftest import FAMILIES, HEADLESS, MIXTURES, TOKEN_IDS, logits_of, tiny_model, tokens
 from plans import KINDS, generated, keep_groups, keep_nothing, mixed_cut, plan_of_kind, random_repairs
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -348,3 +348,37 @@ def test_an_architecture_of_the_users_own(modelling_half: None, kind: str, tmp_p
     again = find_sites(loaded, own)
     apply_plan(again, PruningPlan("my_llama", len(again.layers), {}, (0,)))
     reloads_equal(loaded, tmp_path / "again")
+
+
+@pytest.mark.usefixtures("modelling_half")
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("cut", ["widths", "heads", "experts"])
+def test_the_router_loss_is_that_of_the_reloaded_model(mixture: str, cut: str, tmp_path: Path) -> None:
+    sites = find_sites(tiny_model(mixture))
+    cuts: dict[str, SitePlan] = {}
+    for site in sites:
+        if site.kind == "experts":
+            experts = (1, 2) if cut == "experts" and site.layer == 0 else (0, 2, 3)
+            width = site.group_size // 2 if cut == "widths" and site.layer == 0 else site.group_size
+            kept = tuple(expert * site.group_size + unit for expert in experts for unit in range(width))
+            cuts[site.name] = SitePlan(site.groups, site.group_size, kept)
+        elif site.kind == "attention" and cut == "heads" and site.layer == 1:
+            cuts[site.name] = keep_groups(site, (1,))
+    model: Any = apply_plan(sites, PruningPlan(mixture, len(sites.layers), cuts)).model
+    loaded: Any = reloads_equal(model, tmp_path / "out")
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for options in ({}, {"attention_mask": mask}):
+        asked = {"input_ids": ids, "labels": ids, "output_router_logits": True, "use_cache": False, **options}
+        live, fresh = model(**asked), loaded(**asked)
+        assert torch.equal(live.loss, fresh.loss) and torch.equal(live.aux_loss, fresh.aux_loss)
+        assert live.loss.requires_grad
+        counts = {site.groups for site in find_sites(model) if site.kind == "experts"}
+        assert counts == ({2, 3} if cut == "experts" else {3})
+        if cut == "experts":  # the mean over layers of each number
+            balance = inspect.getmodule(type(model)).load_balancing_loss_func  # type: ignore[union-attr]
+            logits, top = live.router_logits, model.num_experts_per_tok
+            rest = options.get("attention_mask")
+            expected = balance(logits[:1], 2, top, rest) + (len(logits) - 1) * balance(logits[1:], 3, top, rest)
+            assert torch.allclose(live.aux_loss, expected / len(logits))
