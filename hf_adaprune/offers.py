@@ -198,5 +198,8 @@ def _levels(sites: ModelSites, site: Site, unit: str, steps: int, config: Prunin
 
 
 def expert_multiple(site: Site) -> int:
-    """Widths of fused experts are multiples of this: grouped products want rows of whole 16 bytes."""
-    return max(1, 16 // site.reader.parameter.element_size())
+    """Widths of fused experts are multiples of this: grouped products want rows of whole 16 bytes.
+
+    Of two bytes a number at most: what is pruned in float32 is run in bfloat16.
+    """
+    return 16 // min(2, site.reader.parameter.element_size())

@@ -222,7 +222,7 @@ def test_experts_keep_equal_channels_of_whole_16_bytes(name: str) -> None:
     plan = allocate(sites, random_scores(sites, config.units), config)
     assert plan.sites
     for kept in plan.sites.values():
-        assert len(kept.kept_groups) == 4 and kept.kept_per_group % 4 == 0  # four float32 are 16 bytes
+        assert len(kept.kept_groups) == 4 and kept.kept_per_group % 8 == 0  # in bfloat16
     whole = allocate(sites, random_scores(sites, ("expert",)), PruningConfig(0.2, units=("expert",), repair=NO_REPAIR))
     assert all(2 <= len(kept.kept_groups) < 4 and kept.kept_per_group == 24 for kept in whole.sites.values())
 

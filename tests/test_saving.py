@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logits_of, tokens
+from conftest import MIXTURES, logits_of, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
@@ -32,6 +32,16 @@ def test_save_load_bit_equal(family: str, tmp_path: Path) -> None:
     again = type(tiny_tokenizer()).from_pretrained(folder)
     assert again.encode("a river") == tiny_tokenizer().encode("a river")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_mixture_pruned_in_float32_runs_in_narrower_dtypes(mixture: str, tmp_path: Path) -> None:
+    model = tiny_model(mixture)
+    assert model.dtype == torch.float32
+    folder = prune(model, None, config_of("magnitude", units=("expert_channel",))).save_pretrained(tmp_path / "out")
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        assert logits_of(narrow, tokens()).isfinite().all()
 
 
 def test_the_folder_tells_where_the_model_came_from(tmp_path: Path) -> None:
