@@ -19,7 +19,7 @@ from conftest import tiny_model, tokens
 from llama_cpp import ask, job
 from plans import keep_nothing, plan_of_kind, random_repairs
 from texts import calibration_prose
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -64,6 +64,12 @@ def train_tokenizer(
 
 def byte_level(**options: Any) -> Any:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+
+
+def adding(*tokens: AddedToken) -> PreTrainedTokenizerFast:
+    tokenizer = train_tokenizer(models.BPE(), byte_level())
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
 
 
 def split_by(pattern: str) -> Any:
@@ -176,7 +182,9 @@ def difference(answers: list[dict[str, Any]], expected: list[torch.Tensor]) -> f
 
 
 def written(model: PreTrainedModel, place: Path, **options: Any) -> gguf.GGUFReader:
-    return gguf.GGUFReader(export_gguf(model, place / "model.gguf", tokenizer=TOKENIZER, **{"type": "f32", **options}))
+    return gguf.GGUFReader(
+        export_gguf(model, place / "model.gguf", **{"type": "f32", "tokenizer": TOKENIZER, **options})
+    )
 
 
 def key(reader: gguf.GGUFReader, name: str) -> Any:
@@ -306,6 +314,19 @@ def test_a_vocabulary_is_complete() -> None:
     assert vocabulary.flags == {"add_bos_token": False, "add_eos_token": False}
 
 
+def test_what_the_tokenizer_does_not_name_the_model_names(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(models.BPE(), byte_level())
+    tokenizer.bos_token = tokenizer.eos_token = None
+    model = cut("llama")
+    model.config.bos_token_id, model.config.eos_token_id = 3, 4
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = None, [5, 6]
+    reader = written(model, tmp_path, tokenizer=tokenizer)
+    assert [key(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")] == [3, 5]
+    assert not key(reader, "tokenizer.ggml.add_bos_token")
+    again = written(model, tmp_path, tokenizer=TOKENIZER, overwrite=True)
+    assert [key(again, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")] == [0, 1]
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +380,9 @@ def test_numbers_that_do_not_fit_are_refused(type: str, tmp_path: Path) -> None:
             "WordLevel",
         ),
         (object, "tokenizer.json"),
+        (lambda: adding(AddedToken("<|x|>", lstrip=True, special=True)), r"'<\|x\|>' \(lstrip\): a GGUF"),
+        (lambda: adding(AddedToken("<|x|>", rstrip=True), AddedToken("<y>")), r"tokens '<\|x\|>' \(rstrip\): a GGUF"),
+        (lambda: adding(AddedToken("ing", single_word=True, normalized=False)), r"'ing' \(single_word\)"),
     ],
 )
 def test_refused_tokenizers(tokenizer: Callable[[], Any], said: str, tmp_path: Path) -> None:

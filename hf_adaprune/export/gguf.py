@@ -95,7 +95,7 @@ def export_gguf(
     _check_target(target, overwrite)
     model, tokenizer = _loaded(model_or_folder, tokenizer)
     layout = layout_of(model)
-    vocabulary = read_vocabulary(tokenizer, layout.vocabulary)
+    vocabulary = read_vocabulary(tokenizer, layout.vocabulary, model)
     plan = [_Planned(entry, _kind(entry, TYPES[type][0])) for entry in layout.tensors]
     odd = sum(planned.kind == "F16" for planned in plan) if type == "q8_0" else 0
     if odd:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _ADVICE = "Name a checkpoint with the tokenizer that the model was trained with; no other can be exported."
+_FLAGS = ("lstrip", "rstrip", "single_word")  # of added tokens
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -63,12 +64,14 @@ class Vocabulary:
     chat_template: str
 
 
-def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
+def read_vocabulary(tokenizer: Any, rows: int, model: Any = None) -> Vocabulary:
     """The vocabulary of a tokenizer, padded to the rows of an embedding.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a fast one.
         rows (`int`): of the embedding.
+        model (`PreTrainedModel`, *optional*): names BOS and EOS where the tokenizer does not, by its generation config
+            or its config; the first one of several.
 
     Raises:
         UnsupportedModelError: llama.cpp would tokenise differently, or there are more tokens than rows.
@@ -80,20 +83,21 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
             + _ADVICE
         )
     spec = json.loads(backend.to_str())
-    model = spec["model"]
-    if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    rules = spec["model"]
+    if rules["type"] != "BPE" or rules.get("continuing_subword_prefix") or rules.get("end_of_word_suffix"):
         raise UnsupportedModelError(
-            f"a tokenizer of type {model['type']} is not written; byte-pair encoding is. {_ADVICE}"
+            f"a tokenizer of type {rules['type']} is not written; byte-pair encoding is. {_ADVICE}"
         )
+    _check_added(backend, spec)
     merges: tuple[str, ...] = ()
-    if model.get("byte_fallback"):
+    if rules.get("byte_fallback"):
         space = _sentencepiece_prefix(spec)
-        scores = _scores(model)
+        scores = _scores(rules)
         kind, pre = "llama", "default"
     else:
         space = None
         kind, pre, scores = "gpt2", _pre_tokenizer(spec), {}
-        merges = tuple(_pair(merge) for merge in model["merges"])
+        merges = tuple(_pair(merge) for merge in rules["merges"])
     tokens, types = _tokens(spec, rows, kind)
     flags = _added(tokenizer)
     if space is not None:
@@ -107,7 +111,7 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         tuple(scores.get(token, 0.0 if types[row] == NORMAL else -1000.0) for row, token in enumerate(tokens))
         if kind == "llama"
         else (),
-        _special(tokenizer, rows),
+        _special(tokenizer, rows, model),
         flags,
         _template(tokenizer),
     )
@@ -216,13 +220,41 @@ def _tokens(spec: dict[str, Any], rows: int, kind: str) -> tuple[tuple[str, ...]
     return tuple(tokens), tuple(types)
 
 
-def _special(tokenizer: Any, rows: int) -> dict[str, int]:
+def _check_added(backend: Any, spec: dict[str, Any]) -> None:
+    """Refuse added tokens that take the space beside them, or that are none inside words: a GGUF file cannot say it."""
+    flagged = [entry for entry in spec.get("added_tokens", ()) if any(entry.get(flag) for flag in _FLAGS)]
+    if not flagged:
+        return
+    from tokenizers import Tokenizer
+
+    plain = [{**entry, **dict.fromkeys(_FLAGS, False)} for entry in spec["added_tokens"]]
+    without = Tokenizer.from_str(json.dumps({**spec, "added_tokens": plain}))
+    wrong = []
+    for entry in flagged:
+        texts = [text % entry["content"] for text in ("a%sa", "a %s a", "a\n%s\na", " %s ")]
+        if any(backend.encode(text).ids != without.encode(text).ids for text in texts):
+            wrong.append(f"{entry['content']!r} ({', '.join(flag for flag in _FLAGS if entry.get(flag))})")
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UnsupportedModelError(
+            f"llama.cpp would tokenise differently around the added tokens {', '.join(wrong[:8])}{more}: a GGUF file "
+            "cannot say that a token takes the spaces beside it, or is none inside a word. Add them without these "
+            f"flags (AddedToken), where the model does not rely on that. {_ADVICE}"
+        )
+
+
+def _special(tokenizer: Any, rows: int, model: Any = None) -> dict[str, int]:
     ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
+    for name in ("bos", "eos"):
+        for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+            if ids[name] is None:
+                stated = getattr(config, f"{name}_token_id", None)
+                ids[name] = next(iter(stated), None) if isinstance(stated, (list, tuple)) else stated
     return {name: number for name, number in ids.items() if number is not None and 0 <= number < rows}
 
 
