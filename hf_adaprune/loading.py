@@ -12,6 +12,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .config import PruningConfig
+from .config import RECIPES, PruningConfig
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _wrap(module: ModuleType) -> None:
         pruning_config = kwargs.pop("pruning_config", None)
         if pruning_config is None:
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
-        config = PruningConfig.read(pruning_config, "pruning_config")
+        config = _read_config(pruning_config)
         tokenizer = kwargs.pop("pruning_tokenizer", None)
         architecture = kwargs.pop("pruning_architecture", None)
         loaded = load(cls, pretrained_model_name_or_path, *args, **kwargs)
@@ -106,6 +107,19 @@ def _wrap(module: ModuleType) -> None:
     init._adaprune = True  # type: ignore[attr-defined]
     base.__init__ = init
     base.from_pretrained = classmethod(from_pretrained)
+
+
+def _read_config(given: Any) -> PruningConfig:
+    """A config, its fields, a recipe's name, or a folder or file that holds one; nothing is looked up on the Hub."""
+    if isinstance(given, (str, os.PathLike)) and given not in RECIPES:
+        if os.path.exists(given):
+            return PruningConfig.from_pretrained(given)
+        raise ConfigError(
+            "`pruning_config` should be a PruningConfig, a mapping of its fields, the name of a recipe "
+            f"({', '.join(sorted(RECIPES))}), or a folder or JSON file that holds one. Found {os.fspath(given)!r}, "
+            "which is not there. PruningConfig.from_pretrained(name) reads one from the Hub."
+        )
+    return PruningConfig.read(given, "pruning_config")
 
 
 def _prune_loaded(

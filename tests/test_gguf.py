@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 from llama_cpp import ask, job
+from peft import LoraConfig, get_peft_model
 from plans import keep_nothing, plan_of_kind, random_repairs
 from texts import calibration_prose
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -330,6 +331,12 @@ def test_what_the_tokenizer_does_not_name_the_model_names(tmp_path: Path) -> Non
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
+def with_adapter() -> PreTrainedModel:
+    model = cut("llama")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -341,8 +348,12 @@ def test_what_the_tokenizer_does_not_name_the_model_names(tmp_path: Path) -> Non
         (lambda: cut("mistral", sliding_window=16), "sliding window of 16"),
         (lambda: cut("llama", **rope("dynamic", factor=2.0)), "'dynamic'"),
         (lambda: tiny_model("llama", vocab_size=100), "ids up to 419"),
+        (lambda: get_peft_model(cut("llama"), LoraConfig(target_modules=["q_proj"])), "merge_and_unload"),
+        (with_adapter, "has adapters"),
+        (lambda: cut("llama").model, "a LlamaModel has no language modelling head.*AutoModelForCausalLM"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # read by peft
 def test_refused_models(make: Callable[[], PreTrainedModel], said: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=said):
         export_gguf(make(), tmp_path / "model.gguf", tokenizer=TOKENIZER)

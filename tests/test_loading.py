@@ -73,6 +73,16 @@ def test_a_recipe_name_or_a_mapping_will_do(given: object, dense: Path) -> None:
     assert result_of(model).pruning_ratio >= 0.2
 
 
+def test_the_folder_or_the_file_of_a_config_will_do(dense: Path, tmp_path: Path) -> None:
+    config = PruningConfig.recipe("magnitude", pruning_ratio=0.3)
+    config.save_pretrained(tmp_path)
+    for given in (tmp_path, str(tmp_path), tmp_path / "pruning_config.json"):
+        model = AutoModelForCausalLM.from_pretrained(dense, pruning_config=given)
+        assert result_of(model).config == config
+    with pytest.raises(ConfigError, match=r"magnitude.*folder or JSON file.*Found 'no/such'"):
+        AutoModelForCausalLM.from_pretrained(dense, pruning_config="no/such")
+
+
 def test_anything_else_is_refused_before_the_model_loads() -> None:
     with pytest.raises(ConfigError, match="pruning_config"):
         AutoModelForCausalLM.from_pretrained(

@@ -135,14 +135,25 @@ def layout_of(model: Any) -> Layout:
         model (`PreTrainedModel`): pruned or not; not changed.
 
     Raises:
-        UnsupportedModelError: a family, a setting or a combination of sizes that llama.cpp does not know.
+        UnsupportedModelError: a family, a setting or a combination of sizes that llama.cpp does not know; a model with
+            adapters or without a head.
     """
+    if getattr(model, "peft_config", None):
+        raise UnsupportedModelError(
+            "this model has adapters, which the file would leave out. Merge them (merge_and_unload() of a PeftModel) "
+            "and export the model that comes back."
+        )
     config = model.config
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(
             f"models of type {config.model_type!r} are not written for llama.cpp; {', '.join(sorted(FAMILIES))} are. "
             "Those were compared with what llama.cpp computes."
+        )
+    if not hasattr(model, "model") or not hasattr(model, "lm_head"):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} has no language modelling head, which llama.cpp needs. Load the checkpoint with "
+            "AutoModelForCausalLM."
         )
     _check_config(config, family)
     base = model.model
