@@ -72,6 +72,7 @@ def allocate(
             "`uniform=True` means equal layers, which `protected_layers` contradicts. Leave out one of them."
         )
     if config.uniform:
+        _check_nothing_shared(config, offers)
         _check_equal_layers(sites, offers)
     if config.allocation.method == "global":
         return _global(sites, scores, config, offers, target, start)
@@ -123,6 +124,21 @@ def _check_whole_parts(config: PruningConfig) -> None:
             f"allocation {own.method!r} shares widths, and {', '.join(whole)} of `units` would never go. Use the "
             "method `global` (or `flap` with the structure AL-AM), which ranks whole parts beside widths, or take "
             f"{', '.join(whole)} out of `units`."
+        )
+
+
+def _check_nothing_shared(config: PruningConfig, offers: list[Offer]) -> None:
+    """Refuse what would share a budget over layers that are to be equal: it did nothing there."""
+    own = config.allocation
+    given = {
+        "ratios": own.method == "ratios",
+        "profile": own.method in ("global", "profile") and any(own.profile),
+        "attention_balance": own.method in ("global", "profile") and own.attention_balance != 0,
+    }
+    named = [name for name, contradicts in given.items() if contradicts]
+    if offers and named:
+        raise ConfigError(
+            f"`uniform=True` means equal layers, which `allocation.{named[0]}` contradicts. Leave out one of them."
         )
 
 

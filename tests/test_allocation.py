@@ -36,6 +36,7 @@ METHODS = [
     AllocationConfig("ratios", ratios={"layers.0.attention": 0.5, "layers.2.attention": 0.2}),
 ]  # fmt: skip
 IDS = [f"{own.method}-{own.structure}" if own.method == "flap" else own.method for own in METHODS]
+SHARING = ("profile", "ratios")  # which equal layers contradict
 COSINE = torch.tensor([0.3, 0.9, 0.6])
 NO_REPAIR = RepairConfig("none")
 
@@ -184,6 +185,7 @@ def test_every_rule_holds(
     uniform: bool,
 ) -> None:  # fmt: skip
     sites = sites_of("llama")
+    uniform = uniform and METHODS[number].method not in SHARING
     config = PruningConfig(
         0.15, units=WIDTHS, channel_multiple=multiple, min_channels=channels, min_groups=groups, uniform=uniform,
         protected_layers=() if uniform else protected, repair=NO_REPAIR,
@@ -370,6 +372,7 @@ def test_the_similarity_map_is_adapt_pruners() -> None:
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_a_budget_error_states_what_is_reachable(method: AllocationConfig, uniform: bool) -> None:
+    uniform = uniform and method.method not in SHARING
     for name, units in (("llama", WIDTHS), ("mixtral", ("kv_group", "expert_channel")), ("gpt2", WIDTHS)):
         sites = sites_of(name)
         scores = random_scores(sites, units)
@@ -388,6 +391,13 @@ def test_contradictions_are_refused() -> None:
     scores = random_scores(sites, WIDTHS)
     with pytest.raises(ConfigError, match="`protected_layers` contradicts"):
         allocate(sites, scores, PruningConfig(0.1, uniform=True, protected_layers=(0,)))
+    for own in (
+        {"method": "ratios", "ratios": {"layers.0.mlp": 0.5}},
+        {"profile": (2.0, -2.0)},
+        {"attention_balance": 1.5},
+    ):
+        with pytest.raises(ConfigError, match=f"equal layers, which `allocation.{list(own)[-1]}` contradicts"):
+            allocate(sites, scores, PruningConfig(0.1, uniform=True, allocation=AllocationConfig(**own)))
     with pytest.raises(ConfigError, match=r"names layers \[3\], the model has 3"):
         allocate(sites, scores, PruningConfig(0.1, protected_layers=(3,)))
     with pytest.raises(ConfigError, match=r"nothing in this opt model may go.*Heads stay because"):

@@ -381,6 +381,13 @@ def test_a_space_that_cannot_be_is_refused_before_any_trial(given: dict[str, Any
         space_of(given)
 
 
+def test_a_space_of_equal_layers_shares_nothing_over_them() -> None:
+    given = {"allocation.attention_balance": {"low": -1.0, "high": 1.0}}
+    with pytest.raises(ConfigError, match=r"equal layers, which 'allocation.attention_balance' of `search.space`"):
+        space_of(given, uniform=True)
+    assert space_of(given, uniform=True, units=("layer",)).dimensions
+
+
 def test_a_space_without_dimensions_is_refused() -> None:
     fixed = {d.path: d.decode(d.encode(d.default)) for d in space_of(domains=1).dimensions}
     with pytest.raises(ConfigError, match="nothing is left"):

@@ -284,6 +284,7 @@ def default_space(config: PruningConfig, domains: Sequence[str], shares: Sequenc
     return space
 
 
+_SHARING = ("allocation.profile", "allocation.attention_balance", "allocation.ratios")
 _SPECIFICATION = {"low", "high", "log", "whole", "size", "centred", "choices", "simplex", "kept"}
 
 
@@ -386,6 +387,12 @@ def _is_number(value: Any) -> bool:
 
 def _check(space: Space, config: PruningConfig) -> None:
     """Every corner that one dimension alone can reach is a valid config; told before any trial."""
+    varied = {dimension.path for dimension in space.dimensions if dimension.path in _SHARING}
+    if config.uniform and varied and set(config.units) != {"layer"}:
+        raise ConfigError(
+            f"`uniform=True` means equal layers, which {sorted(varied)[0]!r} of `search.space` contradicts. Leave out "
+            "one of them."
+        )
     default = space.default
     try:
         space.apply(config, default)
