@@ -29,6 +29,7 @@ from .parts import (
     TextSource,
     check_choice,
     check_number,
+    check_seed,
     check_whole,
 )
 from .search_config import BUDGETS, SearchConfig
@@ -181,9 +182,7 @@ class PruningConfig:
         check_whole("min_groups", self.min_groups, 1, what="KV groups that every attention keeps")
         check_whole("activation_bytes", self.activation_bytes, 0, what="bytes of memory for activations")
         check_choice("gram_place", self.gram_place, GRAM_PLACES)
-        check_whole("seed", self.seed, 0, what="the seed of everything drawn at random")
-        if self.seed >= 2**32:
-            raise ConfigError(f"`seed` should be below 2**32, the most that all generators take. Found {self.seed}.")
+        check_seed(self.seed)
         if self.uniform and self.repair.method == "bias":
             raise ConfigError(
                 "`repair.method='bias'` adds biases, which the uniform form cannot carry. Use `least_squares` or "

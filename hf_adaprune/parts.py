@@ -19,6 +19,7 @@ __all__ = [
     "TextSource",
     "check_choice",
     "check_number",
+    "check_seed",
     "check_whole",
 ]
 
@@ -74,6 +75,17 @@ def check_whole(name: str, value: Any, low: int, *, what: str) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ConfigError(f"`{name}` should be a whole number of at least {low}: {what}. Found {value!r}.")
+
+
+def check_seed(value: Any) -> None:
+    """Refuse a seed that not every generator takes: those of NumPy, and so scikit-learn's, have 32 bits.
+
+    Raises:
+        ConfigError: no whole number, or none from 0 to 2**32 - 1.
+    """
+    check_whole("seed", value, 0, what="the seed of everything drawn at random")
+    if value >= 2**32:
+        raise ConfigError(f"`seed` should be below 2**32, the most that all generators take. Found {value}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .errors import ConfigError
-from .parts import check_choice, check_number, check_whole
+from .parts import check_choice, check_number, check_seed, check_whole
 
 __all__ = ["LoraSettings", "RecoveryConfig"]
 
@@ -72,7 +72,7 @@ class RecoveryConfig:
         shares (`tuple[float, ...]`, *optional*): of the training tokens by source; equal where not given.
         held_out (`int`, *optional*, defaults to 16): windows of these sources that training never sees, on which loss
             and divergence are measured before and after. 0 measures nothing.
-        seed (`int`, *optional*, defaults to 0): of text, order and adapters.
+        seed (`int`, *optional*, defaults to 0): of text, order and adapters; below 2**32.
     """
 
     tokens: int | None = None
@@ -122,6 +122,7 @@ class RecoveryConfig:
         check_number("decay", self.decay, 0.0, 1.0, what="share of the training")
         if self.warmup + self.decay > 1:
             raise ConfigError(f"`warmup` and `decay` should be at most 1 together. Found {self.warmup + self.decay:g}.")
+        check_seed(self.seed)
         check_number("weight_decay", self.weight_decay, 0.0, 1e3, what="of AdamW")
         check_number("max_grad_norm", self.max_grad_norm, 0.0, 1e9, what="the longest gradient")
         if self.top_k is not None:

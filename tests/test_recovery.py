@@ -325,6 +325,8 @@ def test_texts_that_overlap_are_refused() -> None:
         ({"top_k": 8, "hidden_weight": 1.0}, "top_k"),
         ({"shares": (-1.0, 1.0)}, "shares"),
         ({"batch_size": 0}, "batch_size"),
+        ({"seed": 2**32}, r"below 2\*\*32"),
+        ({"seed": -1}, "seed"),
         ({"lora": {"rank": 0}}, "lora.rank"),
     ],
     ids=str,
