@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .allocation_checks import check_equal_layers, check_nothing_shared, check_whole_parts
 from .config import PruningConfig
 from .errors import BudgetError, ConfigError
 from .importance import Scores
@@ -22,7 +23,7 @@ from .plan import PruningPlan, SitePlan
 from .shapes import SHAPES, profile_factor
 from .sites import ModelSites
 
-__all__ = ["TargetError", "allocate", "can_allocate", "whole_parts"]
+__all__ = ["TargetError", "allocate"]
 
 _FINE = ("channel", "expert_channel")
 
@@ -72,8 +73,8 @@ def allocate(
             "`uniform=True` means equal layers, which `protected_layers` contradicts. Leave out one of them."
         )
     if config.uniform:
-        _check_nothing_shared(config, offers)
-        _check_equal_layers(sites, offers)
+        check_nothing_shared(config, offers)
+        check_equal_layers(offers)
     if config.allocation.method == "global":
         return _global(sites, scores, config, offers, target, start)
     if not offers:
@@ -81,7 +82,7 @@ def allocate(
             f"allocation {config.allocation.method!r} shares widths, but `units` {config.units} leaves none to share. "
             "Add channel or kv_group, or use the method `global`."
         )
-    _check_whole_parts(config)
+    check_whole_parts(config)
     if config.uniform:
         # Equal widths leave a method nothing to share out but the units within a layer.
         return _shaped(sites, config, offers, target, [1.0] * len(offers))
@@ -93,63 +94,6 @@ def allocate(
     if config.allocation.method == "ratios":
         return _named_first(sites, config, offers, target, shape)
     return _shaped(sites, config, offers, target, shape)
-
-
-def whole_parts(units: Iterable[str]) -> list[str]:
-    """Those units that are no width of a site but a part of the model."""
-    return [unit for unit in units if unit in ("attention", "mlp", "layer")]
-
-
-def can_allocate(units: Sequence[str], method: str, structure: str) -> bool:
-    """Whether a method has a place for whole parts, where `units` names some; most share widths alone.
-
-    `ratios` says by name what goes; strategies that refine a plan of whole parts and widths give it the widths.
-
-    Args:
-        units (sequence of `str`): what may go.
-        method (`str`): `allocation.method`.
-        structure (`str`): `allocation.structure`, of `flap`.
-    """
-    whole = whole_parts(units)
-    if not whole or method == "global":
-        return True
-    return len(whole) < len(units) and (method == "ratios" or (method, structure) == ("flap", "AL-AM"))
-
-
-def _check_whole_parts(config: PruningConfig) -> None:
-    """Refuse whole parts beside widths where the method would never let one go."""
-    own, whole = config.allocation, whole_parts(config.units)
-    if not can_allocate(config.units, own.method, own.structure):
-        raise ConfigError(
-            f"allocation {own.method!r} shares widths, and {', '.join(whole)} of `units` would never go. Use the "
-            "method `global` (or `flap` with the structure AL-AM), which ranks whole parts beside widths, or take "
-            f"{', '.join(whole)} out of `units`."
-        )
-
-
-def _check_nothing_shared(config: PruningConfig, offers: list[Offer]) -> None:
-    """Refuse what would share a budget over layers that are to be equal: it did nothing there."""
-    own = config.allocation
-    given = {
-        "ratios": own.method == "ratios",
-        "profile": own.method in ("global", "profile") and any(own.profile),
-        "attention_balance": own.method in ("global", "profile") and own.attention_balance != 0,
-    }
-    named = [name for name, contradicts in given.items() if contradicts]
-    if offers and named:
-        raise ConfigError(
-            f"`uniform=True` means equal layers, which `allocation.{named[0]}` contradicts. Leave out one of them."
-        )
-
-
-def _check_equal_layers(sites: ModelSites, offers: list[Offer]) -> None:
-    for unit in sorted({offer.unit for offer in offers}):
-        shapes = {(offer.site.groups, offer.site.group_size) for offer in offers if offer.unit == unit}
-        if len(shapes) > 1:
-            raise ConfigError(
-                f"`uniform=True` starts from equal layers, and this model's differ in {unit}s. Prune the dense model, "
-                "or set uniform=False."
-            )
 
 
 # -- one ranking over the model ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .allocation import can_allocate, whole_parts
+from .allocation_checks import can_allocate, whole_parts
 from .config import PruningConfig
 from .errors import ConfigError
 from .metrics import METRICS

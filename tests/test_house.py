@@ -45,6 +45,7 @@ ORDER = [
     "importance",
     "offers",
     "shapes",
+    "allocation_checks",
     "allocation",
     "compensation",
     "run_facts",
