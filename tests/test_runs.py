@@ -184,8 +184,9 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_walk_goes_on_at_its_layer(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_adaprune import layerwise
 
-    name = {"sequential": "_repairs_of", "regional": "_optimise"}[way]
-    real, calls = getattr(layerwise, name), []
+    owner: Any = {"sequential": layerwise, "regional": layerwise._Block}[way]
+    name = {"sequential": "_repairs_of", "regional": "optimise"}[way]
+    real, calls = getattr(owner, name), []
 
     def counted(*args: Any) -> Any:
         if len(calls) == 2:
@@ -196,10 +197,10 @@ def test_a_walk_goes_on_at_its_layer(way: str, tmp_path: Path, monkeypatch: pyte
     config = config_of(**WAYS[way][1])
     wanted = prune(tiny_model(), tiny_tokenizer(), config)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(layerwise, name, counted)
+        patch.setattr(owner, name, counted)
         prune(tiny_model(), tiny_tokenizer(), config, run_dir=tmp_path / "run")
     calls.clear()
-    monkeypatch.setattr(layerwise, name, counted)
+    monkeypatch.setattr(owner, name, counted)
     assert_same(prune(tiny_model(), tiny_tokenizer(), config, run_dir=tmp_path / "run"), wanted)
     assert len(calls) == 1  # the third of three layers
 
