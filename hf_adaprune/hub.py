@@ -130,7 +130,7 @@ def _folder(source: PruningResult | RecoveryResult | str | os.PathLike[str], rem
         yield Path(source)
         return
     with tempfile.TemporaryDirectory(prefix="hf_adaprune_") as place:
-        name = source.model.config.name_or_path
+        name = source.model.name_or_path
         try:
             yield save_pruned(source, Path(place) / "model", remote_code=remote_code)
         finally:

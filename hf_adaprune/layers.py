@@ -104,11 +104,19 @@ class SkippedMlp(nn.Module):
 
 
 def is_layer_class(kind: Any) -> bool:
-    """Whether something is a class of modules that are built from `(config, layer_idx)`, as decoder layers are."""
+    """Whether something is a class of modules that are built from a config and a number, as decoder layers are.
+
+    Args:
+        kind (`type`): a class; where it hands its arguments on (`*args`), the one that it extends decides.
+    """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         return False
-    names = list(inspect.signature(kind.__init__).parameters)
-    return names[1:3] == ["config", "layer_idx"]
+    for cls in kind.__mro__:
+        if "__init__" in vars(cls):
+            own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+            if not own or own[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+                return len(own) > 1 and own[0].name == "config" and own[1].kind is own[1].POSITIONAL_OR_KEYWORD
+    return False
 
 
 def bind_views(layers: Iterable[Any], config: Any) -> None:

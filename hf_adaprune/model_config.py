@@ -12,9 +12,9 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from .architecture_json import architecture_to_dict, carried_architecture
+from .architecture_json import architecture_from_dict, architecture_to_dict, carried_architecture
 from .architectures import ARCHITECTURES, Architecture, architecture_for
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .layers import bind_views
 from .sites import ModelSites
 
@@ -195,8 +195,17 @@ def known_architecture(config: Any, own: Architecture | None = None) -> Architec
 
 
 def own_architecture(model: Any, given: Architecture | None) -> Architecture | None:
-    """The architecture of a model that is not built in: the caller's, or the one its checkpoint carries."""
+    """The architecture of a model that is not built in: the caller's, or the one its checkpoint carries.
+
+    Raises:
+        ConfigError: the caller's could not be read from a checkpoint again.
+    """
     provenance = getattr(getattr(model, "config", None), "__dict__", {}).get(PROVENANCE_KEY) or {}
+    if given is not None:
+        try:
+            architecture_from_dict(architecture_to_dict(given))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"`architecture` could be saved, but not read again: {error}.") from error
     return known_architecture(model.config, given) if given or provenance.get("architecture") else None
 
 

@@ -1,6 +1,7 @@
-"""What a model in memory is called: what it can be loaded by, which changes when it is cut.
+"""What a model in memory is called: what it was loaded by, and what loads it now, which changes when it is cut.
 
-Others take the name at its word: peft writes it into every adapter, as the base to load the adapter onto.
+transformers keeps the first in the config (trl takes the tokenizer from there, cards their base model) and the second
+on the model itself, where peft reads what base an adapter is loaded onto.
 """
 
 from __future__ import annotations
@@ -9,28 +10,24 @@ from typing import Any
 
 __all__ = ["forget_name", "name_of", "rename"]
 
-_FORMER = "_adaprune_former_name"
-
 
 def name_of(model: Any) -> str:
-    """What a model is loaded by or, where it has changed since, what it was made from; empty for neither.
+    """What a model was loaded by, and so made from where it was cut since; empty where it was not loaded.
 
     Args:
         model (`PreTrainedModel`, *optional*): the model.
     """
-    stated = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    return stated or str(getattr(model, "__dict__", {}).get(_FORMER, ""))
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def rename(model: Any, name: str) -> None:
-    """State by what a model can be loaded, in place.
+    """State by what a model can be loaded, in place; what it was made from stays.
 
     Args:
         model (`PreTrainedModel`): the model.
-        name (`str`): a folder, or an id on the Hub; empty for a model that cannot be loaded from anywhere.
+        name (`str`): a folder, or an id on the Hub.
     """
-    # peft reads the model's own attribute for its config, and the config's for its card.
-    model.name_or_path = model.config.name_or_path = name
+    model.name_or_path = name
 
 
 def forget_name(model: Any) -> None:
@@ -39,6 +36,4 @@ def forget_name(model: Any) -> None:
     Args:
         model (`PreTrainedModel`): the model; [`name_of`] still says what it was made from.
     """
-    former = name_of(model)
-    rename(model, "")
-    model.__dict__[_FORMER] = former
+    model.name_or_path = ""

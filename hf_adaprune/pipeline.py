@@ -89,8 +89,8 @@ class PruningResult:
     """What came of a run.
 
     Args:
-        model (`PreTrainedModel`): the pruned model: the object that went in, smaller. `name_or_path` is empty
-            until it is saved, and then the folder.
+        model (`PreTrainedModel`): the pruned model: the object that went in, smaller. Its
+            `name_or_path` is empty until it is saved, and then the folder; its config says what it was made from.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): as given.
         config ([`PruningConfig`]): what was asked for.
         plan ([`PruningPlan`]): which units stayed.

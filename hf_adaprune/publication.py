@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -27,7 +28,9 @@ JOURNAL_NAME = "pruning_journal.jsonl"
 # What a model repository is made of. Everything else stays at home: pickles (training_args.bin, optimizer.pt), logs.
 _ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".png")
 _FOLDERS = ("additional_chat_templates",)
-_NOT = ("trainer_state.json", "README.md", CONFIG_NAME, PICTURE_NAME, JOURNAL_NAME)
+# An adapter names a base by its place on this machine, and transformers would load it with the checkpoint.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_NOT = ("trainer_state.json", "README.md", CONFIG_NAME, PICTURE_NAME, JOURNAL_NAME, *_ADAPTER)
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors", re.ASCII)
 
@@ -144,6 +147,7 @@ def _files(folder: Path) -> dict[str, Path]:
             continue
         if path.is_file() and path.suffix in _ENDINGS and not path.name.startswith("."):
             stays_inside(path, folder)
+            _names_no_code(path)
             found[name] = path
         elif not path.name.startswith(module_name("")):
             left.append(name)
@@ -174,6 +178,19 @@ def stays_inside(path: Path, folder: Path) -> None:
     blobs = own.parent.parent / "blobs"
     if not target.is_relative_to(own) and not (own.parent.name == "snapshots" and target.is_relative_to(blobs)):
         raise CheckpointError(f"{path.name} is a link to a file outside of {folder}. Put the file itself there.")
+
+
+def _names_no_code(file: Path) -> None:
+    """Refuse code that a file beside config.json names, such as a tokenizer's: it may be anyone's, anywhere."""
+    if file.suffix != ".json" or file.name == "config.json":
+        return
+    with contextlib.suppress(ValueError, RecursionError):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and (data.get("auto_map") or data.get("custom_pipelines")):
+            raise CheckpointError(
+                f"{file} names code (`auto_map`), which is not published from here. Upload the folder with `hf "
+                "upload`, or take the entry out."
+            )
 
 
 def _code_in(folder: Path) -> bool:

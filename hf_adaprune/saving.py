@@ -105,7 +105,7 @@ def save_pruned(
         if check:
             with quiet_global_values():
                 check_round_trip(result.model, partial, result.tokenizer)
-    rename(result.model, str(output_dir))
+    rename(result.model, os.path.abspath(output_dir))
     return target
 
 

@@ -15,7 +15,7 @@ from .budgets import check_budgets
 from .clock import Clock
 from .config import PruningConfig
 from .costs import Costs
-from .errors import ConfigError
+from .errors import ConfigError, JournalError
 from .measures import Measure
 from .plan import PruningPlan
 from .search.gaussian_process import expand
@@ -159,6 +159,7 @@ def find_best(
             workers.lead(lambda: stack.enter_context(journal_lock(journal)))
         book = start_journal(trials, warm, journal, resume, workers)
         keep_speeds(trials, book)
+        workers.lead(lambda: _check_model(trials, book.trials[0]) if book.trials else None)
         clock.stop("selection text")
         strategies = {name: strategy(name) for name, _ in search.shares()}
         live = stack.enter_context(_Line(search.trials, len(book.trials), workers.rank == 0, measure.logarithmic))
@@ -192,11 +193,21 @@ def shared_costs(sites: ModelSites, config: PruningConfig, workers: Alone) -> Co
     return Costs.of(sites, config, workers.lead(lambda: Costs.of(sites, config).speed_table))
 
 
+def _check_model(trials: Trials, trial: Trial) -> None:
+    """Refuse a journal whose points give other models now: its values would be said of models that nobody measured."""
+    if trial.rows and trials.candidate(trial.point).key != trial.key:
+        raise JournalError(
+            f"trial {trial.number} of the journal gives another model than the one that it measured: scores or plans "
+            "are computed in another way by this version of the package. Name a new journal, and search anew."
+        )
+
+
 def _found(trials: Trials, config: PruningConfig, book: Journal) -> _Found:
     search = config.search
     assert search is not None
     winner = book.winner()
     assert winner is not None
+    _check_model(trials, winner)
     own = trials.config_of(winner.point)
     plans = trials.plans(own)
     points: tuple[FrontPoint, ...] = ()

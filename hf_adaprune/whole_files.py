@@ -90,8 +90,8 @@ def place_of(target: str | os.PathLike[str]) -> Path:
 def room_for(target: str | os.PathLike[str]) -> Path:
     """The folder to write in what becomes a target folder: the one above it, on the same disk, if that can be.
 
-    A folder that is there already may be a mount point, which cannot be replaced, or stand in a folder that is not
-    writable: then it is the target itself.
+    A folder that is there already may be a mount point or the working directory, which cannot be replaced, or stand in
+    a folder that is not writable: then it is the target itself.
 
     Args:
         target (`str`): does not exist, or is a folder.
@@ -99,8 +99,8 @@ def room_for(target: str | os.PathLike[str]) -> Path:
     place = place_of(target)
     if not place.is_dir():
         return place.parent
-    if os.path.ismount(place) or os.listdir(place):
-        return place
+    if os.path.ismount(place) or os.listdir(place) or os.path.samefile(place, os.getcwd()):
+        return place  # the working directory would be gone, and this process nowhere
     # Mounts of a part of the same disk look like folders, but nothing can be moved across their edge.
     try:
         inside = Path(tempfile.mkdtemp(prefix=f".{place.name}.probe-", dir=place))

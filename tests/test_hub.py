@@ -175,13 +175,13 @@ def test_a_pushed_result_is_called_by_its_id(hub: FakeHub) -> None:
     rename(model, "")
     for options in ({"revision": "candidate"}, {"create_pr": True}):
         pruned().push_to_hub("tiny", **options)
-        assert model.name_or_path == model.config.name_or_path == ""  # the id loads something else, or nothing
+        assert model.name_or_path == ""  # the id loads something else, or nothing
     hub.fails("POST", "/commit/", 403)
     with pytest.raises(HubError):
         pruned().push_to_hub("me/other")
     assert model.name_or_path == ""
     pruned().push_to_hub("tiny")
-    assert model.name_or_path == model.config.name_or_path == "me/tiny"
+    assert model.name_or_path == "me/tiny"
 
 
 def test_the_command_line_pushes(hub: FakeHub, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -466,3 +466,19 @@ def test_a_trainer_that_prunes_pushes_a_model_that_loads(hub: FakeHub, tmp_path:
     push_to_hub(tmp_path / "run" / "checkpoint-10", "me/checkpoint", token=TOKEN)
     again = AutoModelForCausalLM.from_pretrained("me/checkpoint")
     assert torch.equal(logits_of(again, tokens()), logits_of(loaded, tokens()))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "processor_config.json"])
+def test_code_that_files_beside_the_config_name_is_not_published(hub: FakeHub, folder: Path, name: str) -> None:
+    place = folder / name
+    data = json.loads(place.read_text()) if place.exists() else {}
+    place.write_text(json.dumps(data | {"auto_map": {"AutoTokenizer": ["someone/else--code.Tokenizer", None]}}))
+    with pytest.raises(CheckpointError, match="auto_map"):
+        push_to_hub(folder, "tiny")
+    assert "me/tiny" not in hub.repositories or not hub.commits("me/tiny")
+
+
+def test_adapters_beside_a_checkpoint_are_not_published(hub: FakeHub, folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/private/place"}))
+    push_to_hub(folder, "tiny")
+    assert "adapter_config.json" not in hub.repositories["me/tiny"].files

@@ -15,12 +15,14 @@ import pytest
 import torch
 from conftest import FAMILIES, HEADLESS, MIXTURES, TOKEN_IDS, logits_of, tiny_model, tokens
 from plans import KINDS, generated, keep_groups, keep_nothing, mixed_cut, plan_of_kind, random_repairs
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_adaprune import modeling
 from hf_adaprune.architectures import ARCHITECTURES
 from hf_adaprune.errors import UnsupportedModelError
+from hf_adaprune.layers import is_layer_class
 from hf_adaprune.modeling import prepare_layer_class
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.sites import ModelSites, find_sites
@@ -382,3 +384,20 @@ def test_the_router_loss_is_that_of_the_reloaded_model(mixture: str, cut: str, t
             rest = options.get("attention_mask")
             expected = balance(logits[:1], 2, top, rest) + (len(logits) - 1) * balance(logits[1:], 3, top, rest)
             assert torch.allclose(live.aux_loss, expected / len(logits))
+
+
+def test_layers_are_known_by_a_config_and_a_number() -> None:
+    class Plain(nn.Module):
+        def __init__(self, config: Any, layer_id: int) -> None:
+            super().__init__()
+
+    class HandsOn(Plain):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    class Norm(nn.Module):
+        def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+            super().__init__()
+
+    assert is_layer_class(Plain) and is_layer_class(HandsOn)
+    assert not is_layer_class(Norm) and not is_layer_class(nn.Module) and not is_layer_class(len)

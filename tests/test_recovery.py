@@ -124,11 +124,11 @@ def test_a_recovered_model_is_not_what_its_old_name_loads(tmp_path: Path) -> Non
     pruned("magnitude").save_pretrained(tmp_path / "pruned")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     result = recover(model, tiny_tokenizer(), tiny_model("llama"), short(tokens=500), sources=text())
-    assert model.name_or_path == model.config.name_or_path == ""
+    assert model.name_or_path == ""
     again = recover(model, tiny_tokenizer(), tiny_model("llama"), short(tokens=500), sources=text())
     assert again.plan == result.plan is not None  # found by the folder that it came from
     folder = result.save_pretrained(tmp_path / "out")
-    assert model.name_or_path == model.config.name_or_path == str(folder)
+    assert model.name_or_path == str(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,15 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_the_working_directory_is_filled_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = prune(tiny_model("llama"), tiny_tokenizer(), config_of("magnitude"))
+    result.save_pretrained(".")
+    assert os.getcwd() == str(tmp_path / "here") == result.model.name_or_path and Path("config.json").is_file()
+    AutoModelForCausalLM.from_pretrained(".")
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_to_a_folder_is_taken_and_its_disk_counts(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,7 +282,8 @@ def test_an_adapter_names_the_model_that_it_fits(tmp_path: Path) -> None:
     expected = adapted(tmp_path / "adapter")
     loaded: Any = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits_of(loaded.eval(), tokens()), expected)
-    assert result.model.name_or_path == result.model.config.name_or_path == str(folder)
+    assert result.model.name_or_path == str(folder)
+    assert result.model.config.name_or_path == str(tmp_path / "dense")
     again = result.save_pretrained(tmp_path / "again")
     for place in (folder, again):
         assert str(tmp_path) not in (place / "config.json").read_text()
@@ -284,4 +295,4 @@ def test_a_second_run_knows_what_the_first_began_with(tmp_path: Path) -> None:
     results = [prune(model, None, config_of("magnitude", calibration={"sources": ("python",)})) for _ in range(2)]
     assert [result.base_model for result in results] == ["dense", "dense"]
     results[1].save_pretrained(tmp_path / "once")
-    assert prune(model, None, config_of("magnitude", calibration={"sources": ("python",)})).base_model == "once"
+    assert prune(model, None, config_of("magnitude", calibration={"sources": ("python",)})).base_model == "dense"

@@ -373,6 +373,7 @@ def test_a_mapping_adds_a_dimension() -> None:
         ({"allocation.profile": {"low": 0.5, "high": 1.0}}, "centred"),
         ({"allocation.profile": {"log": True}}, "logarithmic|vector"),
         ({"allocation.profile": {"low": -1, "high": 1, "size": 2.5}}, "size"),
+        ({"allocation.profile": {"low": -30, "high": 30, "size": 5}}, r"in \[-20, 20\]"),
         ({"importance.normalization": "none"}, "mixes several metrics"),
     ],
 )

@@ -795,6 +795,18 @@ def test_texts_that_changed_between_start_and_resume_are_named(changed: str, oth
     assert path.read_bytes() == kept
 
 
+def test_a_journal_whose_points_give_other_models_now_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    result = search_plan(tiny_model(), tokenizer(), config_of({"trials": 3}), journal=path)
+    assert (
+        search_plan(tiny_model(), tokenizer(), config_of({"trials": 3}), journal=path, resume=True).plan == result.plan
+    )
+    key = result.journal.trials[0].key
+    path.write_text(path.read_text().replace(key, key[::-1]))
+    with pytest.raises(JournalError, match=r"trial 0 .*another model"):
+        search_plan(tiny_model(), tokenizer(), config_of({"trials": 3}), journal=path, resume=True)
+
+
 def test_more_trials_continue_a_search(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     whole = search_plan(tiny_model(), tokenizer(), config_of({"trials": 7}))

@@ -105,7 +105,7 @@ def export_gguf(
             odd, sum(not planned.entry.exact for planned in plan), _BLOCK, _BLOCK,
         )  # fmt: skip
     needed = sum(planned.bytes for planned in plan)
-    name = getattr(model.config, "_name_or_path", "") or target.stem
+    name = getattr(model, "name_or_path", "") or target.stem
     _check_space(target, needed)
     _write_whole(target, overwrite, lambda place: _write(place, layout, vocabulary, plan, type, Path(name).name))
     return target

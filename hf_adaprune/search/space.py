@@ -15,7 +15,7 @@ import torch
 
 from ..config import PruningConfig
 from ..errors import ConfigError
-from ..parts import check_whole
+from ..parts import REACH, check_whole
 from ..search_config import REFINING
 from .dimensions import Choice, Dimension, Number, Simplex, Vector
 
@@ -252,6 +252,11 @@ def default_space(config: PruningConfig, domains: Sequence[str], shares: Sequenc
         points = config.allocation.profile or (0.0,) * PROFILE_POINTS
         # The config itself is trial 0, so the ranges reach to where it stands.
         reach = max([PROFILE_REACH, *(abs(entry - sum(points) / len(points)) for entry in points)])
+        if reach > REACH:
+            raise ConfigError(
+                f"`allocation.profile` is searched around its mean, at most {REACH:g} from it. Found an entry "
+                f"{reach:g} away; bring its entries closer together."
+            )
         dimensions["allocation.profile"] = Vector("allocation.profile", -reach, reach, points, True)
         if {"channel", "mlp"} & set(config.units) and {"kv_group", "query_head", "attention"} & set(config.units):
             balance = config.allocation.attention_balance
@@ -385,9 +390,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _any(value: Any) -> bool:
+    """Whether a fixed value is other than zero, or zeros."""
+    return any(value.values() if isinstance(value, Mapping) else value) if hasattr(value, "__iter__") else bool(value)
+
+
 def _check(space: Space, config: PruningConfig) -> None:
     """Every corner that one dimension alone can reach is a valid config; told before any trial."""
-    varied = {dimension.path for dimension in space.dimensions if dimension.path in _SHARING}
+    varied = {dimension.path for dimension in space.dimensions} | {
+        name for name, own in space.fixed.items() if _any(own)
+    }
+    varied &= set(_SHARING)
     if config.uniform and varied and set(config.units) != {"layer"}:
         raise ConfigError(
             f"`uniform=True` means equal layers, which {sorted(varied)[0]!r} of `search.space` contradicts. Leave out "
@@ -405,5 +418,9 @@ def _check(space: Space, config: PruningConfig) -> None:
             ends = [round(end) for end in ends] if dimension.whole else ends
         elif isinstance(dimension, Choice):
             ends = list(dimension.values)
+        elif isinstance(dimension, Vector):
+            low, high, others = dimension.low, dimension.high, dimension.width - 1
+            corners = ((low, low), (high, high), (low, high), (high, low))
+            ends = [dimension.decode([first, *[other] * others]) for first, other in corners]
         for end in ends:
             space.apply(config, {**default, dimension.path: end})
