@@ -50,6 +50,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cut-samples", type=int, default=32, help="calibration windows of a progressive cut")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="training", help="name of the results file")
+    parser.add_argument("--title", help="of the rows in the README's table")
+    parser.add_argument("--note", help="what the rows should say of themselves beside their numbers")
     parser.add_argument("--save", help="folder for the trained models")
     return parser.parse_args()
 
@@ -85,10 +87,13 @@ def main() -> None:
              for name, source in zip(names, args.report, strict=False)}  # fmt: skip
     rows = {name: read_rows(source)[: args.task_rows]
             for name, source in zip(names[len(texts) :], args.rows, strict=True)}  # fmt: skip
+    own = measured_on(args.model, texts, rows)
     if path.exists():
         results = json.loads(path.read_text())
+        if results["protocol"].get("measured_on", own) != own:
+            raise SystemExit(f"{path.name} was measured on another model, text or questions. Choose another --name.")
     else:
-        results = {"protocol": {**facts(args), "measured_on": measured_on(args.model, texts, rows)}, "rows": []}
+        results = {"protocol": {**facts(args), "measured_on": own}, "rows": []}
     selection = [report_blocks(source, tokenizer, tokens=8192, sequence_length=512) for source in args.selection]
 
     def evaluate(model: Any) -> dict[str, Any]:
@@ -105,6 +110,7 @@ def main() -> None:
         ratio, tokens = float(ratio_text), int(token_text)
         model, _ = load(args.model)
         row: dict[str, Any] = {"run": asked, "learning_rate": args.learning_rate}
+        row |= {name: value for name in ("title", "note") if (value := getattr(args, name))}
         started = time.perf_counter()
         callbacks: list[TrainerCallback] = []
         if how == "once":
