@@ -20,7 +20,8 @@ from .errors import BudgetError, ConfigError
 from .importance import Scores, unit_of
 from .plan import PruningPlan
 from .search_config import BUDGETS, SPEEDS
-from .sites import GROUP_UNITS, ModelSites, Site
+from .site import GROUP_UNITS, Site
+from .sites import ModelSites
 
 __all__ = [
     "allocate_within",

@@ -19,7 +19,8 @@ from .errors import CalibrationError, StatisticsError
 from .gram_sums import exact_products, summing_dtype
 from .moments import cholesky, covariance, ridge_diagonal, second_moments
 from .plan import PruningPlan, SitePlan
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 from .statistics import Statistics, spread_weights
 
 __all__ = [

@@ -17,7 +17,8 @@ from .errors import ConfigError
 from .offers import repair_adds_bias
 from .plan import PruningPlan, SitePlan
 from .search_config import BUDGETS
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 from .speeds import SpeedTable, measure_speed_table, shape_of, window_of
 
 __all__ = ["Costs"]

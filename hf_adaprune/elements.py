@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .sites import Matrix, ModelSites, Site
+from .site import Matrix, Site
+from .sites import ModelSites
 from .workers import Alone
 
 __all__ = ["ELEMENT_TERMS", "Elements"]

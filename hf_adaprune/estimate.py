@@ -22,7 +22,8 @@ from .plan import PruningPlan
 from .reporting import text_table
 from .search_checks import search_needs
 from .search_config import SPEEDS
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 from .stages import even_plan, what_to_collect
 from .statistics import Needs
 

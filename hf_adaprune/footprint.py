@@ -13,7 +13,8 @@ from .measures import BATCH_TOKENS
 from .pipeline import Sizes
 from .repairing import own_repair
 from .run_artefacts import statistics_bytes
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 from .stages import what_to_collect
 from .statistics import SEGMENT, Needs
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from .errors import StatisticsError
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 from .workers import Alone
 
 __all__ = ["STRIP", "GramSums", "exact_products", "strip_elements", "summing_bytes", "summing_dtype"]

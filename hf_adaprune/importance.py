@@ -11,7 +11,8 @@ from transformers.utils import logging as transformers_logging
 from .config import ImportanceConfig
 from .errors import ConfigError, StatisticsError
 from .metrics import METRICS, Context, Metric, block_influence
-from .sites import WIDTH_UNITS, ModelSites, Site
+from .site import WIDTH_UNITS, Site
+from .sites import ModelSites
 from .statistics import Needs, Statistics
 
 __all__ = ["Scores", "mix_scores", "needs_of", "raw_scores", "score_units", "scored_kinds", "unit_of"]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .gram_sums import STRIP, exact_products
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 
 __all__ = ["Speed", "gram_width", "layer_sizes", "measure_speed"]
 

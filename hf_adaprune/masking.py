@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from .experts import ExpertTap, tapped_experts
 from .plan import PruningPlan, SitePlan
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 
 if TYPE_CHECKING:
     from .compensation import Repair

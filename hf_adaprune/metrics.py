@@ -15,7 +15,7 @@ import torch
 from .elements import ELEMENT_TERMS
 from .errors import StatisticsError
 from .moments import covariance, damped_inverse, need
-from .sites import Site
+from .site import Site
 from .statistics import Needs, SiteStatistics, Statistics, standing_weights
 
 __all__ = ["METRICS", "Context", "Metric", "block_costs", "block_influence", "greedy_costs"]

@@ -6,7 +6,7 @@ import torch
 
 from .errors import StatisticsError
 from .gram_sums import summing_dtype
-from .sites import Site
+from .site import Site
 from .statistics import Statistics
 
 __all__ = ["cholesky", "covariance", "damped_inverse", "domain_mixture", "need", "ridge_diagonal", "second_moments"]

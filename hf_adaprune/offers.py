@@ -12,7 +12,8 @@ from .config import PruningConfig
 from .errors import BudgetError, ConfigError
 from .importance import Scores, unit_of
 from .plan import PruningPlan, SitePlan
-from .sites import GROUP_UNITS, ModelSites, Site
+from .site import GROUP_UNITS, Site
+from .sites import ModelSites
 
 __all__ = ["Offer", "expert_multiple", "offers_of", "protected_layers", "repair_adds_bias", "target_removal"]
 

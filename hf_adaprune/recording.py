@@ -21,7 +21,8 @@ from .elements import Elements
 from .errors import StatisticsError
 from .experts import ExpertTap, tapped_experts
 from .gram_sums import GramSums
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 from .statistics import SEGMENT, Needs, SiteStatistics, Statistics
 from .workers import Alone
 

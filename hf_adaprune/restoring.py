@@ -17,7 +17,8 @@ from .architectures import Architecture
 from .errors import AdaPruneError, CheckpointError
 from .model_config import update_config
 from .plan import PruningPlan, SitePlan
-from .sites import Matrix, ModelSites, Site, find_sites
+from .site import Matrix, Site
+from .sites import ModelSites, find_sites
 from .surgery import add_bias, apply_plan, take_structure
 
 __all__ = ["Restorer"]

@@ -20,7 +20,8 @@ from .errors import ConfigError, UnsupportedModelError
 from .model_config import head_dim_of
 from .offers import expert_multiple
 from .plan import PruningPlan, SitePlan
-from .sites import ModelSites, Site, find_sites
+from .site import Site
+from .sites import ModelSites, find_sites
 from .surgery import apply_plan, skip_sublayers
 from .throughput import last_logits, seconds_on
 

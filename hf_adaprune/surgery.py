@@ -18,7 +18,8 @@ from .experts import balance_by_layer
 from .layers import SizedConfigView, SkippedAttention, SkippedMlp
 from .model_config import PROVENANCE_KEY, drop_config_layers, head_dim_of, update_config
 from .plan import PruningPlan, SitePlan
-from .sites import Matrix, ModelSites, Site, find_sites, layer_sites
+from .site import Matrix, Site
+from .sites import ModelSites, find_sites, layer_sites
 
 if TYPE_CHECKING:
     from .compensation import Repair

@@ -12,7 +12,8 @@ from torch import nn
 from .calibration import TokenBlocks
 from .experts import tapped_experts
 from .recording import quiet_model
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 
 __all__ = ["Enough", "mean_hidden_states", "watched_inputs"]
 

@@ -20,7 +20,8 @@ from .errors import CalibrationError, StatisticsError
 from .gram_sums import exact_products
 from .masking import masked, other_forward
 from .plan import PruningPlan, SitePlan
-from .sites import ModelSites, Site
+from .site import Site
+from .sites import ModelSites
 from .statistics import spread_weights, standing_weights
 from .streaming import layer_calls
 from .tracing import Enough, watched_inputs

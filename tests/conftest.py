@@ -74,6 +74,11 @@ def tokens(batch: int = 2, length: int = 11, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def parameters_of(model: torch.nn.Module) -> int:
+    """How many parameters a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits without a cache."""

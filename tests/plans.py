@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from hf_adaprune.compensation import Repair
 from hf_adaprune.plan import PruningPlan, SitePlan, site_name
-from hf_adaprune.sites import ModelSites, Site
+from hf_adaprune.site import Site
+from hf_adaprune.sites import ModelSites
 
 KINDS = ("channel", "kv_group", "query_head", "expert", "expert_channel", "attention", "mlp", "layer")
 SITE_OF_KIND = {

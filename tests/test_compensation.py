@@ -33,7 +33,8 @@ from hf_adaprune.parts import DAMPING_SCALES, REPAIRS, SCHEDULES
 from hf_adaprune.plan import PruningPlan, SitePlan
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.repairing import check_repairs
-from hf_adaprune.sites import ModelSites, Site, find_sites
+from hf_adaprune.site import Site
+from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.statistics import Needs, Statistics
 from hf_adaprune.surgery import apply_plan, assign_layer
 from hf_adaprune.tracing import watched_inputs

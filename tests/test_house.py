@@ -25,6 +25,7 @@ ORDER = [
     "architectures",
     "architecture_json",
     "plan",
+    "site",
     "sites",
     "offloading",
     "activations",

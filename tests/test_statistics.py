@@ -23,7 +23,8 @@ from hf_adaprune.experts import tapped_experts
 from hf_adaprune.gram_sums import GramSums, exact_products
 from hf_adaprune.metrics import Context, block_influence
 from hf_adaprune.recording import collect_statistics
-from hf_adaprune.sites import ModelSites, Site, find_sites
+from hf_adaprune.site import Site
+from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.statistics import Needs, Statistics, mean_cosine
 from hf_adaprune.tracing import watched_inputs
 
