@@ -24,7 +24,7 @@ from hf_adaprune.calibration import report_blocks
 from hf_adaprune.choices import multiple_choice, read_rows
 from hf_adaprune.documents import distinct_names
 from hf_adaprune.evaluation import per_window_loss, perplexity
-from hf_adaprune.recording import quiet_model
+from hf_adaprune.quiet import quiet_model
 from hf_adaprune.sites import find_sites
 
 WINDOW = 1024  # tokens of a report window

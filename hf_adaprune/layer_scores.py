@@ -22,7 +22,8 @@ from .masking import masked
 from .metrics import METRICS, Context, block_influence
 from .offloading import check_layer, layer_weights
 from .plan import PruningPlan
-from .recording import collect_statistics, quiet_bars, quiet_model
+from .quiet import quiet_bars, quiet_model
+from .recording import collect_statistics
 from .run_facts import bind_layer
 from .run_folder import once
 from .search_config import SPEEDS

@@ -6,7 +6,6 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,20 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from .backward import loss_gradient, narrow_saved_tensors
 from .calibration import TokenBlocks
-from .documents import eval_mode
 from .elements import Elements
 from .errors import StatisticsError
 from .experts import ExpertTap, tapped_experts
 from .gram_sums import GramSums
+from .quiet import quiet_model
 from .site import Site
 from .sites import ModelSites
 from .statistics import SEGMENT, Needs, SiteStatistics, Statistics
+from .sweeps import Sweep, spread_samples, sweeps_of
 from .workers import Alone
 
-__all__ = ["collect_statistics", "quiet_bars", "quiet_model"]
-
-_FORWARD_TOKENS = 2048  # per batch: large enough for efficient products, small beside the Gram matrices
-_LOGIT_ROWS = 64  # positions whose float32 logits exist at the same time
+__all__ = ["collect_statistics"]
 
 
 def collect_statistics(
@@ -64,7 +62,7 @@ def collect_statistics(
     """
     workers = workers or Alone()
     recorder = workers.each(lambda: _Recorder(sites, blocks, needs, gradient_samples, gram_place, folder))
-    sweeps = [sweep for sweep in recorder.sweeps(workers) if sweep.everywhere]
+    sweeps = [sweep for sweep in sweeps_of(blocks, recorder.gradient_index, workers) if sweep.everywhere]
     with quiet_model(sites.model), recorder.hooks():
         windows = sum(len(indices) for sweep in sweeps for indices in sweep.own)
         # Shares are alike, so the bar of the first process tells of all.
@@ -81,46 +79,6 @@ def collect_statistics(
     return recorder.statistics()
 
 
-@contextlib.contextmanager
-def quiet_bars() -> Iterator[None]:
-    """No progress bars of single stops for the time of a `with`, because something larger has a line of its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def quiet_model(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter asks for gradients; restored at the end."""
-    asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with eval_mode(model):
-        model.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter, ask in asks.items():
-                parameter.requires_grad_(ask)
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    """A part of the pass after which the processes meet.
-
-    Args:
-        own (`list[torch.Tensor]`): indices of windows of one domain each, that this process runs.
-        everywhere (`int`): how many such batches all processes have.
-        domain (`int`, *optional*): of a backward sweep.
-    """
-
-    own: list[torch.Tensor]
-    everywhere: int
-    domain: int | None = None
-
-
 class _Recorder:
     """Accumulators and the hooks that fill them, for the time of one pass."""
 
@@ -135,7 +93,7 @@ class _Recorder:
     ) -> None:
         self.sites, self.blocks, self.needs = sites, blocks, needs
         backward = needs.gradients or needs.elements
-        self.gradient_index = _spread(blocks.domain, gradient_samples if backward else 0)
+        self.gradient_index = spread_samples(blocks.domain, gradient_samples if backward else 0)
         self.position = {int(sample): number for number, sample in enumerate(self.gradient_index)}
         # A folder of its own per pass: a later pass must not write into what an earlier one still reads. Without a
         # place to be, it lives as long as the statistics do.
@@ -169,31 +127,7 @@ class _Recorder:
         self.mask: torch.Tensor | None = None
         self.backward = False
 
-    def sweeps(self, workers: Alone) -> Iterator[_Sweep]:
-        """A backward sweep over some windows, domain by domain, then a forward sweep over all, without the head.
-
-        Two of them, so that the activations a backward pass keeps and the Gram matrices, which only the forward sweep
-        fills, are never in memory together. Of several processes each takes every n-th batch of the whole sweep: a
-        window runs in the batch that it has with one process, and so its numbers do not depend on how many there are.
-        """
-        with_gradients = torch.zeros(len(self.blocks), dtype=torch.bool)
-        with_gradients[self.gradient_index] = True
-        turn = 0
-        for domain in range(len(self.blocks.domains)):
-            chosen = torch.where((self.blocks.domain == domain) & with_gradients)[0]
-            # One window at a time keeps the logits of a backward pass small, and samples apart for weight gradients.
-            batches = chosen.split(1) if len(chosen) else ()
-            own = [batch for place, batch in enumerate(batches, turn) if place % workers.count == workers.rank]
-            turn += len(batches)
-            yield _Sweep(own, len(batches), domain)
-        size = max(1, _FORWARD_TOKENS // self.blocks.input_ids.shape[1])
-        forward: list[torch.Tensor] = []
-        for domain in range(len(self.blocks.domains)):
-            chosen = torch.where(self.blocks.domain == domain)[0]
-            forward += chosen.split(size) if len(chosen) else ()
-        yield _Sweep(forward[workers.rank :: workers.count], len(forward))
-
-    def walk(self, sweep: _Sweep, tell: Callable[[int], Any]) -> None:
+    def walk(self, sweep: Sweep, tell: Callable[[int], Any]) -> None:
         """Run the windows of a sweep."""
         for indices in sweep.own:
             self.run(indices, backward=sweep.domain is not None)
@@ -237,10 +171,10 @@ class _Recorder:
                 wrong &= self.mask.to(wrong.device)[..., None]
             self.broken[indices] = wrong.flatten(1).sum(1).float().cpu()
             return
-        with torch.enable_grad(), _narrow_saved_tensors(next(model.parameters()).dtype):
+        with torch.enable_grad(), narrow_saved_tensors(next(model.parameters()).dtype):
             logits = model(**inputs).logits
         scored = mask[:, 1:].to(device)
-        logits.backward(_loss_gradient(logits.detach(), ids, scored))
+        logits.backward(loss_gradient(logits.detach(), ids, scored))
         if self.elements is not None:
             self.elements.close_sample(int(scored.sum()))
 
@@ -454,46 +388,6 @@ def _not_finite(place: str, what: str) -> StatisticsError:
     )
 
 
-def _spread(domain: torch.Tensor, count: int) -> torch.Tensor:
-    """The first samples of every domain in turn, `count` in all, ascending."""
-    turns = [(int((domain[:sample] == own).sum()), int(own), sample) for sample, own in enumerate(domain)]
-    return torch.tensor(sorted(sample for _, _, sample in sorted(turns)[:count]), dtype=torch.long)
-
-
 def _on_gradient(tensor: torch.Tensor, keep: Callable[[torch.Tensor], None]) -> None:
     if tensor.requires_grad:
         tensor.register_hook(lambda gradient: keep(gradient.detach()))
-
-
-def _narrow_saved_tensors(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """In a half-precision model, keep what backward needs of float32 (norms compute in it) in bfloat16.
-
-    Half of the memory of a backward pass goes there; the activations these tensors came from were no wider.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return contextlib.nullcontext()
-
-    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        narrow = tensor.dtype == torch.float32 and tensor.dim() > 2
-        return (tensor.to(torch.bfloat16) if narrow else tensor), narrow
-
-    def unpack(packed: tuple[torch.Tensor, bool]) -> torch.Tensor:
-        return packed[0].float() if packed[1] else packed[0]
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def _loss_gradient(logits: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """Gradient of the summed next-token loss at the logits `[batch, tokens, vocabulary]`, a few positions at a time."""
-    gradient = torch.empty_like(logits)
-    gradient[:, -1] = 0
-    everything = bool(scored.all())
-    for sample in range(len(ids)):
-        for start in range(0, ids.shape[1] - 1, _LOGIT_ROWS):
-            stop = min(start + _LOGIT_ROWS, ids.shape[1] - 1)
-            part = torch.softmax(logits[sample, start:stop], dim=-1, dtype=torch.float32)
-            part[torch.arange(stop - start, device=part.device), ids[sample, start + 1 : stop + 1]] -= 1
-            if not everything:
-                part *= scored[sample, start:stop, None]
-            gradient[sample, start:stop] = part
-    return gradient

@@ -22,7 +22,7 @@ from .evaluation import per_window_loss, run_layers
 from .layerwise import Kept, regional_weights, sequential_repairs
 from .masking import masked
 from .plan import PruningPlan, split_site_name
-from .recording import quiet_bars, quiet_model
+from .quiet import quiet_bars, quiet_model
 from .run_artefacts import kept_repair, repair_name
 from .run_folder import RunFolder, once_noted
 from .sites import ModelSites

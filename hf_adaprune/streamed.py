@@ -41,7 +41,7 @@ from .offloading import check_finite, check_layer, layer_weights, load_offloaded
 from .pipeline import PruningResult, Sizes, as_sources, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
-from .recording import quiet_bars, quiet_model
+from .quiet import quiet_bars, quiet_model
 from .repairing import (
     RepairReport,
     check_repairs,

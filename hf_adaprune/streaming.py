@@ -18,7 +18,7 @@ from .activations import Activations, ActivationStore
 from .calibration import TokenBlocks
 from .masking import other_forward
 from .offloading import layer_weights
-from .recording import quiet_model
+from .quiet import quiet_model
 from .sites import ModelSites
 from .tracing import Enough
 

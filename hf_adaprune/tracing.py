@@ -11,7 +11,7 @@ from torch import nn
 
 from .calibration import TokenBlocks
 from .experts import tapped_experts
-from .recording import quiet_model
+from .quiet import quiet_model
 from .site import Site
 from .sites import ModelSites
 

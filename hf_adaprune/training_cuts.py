@@ -25,7 +25,7 @@ from .optimizer_state import OptimizerFollower
 from .pipeline import Decision, carry_out, decide_and_repair, note_provenance
 from .plan import PruningPlan
 from .positions import check_windows
-from .recording import quiet_bars, quiet_model
+from .quiet import quiet_bars, quiet_model
 from .search_checks import search_needs
 from .sites import ModelSites, find_sites
 from .stages import check_weights, gather_texts, what_to_collect

@@ -25,7 +25,7 @@ from .measures import Measure
 from .metrics import METRICS, Context, block_influence
 from .offers import offers_of
 from .plan import PruningPlan
-from .recording import quiet_bars
+from .quiet import quiet_bars
 from .search.journal import Rows
 from .search.problem import Candidate, Slot
 from .search.space import Space

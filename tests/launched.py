@@ -18,7 +18,7 @@ import torch
 from conftest import tiny_model
 from texts import calibration_make_tokenizer, calibration_prose, random_blocks
 
-from hf_adaprune import PruningConfig, TextSource, find_sites, measures, parallel, prune, recording, search_plan
+from hf_adaprune import PruningConfig, TextSource, find_sites, measures, parallel, prune, search_plan, sweeps
 from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.parallel import Processes, collect_together, processes
 from hf_adaprune.recording import collect_statistics
@@ -114,7 +114,7 @@ class Odd(Exception):
 
 
 def main(folder: Path) -> None:
-    recording._FORWARD_TOKENS, measures.BATCH_TOKENS = FORWARD_TOKENS, BATCH_TOKENS
+    sweeps.FORWARD_TOKENS, measures.BATCH_TOKENS = FORWARD_TOKENS, BATCH_TOKENS
     workers = processes()
     assert isinstance(workers, Processes)
     saw: dict[str, Any] = {"count": workers.count}

@@ -13,7 +13,7 @@ import torch
 from conftest import logits_of, tokens
 from trainings import LENGTH, progressive, pruning_config, regional_config, training, weights
 
-from hf_adaprune import recording, recover
+from hf_adaprune import recording, recover, sweeps
 from hf_adaprune.training import AdaPrunerCallback
 
 RECOVERY_TOKENS = 6 * 8 * 32  # six steps of eight windows
@@ -35,7 +35,7 @@ class Watched(AdaPrunerCallback):
                 ran.append(indices.tolist())
             run(recorder, indices, backward)
 
-        recording._Recorder.run, recording._FORWARD_TOKENS = seen, FORWARD_TOKENS
+        recording._Recorder.run, sweeps.FORWARD_TOKENS = seen, FORWARD_TOKENS
         return ran
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

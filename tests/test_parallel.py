@@ -20,7 +20,7 @@ import pytest
 import torch
 from texts import calibration_make_tokenizer, random_blocks
 
-from hf_adaprune import measures, recording, search_plan
+from hf_adaprune import measures, search_plan, sweeps
 from hf_adaprune.parallel import collect_together, processes
 from hf_adaprune.search.journal import Journal
 from hf_adaprune.workers import Alone
@@ -86,7 +86,7 @@ def test_processes_hear_each_other(saw: list[dict[str, Any]]) -> None:
 def test_statistics_are_those_of_one_process(
     saw: list[dict[str, Any]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recording, "_FORWARD_TOKENS", launched.FORWARD_TOKENS)
+    monkeypatch.setattr(sweeps, "FORWARD_TOKENS", launched.FORWARD_TOKENS)
     blocks = random_blocks(1) if name == "few" else None
     family = name if name == "mixtral" else "llama"
     alone = launched.tensors_of(launched.statistics_of(Alone(), family, blocks=blocks))
@@ -121,7 +121,7 @@ def test_the_journal_is_complete_and_in_order(saw: list[dict[str, Any]], folder:
 
 
 def test_trials_are_those_of_one_process(saw: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "_FORWARD_TOKENS", launched.FORWARD_TOKENS)
+    monkeypatch.setattr(sweeps, "FORWARD_TOKENS", launched.FORWARD_TOKENS)
     monkeypatch.setattr(measures, "BATCH_TOKENS", launched.BATCH_TOKENS)
     tokenizer = calibration_make_tokenizer(eos_token="</s>")
     alone = search_plan(launched.text_model(), tokenizer, launched.search_config())

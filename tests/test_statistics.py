@@ -16,7 +16,7 @@ from texts import random_blocks
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaprune import gram_sums, recording
+from hf_adaprune import gram_sums, recording, sweeps
 from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.errors import StatisticsError
 from hf_adaprune.experts import tapped_experts
@@ -85,7 +85,7 @@ def activations(sites: ModelSites, blocks: TokenBlocks, window: int) -> dict[str
 
 @pytest.mark.parametrize("batch", [11, 33])
 def test_sums_equal_torch_on_the_activations(sites: ModelSites, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "_FORWARD_TOKENS", batch)
+    monkeypatch.setattr(sweeps, "FORWARD_TOKENS", batch)
     blocks = random_blocks(5, padding=(0, 4, 1))
     found = collect_statistics(sites, blocks, Needs(gram=True, cosine=True, squares=True))
     rows = [activations(sites, blocks, window) for window in range(5)]
@@ -285,14 +285,14 @@ def test_the_model_is_untouched(family: str, fails: bool, monkeypatch: pytest.Mo
     before, precision = state_of(model), torch.backends.mkldnn.matmul.fp32_precision
     if fails:
         calls = iter(range(100))
-        own = recording._loss_gradient
+        own = recording.loss_gradient
 
         def fail(*args: torch.Tensor) -> torch.Tensor:
             if next(calls) == 1:
                 raise KeyboardInterrupt
             return own(*args)
 
-        monkeypatch.setattr(recording, "_loss_gradient", fail)
+        monkeypatch.setattr(recording, "loss_gradient", fail)
         with pytest.raises(KeyboardInterrupt):
             collect_statistics(sites, random_blocks(3), EVERYTHING, gradient_samples=2)
     else:

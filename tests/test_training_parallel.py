@@ -14,7 +14,7 @@ from test_recovery import pruned, short, text, tiny_model, tiny_tokenizer
 from trainings import pruning_config, regional_config, training, weights
 from transformers import AutoModelForCausalLM
 
-from hf_adaprune import AdaPrunerCallback, PruningPlan, apply_plan, find_sites, recording, recover
+from hf_adaprune import AdaPrunerCallback, PruningPlan, apply_plan, find_sites, recover, sweeps
 
 
 def both(folder: Path, suffix: str = "") -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def test_they_share_the_calibration_windows(folder: Path) -> None:
 
 def test_the_plan_is_that_of_one_process(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first cut: after it the two train on rounding of their own."""
-    monkeypatch.setattr(recording, "_FORWARD_TOKENS", launched_training.FORWARD_TOKENS)
+    monkeypatch.setattr(sweeps, "FORWARD_TOKENS", launched_training.FORWARD_TOKENS)
     alone = AdaPrunerCallback(pruning_config(), at=(0.0, 0.5))
     training(tmp_path, alone, max_steps=4, save_strategy="no").train()
     assert [own["first"] for own in both(folder)] == [alone.done[0]["plan"]] * 2
@@ -63,7 +63,7 @@ def test_the_plan_is_that_of_one_process(folder: Path, tmp_path: Path, monkeypat
 def test_a_last_cut_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, said = started(str(tmp_path), "untrained")
     assert code == 0, said[-6000:]
-    monkeypatch.setattr(recording, "_FORWARD_TOKENS", launched_training.FORWARD_TOKENS)
+    monkeypatch.setattr(sweeps, "FORWARD_TOKENS", launched_training.FORWARD_TOKENS)
     alone = AdaPrunerCallback(regional_config(), mode="at_end")
     trainer = training(tmp_path / "alone", alone, learning_rate=0.0, save_strategy="no")
     trainer.train()
