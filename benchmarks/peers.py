@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.errors import MissingDependencyError, UnsupportedModelError
 from hf_adaprune.sites import find_sites
+from hf_adaprune.token_blocks import TokenBlocks
 
 __all__ = ["load_torch_pruning", "loss_gradients", "prune_with_torch_pruning"]
 

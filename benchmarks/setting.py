@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from hf_adaprune import PruningConfig, find_sites
-from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.measures import Measure
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search_checks import search_needs
@@ -20,6 +19,7 @@ from hf_adaprune.selection import measure_of
 from hf_adaprune.sites import ModelSites
 from hf_adaprune.stages import gather_texts, what_to_collect
 from hf_adaprune.statistics import Needs, Statistics
+from hf_adaprune.token_blocks import TokenBlocks
 from hf_adaprune.trials import CachedScores
 
 from .experiments import FULL, Scale

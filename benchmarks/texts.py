@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_adaprune import TextSource
-from hf_adaprune.calibration import TokenBlocks, report_blocks
+from hf_adaprune.calibration import report_blocks
 from hf_adaprune.choices import ChoiceRow, read_rows
 from hf_adaprune.documents import Documents, distinct_names, json_rows, read_source, refuse_overlap
 from hf_adaprune.errors import CalibrationError
 from hf_adaprune.stages import text_part
+from hf_adaprune.token_blocks import TokenBlocks
 
 CHARACTERS = 8_000_000  # per source
 HELD_OUT = 5  # every fifth document (or stretch of a single one) of a calibration domain is report text of the matrix

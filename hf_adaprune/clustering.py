@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .calibration import TokenBlocks
 from .errors import CalibrationError
 from .sites import ModelSites
+from .token_blocks import TokenBlocks
 from .tracing import mean_hidden_states
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging as transformers_logging
 
-from .calibration import TokenBlocks
 from .config import RepairConfig
 from .errors import CalibrationError, StatisticsError
 from .gram_sums import exact_products, summing_dtype
@@ -22,6 +21,7 @@ from .plan import PruningPlan, SitePlan
 from .site import Site
 from .sites import ModelSites
 from .statistics import Statistics, spread_weights
+from .token_blocks import TokenBlocks
 
 __all__ = [
     "Moments",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from .calibration import TokenBlocks
 from .distillation_loss import (
     DistillationTerms,
     FullTeaching,
@@ -23,6 +22,7 @@ from .distillation_loss import (
 from .documents import eval_mode, input_device
 from .errors import ConfigError, UnsupportedModelError
 from .teacher_cache import CachedTeacher, vocabulary_of
+from .token_blocks import TokenBlocks
 
 __all__ = ["DistillationTrainer", "Windows"]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from .calibration import TokenBlocks
 from .documents import eval_mode, input_device
 from .errors import CalibrationError, ConfigError
 from .positions import check_windows
+from .token_blocks import TokenBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

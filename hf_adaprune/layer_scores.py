@@ -13,7 +13,6 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from .activations import ActivationStore
-from .calibration import TokenBlocks
 from .config import RECIPES, PruningConfig
 from .errors import ConfigError
 from .importance import Scores, mix_scores, needs_of, raw_scores, scored_kinds
@@ -30,6 +29,7 @@ from .search_config import SPEEDS
 from .sites import ModelSites
 from .statistics import Needs, SiteStatistics, Statistics, mean_cosine
 from .streaming import HiddenStream
+from .token_blocks import TokenBlocks
 
 __all__ = ["forward_only_config", "layer_part", "score_layers", "statistics_by_layer"]
 

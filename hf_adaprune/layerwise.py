@@ -17,7 +17,6 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from .activations import ActivationStore
-from .calibration import TokenBlocks
 from .compensation import Repair, check_enough_tokens, counted_windows, repair_from_moments
 from .config import RepairConfig
 from .masking import masked
@@ -27,6 +26,7 @@ from .run_artefacts import kept_repair, read_repair
 from .run_folder import RunFolder
 from .sites import ModelSites
 from .surgery import cut_layer
+from .token_blocks import TokenBlocks
 from .walk import Walk
 
 __all__ = ["Kept", "part_of_plan", "regional_weights", "repairs_by_layer", "sequential_repairs"]

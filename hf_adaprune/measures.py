@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from .calibration import TokenBlocks
 from .choices import ChoiceRow, per_row_errors
 from .errors import CalibrationError, ConfigError
 from .evaluation import TopTokens, per_window_loss, per_window_top_kl, top_tokens
 from .sites import ModelSites
+from .token_blocks import TokenBlocks
 from .workers import Alone
 
 __all__ = ["Measure", "custom_measure", "row_measure", "window_measure"]

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .calibration import TokenBlocks
 from .errors import CalibrationError, ConfigError
 from .recording import collect_statistics
 from .sites import ModelSites
 from .statistics import Needs, Statistics
+from .token_blocks import TokenBlocks
 from .workers import Alone
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures import Architecture
 from .budgets import check_budgets
-from .calibration import TokenBlocks
 from .clock import Clock
 from .config import PruningConfig, Source, TextSource
 from .costs import Costs
@@ -38,6 +37,7 @@ from .sites import ModelSites, find_sites, uncompiled
 from .stages import check_weights, decide, gather_texts, layer_by_layer_config, what_to_collect
 from .statistics import Needs
 from .surgery import Follow, apply_plan, assign_layer
+from .token_blocks import TokenBlocks
 from .whole_files import check_writable
 from .workers import Alone
 

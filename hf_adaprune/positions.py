@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .calibration import TokenBlocks
 from .errors import CalibrationError
+from .token_blocks import TokenBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,6 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from .backward import loss_gradient, narrow_saved_tensors
-from .calibration import TokenBlocks
 from .elements import Elements
 from .errors import StatisticsError
 from .experts import ExpertTap, tapped_experts
@@ -25,6 +24,7 @@ from .site import Site
 from .sites import ModelSites
 from .statistics import SEGMENT, Needs, SiteStatistics, Statistics
 from .sweeps import Sweep, spread_samples, sweeps_of
+from .token_blocks import TokenBlocks
 from .workers import Alone
 
 __all__ = ["collect_statistics"]

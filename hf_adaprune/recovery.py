@@ -18,7 +18,6 @@ import torch
 from transformers import TrainerCallback
 
 from .adapters import is_peft
-from .calibration import TokenBlocks
 from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .documents import input_device
 from .errors import ConfigError, MissingDependencyError, UnsupportedModelError
@@ -38,6 +37,7 @@ from .run_folder import RunFolder, once_noted, open_run
 from .saving import PLAN_NAME
 from .sites import uncompiled
 from .teacher_cache import vocabulary_of
+from .token_blocks import TokenBlocks
 from .training import AdaPrunerCallback
 from .workers import Alone
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibration import TokenBlocks, packed_blocks, report_blocks
+from .calibration import packed_blocks, report_blocks
 from .config import CalibrationConfig, Source
 from .documents import Documents, distinct_names, read_source, refuse_overlap
 from .errors import CalibrationError, ConfigError
@@ -18,6 +18,7 @@ from .positions import learned_positions
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
 from .stages import text_part
 from .teacher_cache import vocabulary_of
+from .token_blocks import TokenBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .adapters import name_without_adapters
-from .calibration import TokenBlocks
 from .distillation import DistillationTrainer, Windows
 from .documents import input_device
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
@@ -26,6 +25,7 @@ from .run_folder import RunFolder
 from .saving import quiet_global_values
 from .surgery import cast_parameters
 from .teacher_cache import cache_teacher
+from .token_blocks import TokenBlocks
 from .whole_files import scratch_folder
 
 __all__ = ["train"]

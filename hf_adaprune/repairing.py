@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from .calibration import TokenBlocks
 from .clock import Clock
 from .compensation import Repair, counted_windows, output_error, repair_plan
 from .config import PruningConfig, RepairConfig
@@ -27,6 +26,7 @@ from .run_artefacts import kept_repair, repair_name
 from .run_folder import RunFolder, once_noted
 from .sites import ModelSites
 from .statistics import Statistics, spread_weights
+from .token_blocks import TokenBlocks
 from .tracing import watched_inputs
 
 __all__ = [

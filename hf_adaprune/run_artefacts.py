@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibration import TokenBlocks
 from .compensation import Repair
 from .config import PruningConfig
 from .elements import ELEMENT_TERMS
@@ -23,6 +22,7 @@ from .plan import PruningPlan
 from .run_folder import RunFolder, digest_of_file, once
 from .sites import ModelSites
 from .statistics import SEGMENT, Needs, SiteStatistics, Statistics
+from .token_blocks import TokenBlocks
 from .workers import Alone
 
 __all__ = [

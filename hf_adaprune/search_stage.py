@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures import Architecture
 from .budgets import check_budgets
-from .calibration import TokenBlocks
 from .clock import Clock
 from .compensation import Repair, repair_plan
 from .config import PruningConfig, SearchConfig
@@ -36,6 +35,7 @@ from .selection import measure_of
 from .sites import ModelSites, find_sites, uncompiled
 from .stages import check_weights, decide, gather_texts
 from .statistics import Needs, Statistics
+from .token_blocks import TokenBlocks
 from .workers import Alone
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibration import TokenBlocks, report_blocks
+from .calibration import report_blocks
 from .choices import read_rows
 from .config import PruningConfig
 from .documents import read_source
@@ -17,6 +17,7 @@ from .errors import CalibrationError, ConfigError
 from .measures import Measure, custom_measure, row_measure, window_measure
 from .sites import ModelSites
 from .stages import text_part
+from .token_blocks import TokenBlocks
 from .workers import Alone
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 
 from .allocation import allocate
 from .budgets import allocate_within, even_cosine, even_scores, gone_first
-from .calibration import TokenBlocks, calibration_blocks, report_blocks, window_counts
+from .calibration import calibration_blocks, report_blocks, window_counts
 from .clock import Clock
 from .clustering import cluster_domains
 from .compensation import check_enough_tokens, counted_windows
@@ -32,6 +32,7 @@ from .run_artefacts import kept_scores, kept_statistics
 from .run_folder import RunFolder
 from .sites import ModelSites
 from .statistics import Needs, Statistics, mean_cosine
+from .token_blocks import TokenBlocks
 from .workers import Alone
 
 __all__ = [

@@ -24,7 +24,6 @@ from transformers.utils import logging as transformers_logging
 from .activations import ActivationStore
 from .architectures import Architecture
 from .budgets import check_budgets
-from .calibration import TokenBlocks
 from .clock import Clock
 from .compensation import Repair, repair_plan
 from .config import PruningConfig, Source
@@ -62,6 +61,7 @@ from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
 from .streaming import HiddenStream
 from .surgery import apply_plan, cut_layer
+from .token_blocks import TokenBlocks
 from .whole_files import check_writable, place_of, room_for, scratch_folder, whole_folder
 from .workers import Alone
 

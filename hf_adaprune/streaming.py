@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from .activations import Activations, ActivationStore
-from .calibration import TokenBlocks
 from .masking import other_forward
 from .offloading import layer_weights
 from .quiet import quiet_model
 from .sites import ModelSites
+from .token_blocks import TokenBlocks
 from .tracing import Enough
 
 __all__ = ["HiddenStream", "layer_calls"]

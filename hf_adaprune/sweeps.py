@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .calibration import TokenBlocks
+from .token_blocks import TokenBlocks
 from .workers import Alone
 
 __all__ = ["Sweep", "spread_samples", "sweeps_of"]

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .calibration import TokenBlocks
 from .documents import eval_mode, input_device
 from .errors import CheckpointError, ConfigError
 from .gram_sums import summing_dtype
 from .names import name_of
+from .token_blocks import TokenBlocks
 from .whole_files import whole_folder
 
 __all__ = ["CachedTeacher", "cache_teacher", "vocabulary_of"]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration import TokenBlocks
 from .experts import tapped_experts
 from .quiet import quiet_model
 from .site import Site
 from .sites import ModelSites
+from .token_blocks import TokenBlocks
 
 __all__ = ["Enough", "mean_hidden_states", "watched_inputs"]
 

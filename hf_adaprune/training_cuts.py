@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .adapters import base_of, merged
-from .calibration import TokenBlocks
 from .compensation import check_enough_tokens
 from .config import PruningConfig
 from .cut_schedule import CutSchedule
@@ -29,6 +28,7 @@ from .quiet import quiet_bars, quiet_model
 from .search_checks import search_needs
 from .sites import ModelSites, find_sites
 from .stages import check_weights, gather_texts, what_to_collect
+from .token_blocks import TokenBlocks
 from .training_checks import has_budget
 from .training_masks import UnitMasks, cut_copy, take_repairs
 from .training_text import dataset_blocks

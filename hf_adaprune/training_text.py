@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .calibration import TokenBlocks
 from .errors import CalibrationError
+from .token_blocks import TokenBlocks
 
 __all__ = ["dataset_blocks"]
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from .activations import Activations, ActivationStore
-from .calibration import TokenBlocks
 from .compensation import Moments, Repair
 from .errors import CalibrationError, StatisticsError
 from .gram_sums import exact_products
@@ -24,6 +23,7 @@ from .site import Site
 from .sites import ModelSites
 from .statistics import spread_weights, standing_weights
 from .streaming import layer_calls
+from .token_blocks import TokenBlocks
 from .tracing import Enough, watched_inputs
 
 __all__ = ["Walk"]

@@ -19,10 +19,10 @@ from conftest import tiny_model
 from texts import calibration_make_tokenizer, calibration_prose, random_blocks
 
 from hf_adaprune import PruningConfig, TextSource, find_sites, measures, parallel, prune, search_plan, sweeps
-from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.parallel import Processes, collect_together, processes
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.statistics import Needs, Statistics
+from hf_adaprune.token_blocks import TokenBlocks
 from hf_adaprune.workers import Alone
 
 EVERYTHING = Needs(gram=True, gradients=True, elements=True, cosine=True, squares=True, per_domain=True)

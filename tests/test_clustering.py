@@ -11,7 +11,6 @@ from test_trials import SELECTION, UNITS, config_of, tokenizer
 from test_trials import tiny_model as text_model
 
 from hf_adaprune import TextSource, clustering, find_sites, prune, search_plan, tracing
-from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.clustering import cluster_domains
 from hf_adaprune.config import ImportanceConfig
 from hf_adaprune.errors import CalibrationError, ConfigError
@@ -19,6 +18,7 @@ from hf_adaprune.importance import score_units
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.stages import gather_texts
 from hf_adaprune.statistics import Needs
+from hf_adaprune.token_blocks import TokenBlocks
 from hf_adaprune.tracing import mean_hidden_states
 
 KINDS = ((3, 6), (40, 43), (80, 83))  # tokens of three kinds of text

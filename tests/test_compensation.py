@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from plans import plan_of_kind, site_plans
 from texts import random_blocks
 
-from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.compensation import (
     Moments,
     _regress,
@@ -37,6 +36,7 @@ from hf_adaprune.site import Site
 from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.statistics import Needs, Statistics
 from hf_adaprune.surgery import apply_plan, assign_layer
+from hf_adaprune.token_blocks import TokenBlocks
 from hf_adaprune.tracing import watched_inputs
 from hf_adaprune.walk import Walk
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_adaprune import evaluation
-from hf_adaprune.calibration import TokenBlocks, report_blocks
+from hf_adaprune.calibration import report_blocks
 from hf_adaprune.choices import ChoiceRow, _choice_scores, multiple_choice, per_row_errors, read_rows
 from hf_adaprune.config import TextSource
 from hf_adaprune.continuations import log_likelihoods
@@ -34,6 +34,7 @@ from hf_adaprune.evaluation import (
     top_tokens,
 )
 from hf_adaprune.throughput import throughput, throughputs
+from hf_adaprune.token_blocks import TokenBlocks
 
 VOCABULARY = 300
 

@@ -31,6 +31,7 @@ ORDER = [
     "activations",
     "documents",
     "quiet",
+    "token_blocks",
     "calibration",
     "positions",
     "experts",

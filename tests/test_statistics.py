@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_adaprune import gram_sums, recording, sweeps
-from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.errors import StatisticsError
 from hf_adaprune.experts import tapped_experts
 from hf_adaprune.gram_sums import GramSums, exact_products
@@ -26,6 +25,7 @@ from hf_adaprune.recording import collect_statistics
 from hf_adaprune.site import Site
 from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.statistics import Needs, Statistics, mean_cosine
+from hf_adaprune.token_blocks import TokenBlocks
 from hf_adaprune.tracing import watched_inputs
 
 EVERYTHING = Needs(gram=True, gradients=True, elements=True, cosine=True, squares=True)

@@ -14,7 +14,6 @@ from texts import random_blocks
 
 from hf_adaprune import PruningPlan, TextSource, prune
 from hf_adaprune import repairing as repairing_module
-from hf_adaprune.calibration import TokenBlocks
 from hf_adaprune.compensation import Repair, check_enough_tokens, counted_windows, repair_plan
 from hf_adaprune.config import RepairConfig
 from hf_adaprune.errors import CalibrationError
@@ -24,6 +23,7 @@ from hf_adaprune.recording import collect_statistics
 from hf_adaprune.repairing import check_repairs, choose_repairs
 from hf_adaprune.sites import ModelSites, find_sites
 from hf_adaprune.statistics import Needs, spread_weights
+from hf_adaprune.token_blocks import TokenBlocks
 from hf_adaprune.walk import Walk
 
 # Eight windows of one domain, then eight of the other: every eighth, which checks the regional repair, is of both.

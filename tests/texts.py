@@ -9,7 +9,7 @@ from conftest import tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_adaprune.calibration import TokenBlocks
+from hf_adaprune.token_blocks import TokenBlocks
 
 SENTENCE = "the model reads a river of words and every head keeps what it learned about rain stone light and time"
 WORDS = SENTENCE.split()
@@ -77,3 +77,8 @@ def sampled_prose(model: object, tokenizer: PreTrainedTokenizerFast, tokens: int
     """What a model might say that speaks prose: so many tokens and no more, in the place of `documents._sample`."""
     ids = tokenizer(calibration_prose(77, tokens), add_special_tokens=False)["input_ids"]
     return [tokenizer.decode(ids[:tokens])]
+
+
+def windows_of(blocks: TokenBlocks) -> list[tuple[int, ...]]:
+    """The unpadded windows."""
+    return [tuple(ids[mask].tolist()) for ids, mask in zip(blocks.input_ids, blocks.attention_mask, strict=True)]
