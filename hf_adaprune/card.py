@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import CONFIG_NAME
+from .description import Description, describe_checkpoint, final_measure
 from .errors import CheckpointError
 from .model_config import MODEL_TAGS, PROVENANCE_KEY
 from .public import is_repo_id, public
-from .reporting import Description, describe_checkpoint, final_measure
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard

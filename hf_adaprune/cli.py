@@ -373,7 +373,7 @@ def _show(arguments: argparse.Namespace, words: Sequence[str]) -> None:
         summary = describe_journal(journal)
         _answer(arguments, summary.to_dict(), str(summary))
         return
-    from .reporting import describe
+    from .description import describe
     from .width_plot import plot_widths
 
     description = describe(arguments.path)

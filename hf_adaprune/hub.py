@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from .card import PICTURE_NAME, model_card, read_run
 from .config import CONFIG_NAME
+from .description import Description
 from .errors import AdaPruneError, HubError, MissingDependencyError
 from .names import rename
 from .public import without_tokens
 from .publication import check_checkpoint, forbid_tokens, is_ours, public_files, stays_inside
-from .reporting import Description
 from .saving import save_pruned
 from .width_plot import plot_widths
 

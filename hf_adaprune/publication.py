@@ -13,12 +13,13 @@ from typing import Any
 
 from .card import EVALUATION_NAME, PICTURE_NAME, read_run
 from .config import CONFIG_NAME
+from .description import Description, describe_checkpoint
 from .errors import AdaPruneError, CheckpointError, JournalError
 from .plan import PruningPlan, SitePlan, split_site_name
 from .public import find_token, public
 from .remote_code import add_remote_code, module_name
-from .reporting import Description, LayerWidths, describe_checkpoint
 from .saving import PLAN_NAME, check_round_trip
+from .widths import LayerWidths
 
 __all__ = ["JOURNAL_NAME", "check_checkpoint", "forbid_tokens", "is_ours", "public_files", "stays_inside"]
 

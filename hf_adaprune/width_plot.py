@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, MissingDependencyError
-from .reporting import LayerWidths, Pair
+from .widths import LayerWidths, Pair
 
 __all__ = ["picture_file", "plot_widths"]
 

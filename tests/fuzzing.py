@@ -19,10 +19,10 @@ from hf_adaprune import PruningConfig, PruningPlan
 from hf_adaprune.card import model_card
 from hf_adaprune.choices import read_rows
 from hf_adaprune.cli_search import read_budgets, read_space
+from hf_adaprune.description import describe
 from hf_adaprune.documents import read_source
 from hf_adaprune.errors import AdaPruneError
 from hf_adaprune.publication import check_checkpoint
-from hf_adaprune.reporting import describe
 from hf_adaprune.search.journal import Journal
 
 __all__ = ["KINDS", "Kind", "spoiled"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from conftest import tokens
+from conftest import tiny_model, tokens
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from hf_adaprune.compensation import Repair
 from hf_adaprune.plan import PruningPlan, SitePlan, site_name
 from hf_adaprune.site import Site
-from hf_adaprune.sites import ModelSites
+from hf_adaprune.sites import ModelSites, find_sites
 
 KINDS = ("channel", "kv_group", "query_head", "expert", "expert_channel", "attention", "mlp", "layer")
 SITE_OF_KIND = {
@@ -153,3 +153,19 @@ def pruning_plans(draw: st.DrawFn) -> PruningPlan:
     cuts = draw(st.dictionaries(st.sampled_from(names), site_plans(), max_size=6))
     dropped = draw(st.lists(st.integers(0, layers - 1), unique=True, max_size=layers - 1))
     return PruningPlan(draw(st.sampled_from(["llama", "gpt2"])), layers, cuts, tuple(dropped))
+
+
+def rich_plan() -> PruningPlan:
+    """Something of everything: widths, groups, a removed sublayer of each kind, and a layer."""
+    sites = find_sites(tiny_model("llama", num_hidden_layers=4)).by_name
+    return PruningPlan(
+        "llama",
+        4,
+        {
+            "layers.0.mlp": SitePlan(1, 48, tuple(range(20))),
+            "layers.0.attention": keep_groups(sites["layers.0.attention"], (1,)),
+            "layers.2.mlp": keep_nothing(sites["layers.2.mlp"]),
+            "layers.3.attention": keep_nothing(sites["layers.3.attention"]),
+        },
+        (1,),
+    )

@@ -18,10 +18,10 @@ from test_pipeline import config_of, tiny_tokenizer
 from test_pipeline import tiny_model as model_with_vocabulary
 
 from hf_adaprune import model_card, prune, push_to_hub
+from hf_adaprune.description import describe_checkpoint
 from hf_adaprune.errors import CheckpointError
 from hf_adaprune.public import base_model_name, find_token, is_repo_id, public, without_tokens
 from hf_adaprune.publication import check_checkpoint
-from hf_adaprune.reporting import describe_checkpoint
 from hf_adaprune.sites import find_sites
 from hf_adaprune.surgery import apply_plan
 

@@ -27,9 +27,9 @@ from hf_adaprune import ARCHITECTURES, Architecture, PruningConfig, PruningPlan,
 from hf_adaprune.architecture_json import architecture_from_dict, architecture_to_dict
 from hf_adaprune.architectures import Experts
 from hf_adaprune.cli import main
+from hf_adaprune.description import describe
 from hf_adaprune.errors import AdaPruneError, CheckpointError, UnsupportedModelError
 from hf_adaprune.publication import check_checkpoint
-from hf_adaprune.reporting import describe
 
 # See test_hub.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
