@@ -11,7 +11,7 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,39 +19,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging as transformers_logging
 
 from .activations import ActivationStore
 from .architectures import Architecture
 from .budgets import check_budgets
 from .clock import Clock
-from .compensation import Repair, repair_plan
 from .config import PruningConfig, Source
 from .costs import Costs
 from .errors import CheckpointError, ConfigError
-from .evaluation import Measurement, mean_over_windows, per_window_loss, perplexity, run_layers
 from .footprint import disk_by_layer, peak_by_layer
 from .importance import Scores
-from .layer_scores import forward_only_config, layer_part, score_layers
-from .layerwise import Kept, part_of_plan, repairs_by_layer
-from .masking import masked
+from .layer_scores import forward_only_config, score_layers
+from .layer_writing import LayerWriter
+from .layerwise import Kept
 from .model_config import own_architecture
-from .offloading import check_finite, check_layer, layer_weights, load_offloaded, other_weights
+from .offloading import check_finite, load_offloaded, other_weights
 from .pipeline import PruningResult, Sizes, as_sources, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
-from .quiet import quiet_bars, quiet_model
-from .repairing import (
-    RepairReport,
-    check_repairs,
-    counted_held_out,
-    lowest,
-    own_repair,
-    relative_weights,
-    say_what_stays_unrepaired,
-)
-from .run_artefacts import kept_blocks, kept_layer_scores, repair_name
-from .run_facts import bind_layer, bytes_digest, run_facts
+from .quiet import quiet_model
+from .run_artefacts import kept_blocks, kept_layer_scores
+from .run_facts import bytes_digest, run_facts
 from .run_folder import SPARE_BYTES, RunFolder, locked_output, open_run
 from .saving import check_output, quiet_global_values, write_records
 from .shards import ShardWriter, check_shards, digests_of
@@ -59,8 +47,7 @@ from .sites import ModelSites, find_sites, uncompiled
 from .skeleton import bound_skeleton
 from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
-from .streaming import HiddenStream
-from .surgery import apply_plan, cut_layer
+from .surgery import apply_plan
 from .token_blocks import TokenBlocks
 from .whole_files import check_writable, place_of, room_for, scratch_folder, whole_folder
 from .workers import Alone
@@ -73,8 +60,6 @@ __all__ = ["SHARD_SIZE", "StreamedResult", "prune_to_disk"]
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = "500MB"  # tensors wait in memory until a shard is full
-
-Layers = Generator[tuple[int, dict[str, Repair]], None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,44 +198,6 @@ def _skeleton(sites: ModelSites) -> ModelSites:
     return find_sites(bare, sites.architecture)
 
 
-@dataclass
-class _Windows:
-    """Windows that go through the layers beside the calibration text.
-
-    Args:
-        blocks ([`TokenBlocks`]): the windows.
-        how (`str`): through the `dense` layers, the `pruned` ones without repairs, or the `repaired` ones.
-        stream ([`HiddenStream`]): their hidden states.
-        domain_weights (`tuple[float, ...]`, *optional*): one weight per domain of the windows, in the loss.
-    """
-
-    blocks: TokenBlocks
-    how: str
-    stream: HiddenStream
-    domain_weights: tuple[float, ...] = ()
-
-    def advance(self, number: int, own: PruningPlan, repairs: Mapping[str, Repair], is_dropped: bool) -> None:
-        sites = self.stream.sites
-        if self.how == "dense":
-            with self.stream.at(number):
-                run_layers(sites.model, self.blocks)
-            return
-        takes = "input" if is_dropped else "output"
-        with self.stream.at(number, takes), masked(sites, own, repairs if self.how == "repaired" else {}):
-            run_layers(sites.model, self.blocks)
-
-    def perplexity(self) -> Measurement:
-        sites = self.stream.sites
-        with self.stream.at(len(sites.layers), "nothing"), quiet_bars():
-            return perplexity(sites.model, self.blocks)
-
-    def loss(self) -> float:
-        sites = self.stream.sites
-        with self.stream.at(len(sites.layers), "nothing"), quiet_bars():
-            sums = per_window_loss(sites.model, self.blocks)
-        return mean_over_windows("loss", sums * relative_weights(self.blocks, self.domain_weights)[:, None]).value
-
-
 class _Run:
     """What the walks of one run share."""
 
@@ -264,9 +211,6 @@ class _Run:
         self.before = Sizes.of(dense)
         self.costs = Costs.of(dense, config)
         self.expected = peak_by_layer(dense, config, limit)
-        self.digests: dict[str, int] = {}
-        self.biased: dict[str, Repair] = {}
-        self.reports: list[RepairReport] = []
 
     def check_disk(self) -> None:
         """Refuse a disk without room for the checkpoint and for activations that do not fit in memory."""
@@ -311,10 +255,11 @@ class _Run:
 
         with whole_folder(self.target) as folder:
             writer = ShardWriter(folder, self.limit)
-            schedule, evaluation = self._write(writer, plan, means, blocks, held_out, reports)
+            layers = LayerWriter(sites, self.dense, config, self.store, self.kept, clock)
+            schedule, evaluation = layers.write(writer, plan, means, blocks, held_out, reports)
             outside = _without_tied(sites.model, prefix)
-            self.digests.update(digests_of(outside))
-            cut = apply_plan(_skeleton(sites), plan, self.biased)
+            digests = layers.digests | digests_of(outside)
+            cut = apply_plan(_skeleton(sites), plan, layers.biased)
             after = Sizes.of(cut)
             writer.add(revert_weight_conversion(cut.model, outside))
             note_provenance(cut, config, plan)
@@ -330,7 +275,7 @@ class _Run:
                 plan,
                 self.before,
                 after,
-                tuple(self.reports),
+                tuple(layers.reports),
                 schedule,
                 evaluation,
                 {} if blocks is None else blocks.facts(),
@@ -344,7 +289,7 @@ class _Run:
             if check:
                 tied = [name for name in sites.model.state_dict() if name not in outside]
                 with quiet_global_values():
-                    check_shards(folder, cut, self.digests, tied)
+                    check_shards(folder, cut, digests, tied)
                 clock.stop("check")
         return result
 
@@ -368,103 +313,6 @@ class _Run:
         found = kept_layer_scores(self.kept, f"rounds/{round_of}", measured)
         self.clock.stop("statistics")
         return found
-
-    def _write(
-        self,
-        writer: ShardWriter,
-        plan: PruningPlan,
-        means: Statistics | None,
-        blocks: TokenBlocks | None,
-        held_out: TokenBlocks | None,
-        reports: Mapping[str, TokenBlocks],
-    ) -> tuple[str, dict[str, dict[str, Measurement]]]:
-        """The second walk: repair, cut and write layer after layer; and what came of it."""
-        repair = own_repair(self.config)
-        weights = self.config.calibration.domain_weights
-        held_out = counted_held_out(held_out, weights)
-        watched = {("dense", name): self._windows(own, "dense") for name, own in reports.items()}
-        watched |= {("pruned", name): self._windows(own, "repaired") for name, own in reports.items()}
-        schedule = repair.schedule if repair.method != "none" and blocks is not None else "none"
-        walks = schedule == "sequential"
-        if walks and held_out is not None:
-            watched |= {("check", how): self._windows(held_out, how, weights) for how in ("repaired", "pruned")}
-        if walks:
-            assert blocks is not None
-            kept = Kept(self.kept, repair_name("walked", self.config, plan))
-            layers: Layers = repairs_by_layer(self.sites, plan, blocks, repair, weights, self.store, kept)
-        else:
-            say_what_stays_unrepaired(plan, repair)
-            layers = self._by_means(plan, means, held_out)
-        self._cut(writer, plan, layers, watched)
-        self.clock.stop("repair and write")
-        losses = {key[1]: own.loss() for key, own in watched.items() if key[0] == "check"}
-        if losses:
-            logger.info("held-out loss: sequential %.4f, none %.4f", losses["repaired"], losses["pruned"])
-        if losses and lowest(losses) == "pruned":
-            logger.warning("the sequential repair was dropped, it did not lower the loss on held-out windows.")
-            schedule = "none"
-            writer.start_again()
-            self.digests, self.biased = {}, {}
-            again = {("pruned", name): self._windows(own, "pruned") for name, own in reports.items()}
-            self._cut(writer, plan, self._by_means(plan, None, None), again)
-            watched |= again
-            self.clock.stop("repair and write")
-        evaluation = {name: {how: watched[how, name].perplexity() for how in ("dense", "pruned")} for name in reports}
-        for own in watched.values():
-            own.stream.close()
-        return schedule, evaluation
-
-    def _windows(self, blocks: TokenBlocks, how: str, weights: tuple[float, ...] = ()) -> _Windows:
-        return _Windows(blocks, how, HiddenStream(self.sites, self.store), weights)
-
-    def _cut(self, writer: ShardWriter, plan: PruningPlan, layers: Layers, watched: Mapping[Any, _Windows]) -> None:
-        bar = transformers_logging.tqdm(layers, total=len(self.sites.layers), desc="repair and write", unit="layer")
-        with contextlib.closing(layers), quiet_bars():
-            for number, repairs in bar:
-                bind_layer(self.kept, number, self.sites.layers[number])
-                own = part_of_plan(plan, number)
-                is_dropped = number in plan.dropped_layers
-                for windows in watched.values():
-                    windows.advance(number, own, repairs, is_dropped)
-                if not is_dropped:
-                    self._write_layer(writer, plan, number, repairs)
-
-    def _write_layer(self, writer: ShardWriter, plan: PruningPlan, number: int, repairs: Mapping[str, Repair]) -> None:
-        from accelerate.utils import set_module_tensor_to_device
-
-        layer = copy.deepcopy(self.dense.layers[number])
-        for name, tensor in self.sites.layers[number].state_dict().items():
-            set_module_tensor_to_device(layer, name, tensor.device, value=tensor, dtype=tensor.dtype)
-        cut_layer(layer, number, self.sites.architecture, plan, repairs)
-        for name, repair in repairs.items():
-            if repair.bias is not None:
-                self.biased[name] = Repair(*(torch.empty_like(t, device="meta") for t in (repair.weight, repair.bias)))
-        new = plan.kept_layers().index(number)
-        tensors = layer.state_dict(prefix=f"{self.sites.architecture.layers}.{new}.")
-        self.digests.update(digests_of(tensors))
-        writer.add(revert_weight_conversion(self.dense.model, tensors))
-
-    @torch.no_grad()
-    def _by_means(self, plan: PruningPlan, means: Statistics | None, held_out: TokenBlocks | None) -> Layers:
-        """Layers with the repair that needs means alone (or none), each site's checked on held-out windows."""
-        repair = own_repair(self.config)
-        stream = HiddenStream(self.sites, self.store)
-        with contextlib.closing(stream):
-            for number in range(len(self.sites.layers)):
-                part, own = layer_part(self.sites, number), part_of_plan(plan, number)
-                with layer_weights(self.sites, number):
-                    check_layer(self.sites, number)
-                    repairs = {} if means is None else repair_plan(part, own, means, torch.ones(1), repair)
-                    if held_out is not None and means is not None:
-                        if repairs:
-                            with stream.at(number, "nothing"):
-                                weights = self.config.calibration.domain_weights
-                                reports = check_repairs(part, own, repairs, held_out, weights)
-                            self.reports.extend(reports)
-                            repairs = {report.name: repairs[report.name] for report in reports if report.kept}
-                        with stream.at(number):
-                            run_layers(part.model, held_out)
-                    yield number, repairs
 
 
 def _without_tied(model: Any, prefix: str) -> dict[str, torch.Tensor]:

@@ -123,6 +123,7 @@ ORDER = [
     "footprint",
     "machine_speed",
     "estimate",
+    "layer_writing",
     "streamed",
     "recovery_config",
     "recovery_course",

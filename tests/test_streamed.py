@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from hf_adaprune import (
     TextSource,
     find_sites,
     layer_scores,
+    layer_writing,
     layerwise,
     prune,
     prune_to_disk,
@@ -192,7 +194,7 @@ def test_a_repair_that_does_not_help_is_written_over(tmp_path: Path, monkeypatch
     calibration = {"report": report, "evaluation_tokens": 64, "evaluation_length": 16}
     config = small(calibration=calibration)
     with monkeypatch.context() as patch:
-        patch.setattr(streamed._Windows, "loss", lambda self: 1.0 if self.how == "repaired" else 0.0)
+        patch.setattr(layer_writing._Windows, "loss", lambda self: 1.0 if self.how == "repaired" else 0.0)
         dropped = prune_to_disk(pieces, tiny_tokenizer(), config, tmp_path / "b", max_shard_size=9000)
     config = config.with_changes(repair={"method": "none", "schedule": "cached"})
     none = prune_to_disk(pieces, tiny_tokenizer(), config, tmp_path / "a", plan=dropped.plan)
@@ -240,9 +242,19 @@ def test_a_model_in_memory_or_named_is_pruned_to_disk_too(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "stop", ["gather_texts", "decide_by", "cut_layer", "check_shards", "write_records", "check_repairs"]
+    ("room", "stop"),
+    [
+        (streamed, "gather_texts"),
+        (streamed, "decide_by"),
+        (layer_writing, "cut_layer"),
+        (streamed, "check_shards"),
+        (streamed, "write_records"),
+        (layer_writing, "check_repairs"),
+    ],
 )
-def test_an_exception_leaves_nothing(stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_leaves_nothing(
+    room: ModuleType, stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pieces = offloaded(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     calls = []
@@ -251,7 +263,7 @@ def test_an_exception_leaves_nothing(stop: str, tmp_path: Path, monkeypatch: pyt
         calls.append(sorted(path.name for path in tmp_path.iterdir()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(streamed, stop, fails)
+    monkeypatch.setattr(room, stop, fails)
     repair = {"method": "bias", "holdout": 0.25} if stop == "check_repairs" else SEQUENTIAL
     with pytest.raises(KeyboardInterrupt):
         prune_to_disk(pieces, tiny_tokenizer(), small(repair=repair, activation_bytes=0), tmp_path / "out")
@@ -266,7 +278,7 @@ def test_the_plan_is_saved_before_the_repair(tmp_path: Path, monkeypatch: pytest
 
     pieces = offloaded(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(streamed, "repairs_by_layer", fails)
+        patch.setattr(layer_writing, "repairs_by_layer", fails)
         with pytest.raises(KeyboardInterrupt):
             prune_to_disk(pieces, tiny_tokenizer(), small(), tmp_path / "a", plan_path=tmp_path / "plan.json")
     plan = PruningPlan.load(tmp_path / "plan.json")
@@ -483,7 +495,7 @@ def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("repair", [{"method": "bias", "holdout": 0.25}, SEQUENTIAL], ids=["bias", "sequential"])
 def test_a_domain_of_weight_0_decides_nothing(repair: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses: list[dict[str, float]] = []
-    monkeypatch.setattr(streamed, "lowest", lambda found: losses.append(dict(found)) or "repaired")
+    monkeypatch.setattr(layer_writing, "lowest", lambda found: losses.append(dict(found)) or "repaired")
     results = []
     for name, seeds in (("a", range(100, 160)), ("b", range(200, 260))):
         other = TextSource("other", [passage(seed)[::-1] for seed in seeds])
