@@ -285,11 +285,33 @@ def test_predictor_learns_what_can_be_learnt_and_nothing_from_noise() -> None:
     assert abs(noise["spearman"]) < 0.25
 
 
+def test_an_objective_of_small_scale_is_learnt_as_well() -> None:
+    def quality(problem: Made, trials: list[Trial], scale: float) -> dict[str, float]:
+        scaled = [
+            dataclasses.replace(trial, rows=tuple((tokens, scale * total) for tokens, total in trial.rows))
+            for trial in trials
+        ]
+        return predictor_quality(scaled, problem.slots, logarithmic=False)
+
+    for function in (None, noise_of):
+        problem = Made(noise=0.0, function=function)
+        trials = search(problem, ("sobol",), 40).trials
+        whole = quality(problem, trials, 1.0)
+        for scale in (2.0**-20, 2.0**-60, 2.0**20):
+            assert quality(problem, trials, scale) == whole | {"rmse": scale * whole["rmse"]}
+        # Other last bits let trees split ties elsewhere.
+        assert quality(problem, trials, 1e-6)["r2"] == pytest.approx(whole["r2"], abs=0.05)
+
+
+def test_quality_of_pairs_that_do_not_differ_is_unknown() -> None:
+    for value in (0.0, 0.1):
+        quality = trained_on(lambda shares, value=value: value, 20)
+        assert quality["pairs"] == 20 and math.isnan(quality["r2"])
+
+
 def test_a_model_that_was_tried_again_is_one_pair() -> None:
     """Trials answered from the journal, in folds of their own, would be told by their twins: noise would be learnt."""
-    problem = Made(
-        noise=0.0, function=lambda shares: float(np.random.default_rng(zlib.crc32(shares.tobytes())).normal())
-    )
+    problem = Made(noise=0.0, function=noise_of)
     once = search(problem, ("sobol",), 20).trials
     again = [
         dataclasses.replace(trial, number=len(once) + trial.number, answered_by=trial.number)

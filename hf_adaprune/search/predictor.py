@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,17 +79,19 @@ def predictor_quality(
 
     Returns:
         `dict[str, float]`: `pairs`, and on held-out pairs `r2`, `rmse` (of the difference to trial 0) and `spearman`
-        (the correlation of ranks); NaN where there are fewer than eight pairs. The paper reports an R2 of 0.80.
+        (the correlation of ranks); NaN where there are fewer than eight pairs, and the R2 where they do not differ.
+        The paper reports an R2 of 0.80.
     """
     sharing, pairs = _comparable(trials, slots, logarithmic)
     if sharing is None or len(pairs) < FEWEST:
         return {"pairs": len(pairs), "r2": math.nan, "rmse": math.nan, "spearman": math.nan}
     values = np.array([pair.value for pair in pairs])
     told, _ = _held_out(sharing, pairs, seed)
-    squared = float(np.mean((values - told) ** 2))
+    squared, spread = float(np.mean((values - told) ** 2)), float(values.var())
+    differ = spread > np.finfo(float).eps * float(np.mean(values**2))  # beyond what rounding makes of equal ones
     return {
         "pairs": len(pairs),
-        "r2": 1 - squared / max(float(values.var()), 1e-12),
+        "r2": 1 - squared / spread if differ else math.nan,
         "rmse": math.sqrt(squared),
         "spearman": _spearman(values, told),
     }
@@ -176,7 +179,25 @@ def _features(sharing: Sharing, shares: np.ndarray) -> np.ndarray:
     return np.concatenate(columns, 1)
 
 
-def _fitted(sharing: Sharing, pairs: Sequence[Pair], seed: int) -> Any:
+@dataclass(frozen=True)
+class _Trees:
+    """Boosted trees, and the unit in which they count.
+
+    Args:
+        model (`GradientBoostingRegressor`): fitted.
+        unit (`float`): of its answers.
+    """
+
+    model: Any
+    unit: float
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Differences to trial 0, `[vectors]`."""
+        told: np.ndarray = self.model.predict(features) * self.unit
+        return told
+
+
+def _fitted(sharing: Sharing, pairs: Sequence[Pair], seed: int) -> _Trees:
     from sklearn.ensemble import GradientBoostingRegressor
 
     model = GradientBoostingRegressor(
@@ -185,10 +206,13 @@ def _fitted(sharing: Sharing, pairs: Sequence[Pair], seed: int) -> Any:
     )  # fmt: skip
     shares = np.array([pair.shares for pair in pairs])
     weights = np.array([pair.weight for pair in pairs])
-    return model.fit(_features(sharing, shares), np.array([pair.value for pair in pairs]), sample_weight=weights)
+    values = np.array([pair.value for pair in pairs])
+    # scikit-learn splits no node whose variance is below 2e-16, whatever the scale. A power of two rounds nothing.
+    unit = math.ldexp(1.0, math.frexp(float(values.std()))[1])
+    return _Trees(model.fit(_features(sharing, shares), values / unit, sample_weight=weights), unit)
 
 
-def _held_out(sharing: Sharing, pairs: Sequence[Pair], seed: int) -> tuple[np.ndarray, list[Any]]:
+def _held_out(sharing: Sharing, pairs: Sequence[Pair], seed: int) -> tuple[np.ndarray, list[_Trees]]:
     """What trees that have not seen a pair tell of it, for every pair; and the trees of all folds."""
     order = np.random.default_rng([seed, 3]).permutation(len(pairs))
     told, models = np.empty(len(pairs)), []
@@ -199,7 +223,7 @@ def _held_out(sharing: Sharing, pairs: Sequence[Pair], seed: int) -> tuple[np.nd
     return told, models
 
 
-def _told(sharing: Sharing, models: Sequence[Any], shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _told(sharing: Sharing, models: Sequence[_Trees], shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What the trees of all folds tell on average, and that raised by where they disagree, `[vectors]` each.
 
     A search for what one set of trees likes best finds its errors; those of other folds are others.
@@ -209,9 +233,9 @@ def _told(sharing: Sharing, models: Sequence[Any], shares: np.ndarray) -> tuple[
     return each.mean(0), each.mean(0) + CAUTION * each.std(0)
 
 
-def _importance(sharing: Sharing, model: Any) -> np.ndarray:
+def _importance(sharing: Sharing, trees: _Trees) -> np.ndarray:
     """Importance of every slot, `[slots]`: its own, and its part of its block's."""
-    known = model.feature_importances_
+    known = trees.model.feature_importances_
     found = known[: len(sharing.slots)].copy()
     blocks = [block for block in sharing.blocks(TIED) if len(block) > 1]
     for number, block in enumerate(blocks):
@@ -267,7 +291,9 @@ def _random_vectors(sharing: Sharing, generator: np.random.Generator, low: np.nd
     return sharing.settle(np.where(sharing.coarse, whole, wanted))
 
 
-def _climbed(sharing: Sharing, models: Sequence[Any], generator: np.random.Generator, starts: np.ndarray) -> np.ndarray:
+def _climbed(
+    sharing: Sharing, models: Sequence[_Trees], generator: np.random.Generator, starts: np.ndarray
+) -> np.ndarray:
     """Hill climbing on the predictor by swaps: all vectors on the ways, `[vectors, slots]`."""
     current, told = starts, _told(sharing, models, starts)[1]
     passed = [current]
