@@ -152,7 +152,7 @@ def uncompiled(model: Any) -> Any:
     if isinstance(model, nn.Module) and any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
         raise UnsupportedModelError(
             f"parts of this {type(model).__name__} are compiled with torch.compile, and would be saved under names "
-            "that nothing loads. Prune the model as it was loaded, and compile the result."
+            "that nothing loads. Take the model as it was loaded, and compile the result."
         )
     return model
 

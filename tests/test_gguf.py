@@ -360,6 +360,20 @@ def test_refused_models(make: Callable[[], PreTrainedModel], said: str, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_compiled_model_is_written_as_the_model_that_it_is(tmp_path: Path) -> None:
+    model = cut("llama", WIDE)
+    compiled = torch.compile(model, backend="eager")
+    files = []
+    for number, given in enumerate((model, compiled)):
+        (tmp_path / str(number)).mkdir()
+        files.append(export_gguf(given, tmp_path / str(number) / "model.gguf", tokenizer=TOKENIZER).read_bytes())
+    assert files[0] == files[1]
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    for whole in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(UnsupportedModelError, match=r"torch.compile.*as it was loaded"):
+            export_gguf(whole, tmp_path / "model.gguf", tokenizer=TOKENIZER)
+
+
 def test_other_families_are_refused(family: str, tmp_path: Path) -> None:
     if family not in FAMILIES:
         with pytest.raises(UnsupportedModelError, match="llama, mistral, qwen2, qwen3 are"):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import AdaPruneError, CheckpointError, ConfigError, MissingDependencyError, UnsupportedModelError
+from ..sites import uncompiled
 from ..whole_files import scratch_folder
 from .gguf_layout import Entry, Layout, layout_of
 from .gguf_tokenizer import Vocabulary, read_vocabulary
@@ -78,7 +79,8 @@ def export_gguf(
         CheckpointError: the file exists or cannot be written, or the disk is too small.
         ConfigError: no such type, or no tokenizer.
         MissingDependencyError: `gguf` is not installed.
-        UnsupportedModelError: llama.cpp does not know such a model or tokenizer, or a number does not fit the type.
+        UnsupportedModelError: llama.cpp does not know such a model or tokenizer, a number does not fit the type, or
+            parts of the model are compiled (`torch.compile` of the whole may be).
 
     Example:
 
@@ -150,7 +152,7 @@ def _loaded(model_or_folder: Any, tokenizer: Any) -> tuple[Any, Any]:
     if not isinstance(model_or_folder, (str, os.PathLike)):
         if tokenizer is None:
             raise ConfigError("`tokenizer` is missing: llama.cpp runs no model without one. Pass the model's own.")
-        return model_or_folder, tokenizer
+        return uncompiled(model_or_folder), tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..loading import install
