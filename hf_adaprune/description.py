@@ -18,7 +18,7 @@ from .architecture_json import carried_architecture
 from .architectures import ARCHITECTURES, Architecture
 from .config import CONFIG_NAME
 from .errors import AdaPruneError, CheckpointError, PlanError
-from .plan import PruningPlan
+from .plan import MOST_LAYERS, PruningPlan
 from .reporting import layer_table, size_text
 from .widths import LayerWidths, Pair, layer_widths
 
@@ -207,6 +207,11 @@ def _config_widths(
     if family is None or not isinstance(config.get(family.layers_field), int):
         return ()
     count = config[family.layers_field]
+    if count > MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json says {count:,} layers in `{family.layers_field}`, and {MOST_LAYERS:,} are the most that are "
+            "pruned. Is the file whole, and from a source that you trust?"
+        )
     known = plan is not None and plan.model_type == family.model_type and len(plan.kept_layers()) == count
     by_old = {row.layer: row for row in layer_widths(plan)} if plan is not None and known else {}
     numbers = plan.kept_layers() if plan is not None and known else tuple(range(count))
@@ -219,8 +224,10 @@ def _config_widths(
             if ".experts." in f".{found[2]}":
                 sparse.add(int(found[1]))
     rows = {old: row for old, row in by_old.items() if row.dropped}
+    # transformers pads the keys with zeros: "03" in a model of more than ten layers.
+    own = {int(number): sizes for number, sizes in (config.get("per_layer_config") or {}).items()}
     for layer, old in enumerate(numbers):
-        pairs = _layer_pairs(config, family, layer, layer in sparse)
+        pairs = _layer_pairs(config, family, own.get(layer, {}), layer in sparse)
         measured = by_old.get(old)
         if measured is not None:  # what a plan says of the dense model is surer than the config's global values
             for name, pair in pairs.items():
@@ -235,9 +242,9 @@ def _family(config: Mapping[str, Any]) -> Architecture | None:
     return carried_architecture(config.get("adaprune"), model_type) or ARCHITECTURES.get(model_type)
 
 
-def _layer_pairs(config: Mapping[str, Any], family: Architecture, layer: int, sparse: bool) -> dict[str, Pair]:
-    # transformers pads the keys with zeros: "03" in a model of more than ten layers.
-    own = {int(number): sizes for number, sizes in (config.get("per_layer_config") or {}).items()}.get(layer, {})
+def _layer_pairs(
+    config: Mapping[str, Any], family: Architecture, own: Mapping[str, Any], sparse: bool
+) -> dict[str, Pair]:
     skip = own.get("skip", ())
 
     def pair(*names: str, gone: bool) -> Pair | None:

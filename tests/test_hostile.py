@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,25 @@ def test_sizes_that_the_weights_do_not_have(folder: Path, sizes: Any) -> None:  
         AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(AdaPruneError):
         push_to_hub(folder, "me/tiny")
+
+
+@pytest.mark.parametrize("count", [3_000_000, 10**9, HUGE])
+def test_layers_that_no_model_has_are_refused_at_once(folder: Path, count: int) -> None:  # noqa: F811
+    edit(folder / "config.json", lambda data: data.update(num_hidden_layers=count))
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match="16,384 are the most"):
+        describe(folder)
+    with pytest.raises(CheckpointError, match="16,384 are the most"):
+        push_to_hub(folder, "me/tiny")
+    assert time.perf_counter() - started < 5
+
+
+def test_as_many_layers_as_may_be_are_described_soon(folder: Path) -> None:  # noqa: F811
+    sizes = {str(number): {"intermediate_size": 7} for number in range(2**14)}
+    edit(folder / "config.json", lambda data: data.update(num_hidden_layers=2**14, per_layer_config=sizes))
+    started = time.perf_counter()
+    assert len(str(describe(folder)).splitlines()) > 2**14
+    assert time.perf_counter() - started < 10
 
 
 @pytest.mark.parametrize(
