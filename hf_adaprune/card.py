@@ -17,7 +17,7 @@ from .config import CONFIG_NAME
 from .description import Description, describe_checkpoint, final_measure
 from .errors import CheckpointError
 from .model_config import MODEL_TAGS, PROVENANCE_KEY
-from .public import is_repo_id, public
+from .public import is_repo_id, linked_name, public
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -101,8 +101,7 @@ def model_card(
     run, description = read_run(folder), describe_checkpoint(folder)
     extra = _evaluation_file(Path(folder))
     known = str(run.get("base_model") or "")
-    # A bare name may be an old id or the last part of a folder's path: only somebody who says so makes it a link.
-    linked = base_model or (known if "/" in known and is_repo_id(known) else None)
+    linked = base_model or linked_name(known) or None
     name = repo_id.rsplit("/", 1)[-1]
     licensed = {"license": license} if isinstance(license, str) else dict(license or {})
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .names import name_of
 
-__all__ = ["base_model_name", "find_token", "is_repo_id", "public", "without_tokens"]
+__all__ = ["base_model_name", "find_token", "is_repo_id", "linked_name", "public", "without_tokens"]
 
 _PATH = re.compile(r"(~|[A-Za-z]:)?[/\\]|\.{1,2}[/\\]|~")
 # A path inside a sentence, such as an error in a journal.
@@ -38,10 +38,26 @@ def base_model_name(model: Any) -> str:
     Args:
         model (`PreTrainedModel`, *optional*): the model.
     """
-    name = name_of(model)
-    if found := _SNAPSHOT.search(name):
-        return "/".join(part for part in found.groups() if part)
+    name = _by_its_id(name_of(model))
     return name if is_repo_id(name) else _last_part(name)
+
+
+def linked_name(name: Any) -> str:
+    """The `owner/name` that a published file may link a model by; empty for everything else that stands there.
+
+    A bare name may be an old id or the last part of a folder's path: only somebody who says so makes it a link.
+
+    Args:
+        name: what a record or a config calls it.
+    """
+    name = _by_its_id(name) if isinstance(name, str) else ""
+    return name if "/" in name and is_repo_id(name) else ""
+
+
+def _by_its_id(name: str) -> str:
+    """A place in the Hub's cache as the id that lies there; other names as they are."""
+    found = _SNAPSHOT.search(name)
+    return "/".join(part for part in found.groups() if part) if found else name
 
 
 def public(value: Any) -> Any:

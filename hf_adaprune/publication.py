@@ -16,7 +16,7 @@ from .config import CONFIG_NAME
 from .description import Description, describe_checkpoint
 from .errors import AdaPruneError, CheckpointError, JournalError
 from .plan import PruningPlan, SitePlan, split_site_name
-from .public import find_token, public
+from .public import find_token, linked_name, public
 from .remote_code import add_remote_code, module_name
 from .saving import PLAN_NAME, check_round_trip
 from .widths import LayerWidths
@@ -32,6 +32,7 @@ _FOLDERS = ("additional_chat_templates",)
 # An adapter names a base by its place on this machine, and transformers would load it with the checkpoint.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _NOT = ("trainer_state.json", "README.md", CONFIG_NAME, PICTURE_NAME, JOURNAL_NAME, *_ADAPTER)
+_PLACES = ("_name_or_path", "name_or_path")  # of a config: what it was loaded by
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors", re.ASCII)
 
@@ -159,7 +160,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _public_copies(files: Mapping[str, Path | bytes]) -> Iterator[tuple[str, bytes]]:
     """Other files that may say where something lay on this machine."""
-    for name in (EVALUATION_NAME, "tokenizer_config.json"):
+    for name in (EVALUATION_NAME, "config.json", "tokenizer_config.json"):
         file = files.get(name)
         if isinstance(file, Path):
             try:
@@ -168,9 +169,25 @@ def _public_copies(files: Mapping[str, Path | bytes]) -> Iterator[tuple[str, byt
                 raise CheckpointError(f"{file} cannot be read: {error}. Write it again, or remove it.") from error
             if name == EVALUATION_NAME:
                 yield name, _json(public(data))
+            elif name == "config.json":
+                if (config := _without_places(data)) != data:
+                    yield name, _json(config)
             elif isinstance(data, dict) and "name_or_path" in data:
                 # The rest are tokens and templates, in which a slash is a slash.
                 yield name, _json({**data, "name_or_path": public(data["name_or_path"])})
+
+
+def _without_places(config: Any) -> Any:
+    """A copy of a config that says by what it was loaded where a card would, and nowhere by its place.
+
+    transformers of today writes no such entry; older ones did, configs of a part among them, and so may people.
+    """
+    if isinstance(config, list):
+        return [_without_places(entry) for entry in config]
+    if not isinstance(config, dict):
+        return config
+    copy = {key: linked_name(value) if key in _PLACES else _without_places(value) for key, value in config.items()}
+    return {key: value for key, value in copy.items() if value != "" or key not in _PLACES}
 
 
 def stays_inside(path: Path, folder: Path) -> None:
@@ -221,7 +238,7 @@ def _with_remote_code(folder: Path, staging: Path, files: dict[str, Path | bytes
     for name, file in {**_files(folder), CONFIG_NAME: folder / CONFIG_NAME}.items():
         if "/" not in name:
             (copy / name).symlink_to(file.resolve())
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _without_places(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     config.pop("auto_map", None)
     (copy / "config.json").unlink()
     (copy / "config.json").write_bytes(_json(config))

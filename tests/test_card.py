@@ -20,7 +20,7 @@ from test_pipeline import tiny_model as model_with_vocabulary
 from hf_adaprune import model_card, prune, push_to_hub
 from hf_adaprune.description import describe_checkpoint
 from hf_adaprune.errors import CheckpointError
-from hf_adaprune.public import base_model_name, find_token, is_repo_id, public, without_tokens
+from hf_adaprune.public import base_model_name, find_token, is_repo_id, linked_name, public, without_tokens
 from hf_adaprune.publication import check_checkpoint
 from hf_adaprune.sites import find_sites
 from hf_adaprune.surgery import apply_plan
@@ -215,6 +215,10 @@ def test_the_names_of_base_models(tmp_path: Path) -> None:
     }
     assert {name: base_model_name(Of(name)) for name in names} == names
     assert base_model_name(None) == ""
+    linked = ("HuggingFaceTB/SmolLM2-135M", cache)
+    assert {name: linked_name(name) for name in names} == {n: names[n] if n in linked else "" for n in names}
+    for other in ("gpt2", "../secrets", "/srv/private/x", str(tmp_path / "mine"), None, 3, {"a": 1}, ["a/b"]):
+        assert linked_name(other) == ""
     assert is_repo_id("gpt2") and is_repo_id("a/b-1.0") and not is_repo_id("a/b/c") and not is_repo_id("../b")
 
 

@@ -371,6 +371,29 @@ def test_other_files_are_published_without_folders_too(hub: FakeHub, folder: Pat
     assert json.loads(files["tokenizer_config.json"]) == changed | {"name_or_path": "dense"}
 
 
+@pytest.mark.parametrize("remote_code", [False, True])
+def test_a_config_says_no_place_on_this_machine(hub: FakeHub, folder: Path, remote_code: bool) -> None:
+    plain = json.loads((folder / "config.json").read_text())
+    cache = "/private/hub/models--big--dense/snapshots/0123456789abcdef"
+    shown = {"/private/place/dense": None, "..\\private\\x": None, "private": None, "big/dense": "big/dense"}
+    for name, expected in {**shown, cache: "big/dense"}.items():
+        asked = {"_name_or_path": name, "name_or_path": name, "extra": {"_name_or_path": name}}
+        (folder / "config.json").write_text(json.dumps(plain | asked))
+        push_to_hub(folder, "me/tiny", remote_code=remote_code)
+        said = json.loads(hub.repositories["me/tiny"].files["config.json"])
+        assert b"private" not in hub.repositories["me/tiny"].files["config.json"]
+        own = {} if expected is None else {"_name_or_path": expected}
+        assert said.pop("extra") == own
+        assert {key: said.pop(key, None) for key in ("_name_or_path", "name_or_path")} == {
+            "_name_or_path": expected,
+            "name_or_path": expected,
+        }
+        assert remote_code or said == plain
+    (folder / "config.json").write_text(json.dumps(plain | {"_name_or_path": {"private": 1}}))
+    push_to_hub(folder, "me/tiny", remote_code=remote_code)
+    assert "_name_or_path" not in json.loads(hub.repositories["me/tiny"].files["config.json"])
+
+
 def test_files_are_named_without_their_folders(hub: FakeHub, tmp_path: Path) -> None:
     places = {}
     for name in ("sources", "selection", "report"):
