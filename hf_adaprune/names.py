@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["forget_name", "name_of", "rename"]
+__all__ = ["name_of", "rename"]
 
 
 def name_of(model: Any) -> str:
@@ -25,15 +25,6 @@ def rename(model: Any, name: str) -> None:
 
     Args:
         model (`PreTrainedModel`): the model.
-        name (`str`): a folder, or an id on the Hub.
+        name (`str`): a folder, or an id on the Hub; empty where nothing loads these weights (any more).
     """
     model.name_or_path = name
-
-
-def forget_name(model: Any) -> None:
-    """Take the name from a model whose weights are no longer those that the name loads, in place.
-
-    Args:
-        model (`PreTrainedModel`): the model; [`name_of`] still says what it was made from.
-    """
-    model.name_or_path = ""

@@ -22,7 +22,6 @@ from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
 from .model_config import MODEL_TAGS, PROVENANCE_KEY, own_architecture
-from .names import forget_name
 from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
@@ -89,8 +88,9 @@ class PruningResult:
     """What came of a run.
 
     Args:
-        model (`PreTrainedModel`): the pruned model: the object that went in, smaller. Its
-            `name_or_path` is empty until it is saved, and then the folder; its config says what it was made from.
+        model (`PreTrainedModel`): the pruned model: the object that went in, smaller. Where
+            anything went, its `name_or_path` is empty until it is saved, and then the folder; its config says what it
+            was made from.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): as given.
         config ([`PruningConfig`]): what was asked for.
         plan ([`PruningPlan`]): which units stayed.
@@ -274,7 +274,6 @@ def prune(
         config, plan = made.config, made.plan
         cut = carry_out(sites, made)
         clock.stop("surgery")
-        forget_name(model)
         note_provenance(cut, config, plan)
         model.add_model_tags(list(MODEL_TAGS))
         after = Sizes.of(cut)

@@ -22,7 +22,7 @@ from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .documents import input_device
 from .errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
-from .names import forget_name, name_of
+from .names import name_of, rename
 from .pipeline import PruningResult, as_sources
 from .plan import PruningPlan
 from .positions import check_lengths
@@ -137,7 +137,7 @@ def recover(
                 callback.saves_base = False
         started = time.perf_counter()
         checkpoints = None if run is None else partial(Checkpoints, run, checkpoint_minutes)
-        forget_name(model)
+        rename(model, "")
         tokens, steps, minutes, log = train(model, dense, windows, config, layers, started, callbacks, run, checkpoints)
         if held_out is not None:
             measured["after"] = _kept_measure(run, "after", model, dense, held_out)

@@ -17,6 +17,7 @@ from .architectures import Architecture
 from .experts import balance_by_layer
 from .layers import SizedConfigView, SkippedAttention, SkippedMlp
 from .model_config import PROVENANCE_KEY, drop_config_layers, head_dim_of, update_config
+from .names import rename
 from .plan import PruningPlan, SitePlan
 from .site import Matrix, Site
 from .sites import ModelSites, find_sites, layer_sites
@@ -46,6 +47,10 @@ def apply_plan(
 ) -> ModelSites:
     """Cut a model in place, and regenerate its config. LoRA factors of peft are cut with the weights they stand beside.
 
+    A model that loses anything is not what its `name_or_path` loads any more, which is empty then: adapters of peft
+    that are made for it would name the dense model as their base, and do not fit that. Its config says what it was made
+    from.
+
     Args:
         sites ([`ModelSites`]): the model; its entries are stale afterwards.
         plan ([`PruningPlan`]): which units stay.
@@ -65,6 +70,8 @@ def apply_plan(
     model, config, architecture = sites.model, sites.model.config, sites.architecture
     head_dim = head_dim_of(config)
     biases = _carried_biases(config)
+    if not plan.is_whole:
+        rename(model, "")
     for name, kept in plan.changed():
         site = sites.by_name[name]
         layer = sites.layers[site.layer]
@@ -341,7 +348,8 @@ def assign_units(site: Site, kept: SitePlan, repair: Repair) -> None:
 def take_structure(sites: ModelSites, like: ModelSites) -> ModelSites:
     """Give a model the structure of another one of its family, in place; tensors of other shapes hold no values then.
 
-    What loading a checkpoint of other sizes into a live model needs: parameters that stay are the same objects.
+    What loading a checkpoint of other sizes into a live model needs: parameters that stay are the same objects. Its
+    `name_or_path` is empty afterwards.
 
     Args:
         sites ([`ModelSites`]): the model; its entries are stale afterwards.
@@ -351,6 +359,7 @@ def take_structure(sites: ModelSites, like: ModelSites) -> ModelSites:
         [`ModelSites`]: the sites of the changed model.
     """
     layers, config, other = sites.layers, sites.model.config, like.model.config
+    rename(sites.model, "")
     device = sites.device
     dtype = next(parameter.dtype for parameter in layers.parameters())
     del layers[len(like.layers) :]

@@ -242,3 +242,19 @@ def test_no_warning_comes_from_a_cut(family_name: str) -> None:
         plan, repairs = mixed_cut(sites)
         apply_plan(sites, plan, repairs)
         logits_of(sites.model, tokens())
+
+
+def test_a_cut_model_is_not_called_by_the_name_of_the_dense_one() -> None:
+    model = tiny_model("llama")
+    model.name_or_path = model.config.name_or_path = "big/dense"
+    sites = find_sites(model)
+    apply_plan(sites, PruningPlan("llama", len(sites.layers), {sites.sites[0].name: sites.sites[0].whole}))
+    assert model.name_or_path == "big/dense"  # which loads it still
+    whole, dropped = find_sites(tiny_model("llama")), tiny_model("llama")
+    dropped.name_or_path = "big/dense"
+    apply_plan(find_sites(dropped), PruningPlan("llama", len(whole.layers), {}, (0,)))
+    assert dropped.name_or_path == ""
+    found = plan_of_kind(whole, "channel")
+    assert found is not None
+    apply_plan(find_sites(model), found)
+    assert model.name_or_path == "" and model.config.name_or_path == "big/dense"

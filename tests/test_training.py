@@ -127,6 +127,24 @@ def test_resuming_with_the_checkpoints_own_model_is_the_same(finished: Trainer, 
     same(again.model, finished.model)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # read by peft
+def test_a_cut_model_is_called_by_no_name_of_the_dense_one(finished: Trainer, tmp_path: Path) -> None:
+    """Not by a cut, not by a checkpoint whose sizes it takes on; the record says what it was made from."""
+    peft = pytest.importorskip("peft")
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    for run, step in (("cut", None), ("resumed", 9)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        assert model.name_or_path == str(tmp_path / "dense")
+        trainer = training(tmp_path / run, progressive(), model)
+        checkpoint = None if step is None else str(Path(finished.args.output_dir) / f"checkpoint-{step}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert model.name_or_path == "" and model.config.name_or_path == str(tmp_path / "dense")
+        if step is None:
+            assert json.loads((tmp_path / run / "pruning_config.json").read_text())["base_model"] == "dense"
+        tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        assert not tuned.peft_config["default"].base_model_name_or_path
+
+
 def test_a_step_without_a_cut_costs_next_to_nothing(tmp_path: Path) -> None:
     """Of the events between the cut before the first step and the one before the last."""
     callback = Timed(pruning_config(), at=(0.0, 0.97))
