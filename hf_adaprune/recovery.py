@@ -7,9 +7,10 @@ The weights come back in the dtypes they had, so that what was 2 bytes stays 2 b
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ from transformers import TrainerCallback
 from .adapters import is_peft
 from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .documents import input_device
-from .errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from .errors import ConfigError, MissingDependencyError, PlanError, UnsupportedModelError
 from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
+from .model_config import own_architecture
 from .names import name_of, rename
 from .pipeline import PruningResult, as_sources
 from .plan import PruningPlan
@@ -35,7 +37,7 @@ from .run_artefacts import kept_blocks
 from .run_facts import bytes_digest, config_facts, text_digests, tokenizer_digest
 from .run_folder import RunFolder, once_noted, open_run
 from .saving import PLAN_NAME
-from .sites import uncompiled
+from .sites import find_sites, uncompiled
 from .teacher_cache import vocabulary_of
 from .token_blocks import TokenBlocks
 from .training import AdaPrunerCallback
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["check_student", "recover"]
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_MINUTES = 5.0
 
@@ -74,7 +78,8 @@ def recover(
         selection (the same, *optional*): text that training must not see; overlaps are refused.
         report (the same, *optional*): more of it, on which perplexity is reported: dense, before and after.
         pruning ([`PruningResult`] or `str`, *optional*): where the model came from: what [`prune`] returned, or the
-            folder of the pruned checkpoint; found by the model's name where not given.
+            folder of the pruned checkpoint. Found by the folder that the model was loaded from where not given; what
+            stands there is not used, with a warning, where the model has been cut again since.
         callbacks (list of `TrainerCallback`, *optional*): of the Trainer. With an [`AdaPrunerCallback`] the model may
             be the dense one, which shrinks while it learns from its former self; `tokens` has to say how
             long, or the callback's `every` when to cut.
@@ -91,7 +96,8 @@ def recover(
     Raises:
         RunError: `run_dir` is of a run with other inputs (the message says which), or in use by another process.
         CheckpointError: its disk lacks room.
-        ConfigError, CalibrationError, UnsupportedModelError, MissingDependencyError: before any training.
+        ConfigError: `pruning` is of a model of other widths, or something else that contradicts; before any training.
+        CalibrationError, UnsupportedModelError, MissingDependencyError: before any training.
 
     Example:
 
@@ -249,6 +255,41 @@ def _facts(
 
 
 def _provenance(model: Any, pruning: Any) -> tuple[dict[str, Any], PruningPlan | None]:
+    """The record and the plan of the pruned model, nothing where they are of what it was before a later cut."""
+    record, plan = _found(model, pruning)
+    if not record or _is_of(model, record, plan):
+        return record, plan
+    if pruning is not None:
+        raise ConfigError(
+            "`pruning` is the record of a model of other widths than this one's. Give what the last prune() returned, "
+            "or the folder that this model was saved to."
+        )
+    logger.warning(
+        "%s holds the record of the model as it was loaded, and it has been cut since: the recovered one has no record "
+        "and no plan. Give pruning= what the last prune() returned.",
+        name_of(model),
+    )
+    return {}, None
+
+
+def _is_of(model: Any, record: Mapping[str, Any], plan: PruningPlan | None) -> bool:
+    """Whether a model has the sizes that a record says and the widths that a plan leaves."""
+    try:
+        sites = find_sites(model, own_architecture(model, None))
+    except UnsupportedModelError:
+        return True  # quantised: what cannot be cut has not been
+    if record.get("after", {}).get("decoder", sites.decoder_parameters) != sites.decoder_parameters:
+        return False
+    whole = {site.name: site.whole for site in sites}
+    try:
+        if plan is not None:
+            plan.then(PruningPlan(sites.architecture.model_type, len(sites.layers), whole))
+    except PlanError:
+        return False
+    return True
+
+
+def _found(model: Any, pruning: Any) -> tuple[dict[str, Any], PruningPlan | None]:
     if isinstance(pruning, PruningResult):
         return pruning.to_dict(), pruning.plan
     folder = Path(pruning or name_of(model) or "-")

@@ -131,6 +131,29 @@ def test_a_recovered_model_is_not_what_its_old_name_loads(tmp_path: Path) -> Non
     assert model.name_or_path == str(folder)
 
 
+@pytest.mark.parametrize("unit", ["channel", "kv_group"])
+def test_a_model_that_was_cut_again_does_not_take_the_record_of_its_first_cut(
+    unit: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A later cut shows in the widths that the first plan names, or in those that it does not."""
+    first = pruned("magnitude", units=("channel",))
+    folder = first.save_pretrained(tmp_path / "pruned")
+    teacher, config = tiny_model("llama"), short(tokens=500)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert recover(model, tiny_tokenizer(), teacher, config, sources=text()).plan == first.plan
+    assert not caplog.records
+    second = prune(model, tiny_tokenizer(), config_of("magnitude", units=(unit,)))
+    with caplog.at_level(logging.WARNING):
+        result = recover(model, tiny_tokenizer(), teacher, config, sources=text())
+    assert result.plan is None and set(result.pruning) == set()
+    assert "has been cut since" in caplog.text
+    for other in (first, folder):
+        with pytest.raises(ConfigError, match="other widths"):
+            recover(model, tiny_tokenizer(), teacher, config, sources=text(), pruning=other)
+    again = recover(model, tiny_tokenizer(), teacher, config, sources=text(), pruning=second)
+    assert again.plan == second.plan and again.pruning["after"]["decoder"] == second.after.decoder
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_are_merged(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The merged model is the adapted one, without a trace of peft, and reloads."""
