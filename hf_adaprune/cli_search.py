@@ -156,7 +156,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
     from .search_checks import check_search, search_needs
 
     check_search(config)
-    search_needs(config, config.calibration.clusters or len(config.calibration.sources))
+    search_needs(config, config.calibration.domain_count)
     if search.objective == "accuracy":
         for path in search.tasks:
             read_rows(path)

@@ -24,7 +24,7 @@ from .search_checks import search_needs
 from .search_config import SPEEDS
 from .site import Site
 from .sites import ModelSites
-from .stages import even_plan, what_to_collect
+from .stages import check_gradient_windows, even_plan, what_to_collect
 from .statistics import Needs
 
 __all__ = ["Estimate", "estimate"]
@@ -124,6 +124,8 @@ def estimate(
     removed = sites.removed_parameters(plan, _added_biases(sites, plan, config))
     after = Sizes(before.decoder - removed, before.total - removed, before.bytes - removed * dtype.itemsize)
     needs = what_to_collect(config, None) or Needs()
+    if not config.layer_by_layer:  # there nothing goes backward
+        check_gradient_windows(config, needs)
     if config.search is not None:
         needs = search_needs(config, domain_count(config))
     own, share = config.calibration, removed / before.decoder

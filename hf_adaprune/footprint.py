@@ -228,7 +228,7 @@ def _run_bytes(sites: ModelSites, config: PruningConfig, needs: Needs, after: Si
 
 def domain_count(config: PruningConfig) -> int:
     """How many domains the calibration text has."""
-    return config.calibration.clusters or len(config.calibration.sources)
+    return config.calibration.domain_count
 
 
 def is_per_domain(config: PruningConfig, needs: Needs) -> bool:

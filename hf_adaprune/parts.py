@@ -153,7 +153,7 @@ class CalibrationConfig:
         sequence_length (`int`, *optional*, defaults to 512): tokens per window, BOS among them where the
             tokenizer begins a text with it.
         gradient_samples (`int`, *optional*, defaults to 48): windows of these that also get a backward pass, where a
-            metric needs gradients.
+            metric needs gradients: at least one per source (with `clusters`: per cluster) then.
         domain_weights (`tuple[float, ...]`, *optional*): one weight per source (with `clusters`: per cluster); equal
             where not given.
         clusters (`int`, *optional*, defaults to 0): regroup the windows of all sources into so many domains by k-means
@@ -198,16 +198,20 @@ class CalibrationConfig:
         if self.shares and not (min(self.shares) > 0 and sum(self.shares) < math.inf):
             raise ConfigError("`calibration.shares` should be positive. Leave out the source whose share is 0.")
         if self.domain_weights:
-            domains = self.clusters or len(self.sources)
-            if len(self.domain_weights) != domains:
+            if len(self.domain_weights) != self.domain_count:
                 raise ConfigError(
-                    f"`calibration.domain_weights` should have one weight per source or cluster ({domains}). "
+                    f"`calibration.domain_weights` should have one weight per source or cluster ({self.domain_count}). "
                     f"Found {len(self.domain_weights)}."
                 )
             for weight in self.domain_weights:
                 check_number("calibration.domain_weights", weight, 0.0, WEIGHT, what="weights of domains")
             if sum(self.domain_weights) <= 0:
                 raise ConfigError("`calibration.domain_weights` should be non-negative with a positive sum.")
+
+    @property
+    def domain_count(self) -> int:
+        """How many domains the windows are of: one per source, or the clusters."""
+        return self.clusters or len(self.sources)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from .search_checks import check_search, highest_ratio, named_objective, search_
 from .search_stage import search_stage
 from .searching import SearchResult, shared_costs
 from .sites import ModelSites, find_sites, uncompiled
-from .stages import check_weights, decide, gather_texts, layer_by_layer_config, what_to_collect
+from .stages import check_gradient_windows, check_weights, decide, gather_texts, layer_by_layer_config, what_to_collect
 from .statistics import Needs
 from .surgery import Follow, apply_plan, assign_layer
 from .token_blocks import TokenBlocks
@@ -233,6 +233,7 @@ def prune(
     check_weights(sites)
     before = Sizes.of(sites)
     needs = what_to_collect(config, plan)
+    check_gradient_windows(config, needs)
     # Only a search is shared; a run without one does not wait for other processes.
     workers = processes() if config.search is not None and plan is None else Alone()
     costs = shared_costs(sites, config, workers)
@@ -251,7 +252,7 @@ def prune(
                 f"`pruning_ratio` {config.pruning_ratio:g} should be one of `search.ratios` {list(asked.ratios)}: that "
                 "plan is carried out."
             )
-        needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
+        needs = search_needs(config, config.calibration.domain_count)
     if plan_path is not None:
         check_writable(plan_path)
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from .search.dimensions import Choice, Simplex
 from .search.problem import View
 from .search.space import default_space
 from .search_config import REFINING
-from .stages import what_to_collect
+from .stages import check_gradient_windows, what_to_collect
 from .statistics import Needs
 
 __all__ = ["check_search", "highest_ratio", "named_objective", "search_needs", "strategy", "trial_needs"]
@@ -191,7 +191,7 @@ def search_needs(config: PruningConfig, domains: int) -> Needs:
         domains (`int`): calibration domains.
 
     Raises:
-        ConfigError: an unknown metric, or fewer windows with gradients than weighted domains.
+        ConfigError: an unknown metric, or fewer windows with gradients than domains.
     """
     space = default_space(config, tuple(str(number) for number in range(domains)))
     needs = trial_needs(space.apply(config, space.default)) or Needs()
@@ -206,9 +206,5 @@ def search_needs(config: PruningConfig, domains: int) -> Needs:
                 needs = needs | METRICS[name].needs
         weighted = weighted or dimension.path == "calibration.domain_weights"
     weighted = weighted or bool(space.apply(config, {}).calibration.domain_weights)  # fixed by the space, too
-    if weighted and (needs.gradients or needs.elements) and config.calibration.gradient_samples < domains:
-        raise ConfigError(
-            f"`calibration.gradient_samples` should give each of the {domains} weighted domains a window. Found "
-            f"{config.calibration.gradient_samples}."
-        )
+    check_gradient_windows(config, needs)
     return replace(needs, per_domain=needs.per_domain or (weighted and domains > 1))

@@ -100,7 +100,7 @@ def search_plan(
     check_search(config)
     costs = shared_costs(sites, config, workers)
     check_budgets(sites, highest_ratio(config), costs)
-    needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
+    needs = search_needs(config, config.calibration.domain_count)
     unreported = config.with_changes(calibration={"report": ()})
     with ExitStack() as stack:
         run = begin_run(stack, run_dir, sites, tokenizer, unreported, None, workers, journal, resume, warm_start)

@@ -37,6 +37,7 @@ from .workers import Alone
 
 __all__ = [
     "Measure",
+    "check_gradient_windows",
     "check_weights",
     "decide",
     "decide_by",
@@ -222,6 +223,26 @@ def what_to_collect(config: PruningConfig, plan: PruningPlan | None) -> Needs | 
     elif repair.method == "bias":
         needs = needs or Needs()
     return needs
+
+
+def check_gradient_windows(config: PruningConfig, needs: Needs | None) -> None:
+    """Refuse domains without a window that goes backward: metrics that read gradients would not hear of them.
+
+    Args:
+        config ([`PruningConfig`]): the calibration text, of which every source or cluster is a domain.
+        needs ([`Needs`], *optional*): what its metrics read.
+
+    Raises:
+        ConfigError: fewer windows with gradients than domains.
+    """
+    own = config.calibration
+    reads = needs is not None and (needs.gradients or needs.elements)
+    if reads and own.gradient_samples < own.domain_count:
+        raise ConfigError(
+            f"`calibration.gradient_samples` should give each of the {own.domain_count} sources or clusters a window, "
+            "or metrics that read gradients know nothing of the others. "
+            f"Found {own.gradient_samples}. Raise it, name fewer of them, or score by other metrics."
+        )
 
 
 def layer_by_layer_config(config: PruningConfig) -> PruningConfig:

@@ -27,7 +27,7 @@ from .positions import check_windows
 from .quiet import quiet_bars, quiet_model
 from .search_checks import search_needs
 from .sites import ModelSites, find_sites
-from .stages import check_weights, gather_texts, what_to_collect
+from .stages import check_gradient_windows, check_weights, gather_texts, what_to_collect
 from .token_blocks import TokenBlocks
 from .training_checks import has_budget
 from .training_masks import UnitMasks, cut_copy, take_repairs
@@ -180,7 +180,7 @@ class Cuts:
         config = self._config_of(sites, ratio, is_last)
         needs = what_to_collect(config, None)
         if config.search is not None:
-            needs = search_needs(config, config.calibration.clusters or len(config.calibration.sources))
+            needs = search_needs(config, config.calibration.domain_count)
         before = self._loss(sites.model)
         made = decide_and_repair(sites, tokenizer, config, blocks, held_out, needs=needs, workers=self.workers)
         return self.workers.share(replace(made, search=None)), {"pruning/loss_before": before}
@@ -193,7 +193,8 @@ class Cuts:
         if self.schedule.mode != "progressive":
             return config
         if self.samples is None:
-            gradients = min(config.calibration.gradient_samples, _GRADIENT_SAMPLES)
+            domains = config.calibration.domain_count if self._from_sources else 1
+            gradients = min(config.calibration.gradient_samples, max(_GRADIENT_SAMPLES, domains))
             config = config.with_changes(calibration={"gradient_samples": gradients})
         if is_last and has_budget(config):
             return config
@@ -229,7 +230,9 @@ class Cuts:
 
     def _source_blocks(self, base: Any, tokenizer: Any) -> tuple[TokenBlocks | None, TokenBlocks | None]:
         config = self.config
-        measures = config.search is not None or what_to_collect(config, None) is not None
+        needs = what_to_collect(config, None)
+        check_gradient_windows(config, needs)
+        measures = config.search is not None or needs is not None
         samples = max(self._count(), len(config.calibration.sources))
         asked = config.with_changes(calibration={"samples": samples, "report": ()})
         blocks, held_out, _ = gather_texts(self.sites(base), tokenizer, asked, measures)

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_adaprune import RECIPES, PruningConfig, PruningPlan, TextSource, documents, find_sites, prune, stages
 from hf_adaprune import pipeline as pipeline_module
 from hf_adaprune.errors import BudgetError, CalibrationError, ConfigError, UnsupportedModelError
+from hf_adaprune.estimate import estimate
 from hf_adaprune.evaluation import perplexity
+from hf_adaprune.machine_speed import Speed
 from hf_adaprune.selection import selection_blocks
 from hf_adaprune.stages import gather_texts
 
@@ -69,6 +71,21 @@ def test_default_runs_on_every_family(family: str) -> None:
     result = prune(model, tiny_tokenizer(), config_of(units=units))
     assert result.after.total < dense
     assert torch.isfinite(logits_of(model, tokens())).all()
+
+
+def test_every_domain_has_a_window_with_gradients_or_the_run_is_refused(tmp_path: Path) -> None:
+    """Metrics that read gradients would know nothing of the others, and nobody would be told."""
+    model, file = tiny_model("llama"), str(tmp_path / "not_there.txt")  # which nobody gets to read
+    for calibration in ({"sources": (TEXT, file)}, {"sources": (file,), "clusters": 2}):
+        config = config_of(calibration={**calibration, "gradient_samples": 1})
+        with pytest.raises(ConfigError, match=r"gradient_samples` should give each of the 2 sources or clusters"):
+            prune(model, tiny_tokenizer(), config)
+        with pytest.raises(ConfigError, match=r"gradient_samples` should give each of the 2 sources or clusters"):
+            estimate(find_sites(model), config, Speed(1e9, 1e9, 1e8))
+        assert not list(tmp_path.iterdir())
+    both = {"sources": (TEXT, OTHER), "gradient_samples": 1}
+    estimate(find_sites(model), config_of(calibration=both, layer_by_layer=True), Speed(1e9, 1e9, 1e8))
+    prune(model, tiny_tokenizer(), config_of("flap", calibration=both))  # which reads no gradients
 
 
 def test_same_seed_same_plan() -> None:

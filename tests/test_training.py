@@ -496,6 +496,22 @@ def test_weights_of_sources_say_nothing_of_the_trainers_data(
     assert caplog.text.count("domain_weights and calibration.clusters are not used") == 1
 
 
+def test_every_source_has_a_window_with_gradients_at_every_cut(tmp_path: Path) -> None:
+    """Many cuts have few of them each."""
+    model, sources = tiny_model("llama"), tuple(str(tmp_path / f"{number}.txt") for number in range(20))
+    asked = pruning_config(calibration={"sources": sources, "samples": 64, "gradient_samples": 19})
+    for how in ({"mode": "once"}, {"at": (0.0, 0.5)}):
+        callback = AdaPrunerCallback(asked, **how, data="calibration", tokenizer=object())
+        with pytest.raises(ConfigError, match=r"gradient_samples` should give each of the 20 sources"):
+            training(tmp_path, callback, model, save_strategy="no").train()
+    enough = asked.with_changes(calibration={"gradient_samples": 48})
+    for data, count in (("calibration", 20), ("train", 16)):
+        cuts = Cuts(enough, CutSchedule(), None, None)
+        cuts.begin(model)
+        cuts._from_sources = data == "calibration"
+        assert cuts._config_of(find_sites(model), 0.1, False).calibration.gradient_samples == count
+
+
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 

@@ -640,8 +640,9 @@ def test_prune_refuses_searches_that_find_no_single_plan() -> None:
 
 
 def test_every_weighted_domain_needs_gradients() -> None:
-    with pytest.raises(ConfigError, match=r"gradient_samples` should give each of the 2 weighted domains"):
-        search_plan(tiny_model(), tokenizer(), config_of(calibration={"gradient_samples": 1}))
+    for space in ({}, {"calibration.domain_weights": [0.5, 0.5]}, {"calibration.domain_weights": []}):
+        with pytest.raises(ConfigError, match=r"gradient_samples` should give each of the 2 sources or clusters"):
+            search_plan(tiny_model(), tokenizer(), config_of({"space": space}, calibration={"gradient_samples": 1}))
     with pytest.raises(CalibrationError, match="short has no calibration window left"):
         sites, config = find_sites(tiny_model()), config_of()
         statistics = statistics_of(sites, config)
