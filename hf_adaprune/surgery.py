@@ -215,6 +215,11 @@ def _replace(owner: nn.Module, path: str, module: nn.Module) -> None:
 
 def _put(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     parameter.grad = None  # belongs to the old values, and the next backward would add to its old shape
+    if parameter.shape != tensor.shape:
+        # While the graph of an earlier step is alive (torch.compile leaves some to the garbage collector), autograd
+        # holds new gradients against the old shape, which it forgets where the dtype changes and not where sizes do.
+        other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = tensor
 
 

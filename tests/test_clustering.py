@@ -219,5 +219,5 @@ def test_a_search_weights_clusters() -> None:
 
 def test_fewer_gradients_than_clusters_are_refused_before_text_is_read() -> None:
     config = config_of(calibration={**CALIBRATION, "clusters": 9})
-    with pytest.raises(ConfigError, match="each of the 9 weighted domains"):
+    with pytest.raises(ConfigError, match="each of the 9 sources or clusters"):
         search_plan(text_model(), None, config)

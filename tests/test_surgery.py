@@ -258,3 +258,14 @@ def test_a_cut_model_is_not_called_by_the_name_of_the_dense_one() -> None:
     assert found is not None
     apply_plan(find_sites(model), found)
     assert model.name_or_path == "" and model.config.name_or_path == "big/dense"
+
+
+@pytest.mark.parametrize("kind", ["channel", "kv_group"])
+def test_backward_goes_on_while_the_graph_of_an_earlier_step_is_alive(sites: ModelSites, kind: str) -> None:
+    model, ids = sites.model.train(), tokens()
+    earlier = model(input_ids=ids, labels=ids).loss  # holds on to its graph, as a compiled frame or a log may
+    apply_plan(sites, plan_or_skip(sites, kind))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert earlier.grad_fn is not None
+    assert all(own.grad is None or own.grad.shape == own.shape for own in model.parameters())
+    assert any(own.grad is not None for own in model.parameters())
