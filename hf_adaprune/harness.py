@@ -44,7 +44,8 @@ def run_tasks(
         **options: of `lm_eval.simple_evaluate`, such as `limit` and `task_manager`.
 
     Returns:
-        `dict[str, dict[str, Measurement]]`: by task and metric; tokens are not counted.
+        `dict[str, dict[str, Measurement]]`: by task and metric, as `acc`, or `exact_match,strict-match` where the task
+        filters answers; tokens are not counted.
 
     Raises:
         MissingDependencyError: the library is not installed.
@@ -65,5 +66,7 @@ def run_tasks(
                 spread = values.get(f"{metric}_stderr,{kind}")
                 spread = float(spread) if isinstance(spread, (int, float)) else math.nan
                 count = int(rows.get(task, {}).get("effective", 0))
-                found.setdefault(task, {})[metric] = Measurement(metric, float(value), spread, 0, count)
+                # A task may measure the same of several readings of an answer (gsm8k: strict and flexible).
+                name = metric if kind == "none" else key
+                found.setdefault(task, {})[name] = Measurement(name, float(value), spread, 0, count)
     return found

@@ -421,6 +421,7 @@ def test_tasks_by_name_are_lm_evals(
     harness.models = SimpleNamespace(huggingface=SimpleNamespace(HFLM=lambda pretrained, tokenizer: pretrained))
     values = {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.1}
     values |= {"acc_norm,none": 0.6, "acc_norm_stderr,none": "N/A"}
+    values |= {"exact_match,strict": 0.3, "exact_match_stderr,strict": 0.2, "exact_match,flexible": 0.4}
     answer = {"results": {"piqa": values}, "n-samples": {"piqa": {"effective": 7}}}
     harness.simple_evaluate = lambda model, tasks: answer
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
@@ -430,6 +431,8 @@ def test_tasks_by_name_are_lm_evals(
     piqa = json.loads(capsys.readouterr().out)["results"]["piqa"]
     assert piqa["acc"]["standard_error"] == 0.1 and piqa["acc"]["samples"] == 7
     assert piqa["acc_norm"]["standard_error"] is None
+    assert [piqa[f"exact_match,{kind}"]["value"] for kind in ("strict", "flexible")] == [0.3, 0.4]
+    assert set(piqa) == {"acc", "acc_norm", "exact_match,strict", "exact_match,flexible"}
 
 
 def test_search_end_to_end(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
