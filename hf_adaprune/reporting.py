@@ -48,15 +48,7 @@ def size_table(before: Sizes, after: Sizes) -> str:
 
 
 def plan_table(plan: PruningPlan, sites: ModelSites | None = None, after: Sequence[int] | None = None) -> str:
-    """What a plan keeps of every layer.
-
-    Args:
-        plan ([`PruningPlan`]): the plan.
-        sites ([`ModelSites`], *optional*): the dense model, on the meta device too, for widths of what stays whole and
-            for parameters.
-        after (sequence of `int`, *optional*): parameters of the layers that stay, as they are after the cut, where a
-            repair has added biases.
-    """
+    """What a plan keeps of every layer, as a table; arguments as in [`layer_widths`]."""
     return layer_table(layer_widths(plan, sites, after))
 
 
