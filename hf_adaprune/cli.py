@@ -23,7 +23,7 @@ from .cli_arguments import build_config, command_line
 from .cli_model import Loader, layers_of
 from .cli_publish import run_export
 from .cli_recover import run_recover
-from .cli_run import begin_afresh, disk_rooms, disk_table, goes_on, kept_beside, run_place
+from .cli_run import begin_afresh, check_run_place, disk_rooms, disk_table, goes_on, kept_beside, run_place
 from .cli_search import carry_out, check_request, plans_table, search_table, write_plans
 from .config import PruningConfig
 from .errors import AdaPruneError, ConfigError
@@ -163,6 +163,7 @@ def _check_before(arguments: argparse.Namespace, journal: Path | None = None) ->
     if arguments.dry_run:
         return
     check_output(arguments.output)
+    check_run_place(arguments, journal)
     if _is_first():
         begin_afresh(arguments, journal)
 

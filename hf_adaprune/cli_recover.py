@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .cli_model import Loader
-from .cli_run import add_run_arguments, begin_afresh, kept_beside
+from .cli_run import add_run_arguments, begin_afresh, check_run_place, kept_beside
 from .errors import ConfigError, UnsupportedModelError
 from .recovery_config import DEFAULT_TOKENS, LoraSettings, RecoveryConfig
 
@@ -90,6 +90,7 @@ def run_recover(
     from .saving import check_output
 
     output = check_output(arguments.output)
+    check_run_place(arguments)
     begin_afresh(arguments)
     loader = Loader.of(arguments)
     _check_pair(loader, arguments, config)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import AdaPruneError, ConfigError, RunError
-from .whole_files import folder_above, place_of
+from .whole_files import check_apart, folder_above, place_of
 
 if TYPE_CHECKING:
     from .estimate import Estimate
 
 __all__ = [
-    "DiskRoom", "add_run_arguments", "begin_afresh", "disk_rooms", "disk_table", "goes_on", "kept_beside", "run_place"
+    "DiskRoom", "add_run_arguments", "begin_afresh", "check_run_place", "disk_rooms", "disk_table", "goes_on",
+    "kept_beside", "run_place",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,19 @@ def run_place(arguments: argparse.Namespace) -> Path | None:
         return Path(arguments.run_dir)
     output = Path(arguments.output or "pruned")
     return output.with_name(f"{output.name}.run")
+
+
+def check_run_place(arguments: argparse.Namespace, journal: Path | None = None) -> None:
+    """Refuse an output or a journal in the folder of the run, which goes when the command succeeds, and the reverse.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command.
+        journal (`Path`, *optional*): of the command.
+
+    Raises:
+        ConfigError: with both options.
+    """
+    check_apart({"--output": arguments.output, "--journal": journal, "--run-dir": run_place(arguments)})
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
 from .surgery import apply_plan
 from .token_blocks import TokenBlocks
-from .whole_files import check_writable, place_of, room_for, scratch_folder, whole_folder
+from .whole_files import check_apart, check_writable, place_of, room_for, scratch_folder, whole_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def prune_to_disk(
     config = forward_only_config(config)
     limit = int(convert_file_size_to_int(max_shard_size))
     target = check_output(output_dir)
+    check_apart({"output_dir": output_dir, "run_dir": run_dir})
     if plan_path is not None:
         check_writable(plan_path)
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -14,20 +14,22 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .locks import drop_lock, take_lock
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 __all__ = [
+    "check_apart",
     "check_writable",
     "folder_above",
     "is_taken",
@@ -64,6 +66,24 @@ def check_writable(place: str | os.PathLike[str]) -> Path:
             f"{parent} is not writable ({error.strerror}). Name an output folder elsewhere."
         ) from error
     return parent
+
+
+def check_apart(places: Mapping[str, str | os.PathLike[str] | None]) -> None:
+    """Refuse places of which one is or lies in another: what a run removes or replaces at its end would go with it.
+
+    Args:
+        places (mapping of `str` to `str`): by the option that names them; `None` where nothing is written.
+
+    Raises:
+        ConfigError: with both options.
+    """
+    named = [(option, Path(os.path.realpath(place))) for option, place in places.items() if place is not None]
+    for (inner, inside), (outer, folder) in permutations(named, 2):
+        if folder == inside or folder in inside.parents:
+            raise ConfigError(
+                f"`{inner}` ({inside}) lies in `{outer}` ({folder}): the end of a run would take it away or find it in "
+                "the way. Name a place beside it."
+            )
 
 
 def folder_above(place: str | os.PathLike[str]) -> Path:

@@ -410,6 +410,22 @@ def test_show_refuses_garbage(work: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "there is nothing at" in refused(capsys, "show", str(work / "nowhere"))
 
 
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_what_goes_at_the_end_holds_nothing_that_stays(
+    dense: Path, work: Path, capsys: pytest.CaptureFixture[str], fresh: list[str]
+) -> None:
+    out, journal = work / "out", work / "out.run" / "journal.jsonl"
+    for run_dir in (out, out / "run", work):
+        said = refused(capsys, *prune_words(dense, work, "--run-dir", str(run_dir), *fresh))
+        assert "--run-dir" in said and "--output" in said and not out.exists()
+    recover = ["recover", str(dense), "--teacher", str(dense), "--output", str(out), "--run-dir", str(out), "--quiet"]
+    assert "Name a place beside it" in refused(capsys, *recover, *fresh)
+    said = refused(capsys, *search_words(dense, work, "--journal", str(journal), *fresh))
+    assert "--journal" in said and "--run-dir" in said
+    assert "--output" in refused(capsys, *search_words(dense, work, "--journal", str(out / "j.jsonl"), *fresh))
+    assert left_in(work) == []
+
+
 def test_tasks_by_name_are_lm_evals(
     dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -504,3 +504,10 @@ def test_a_domain_of_weight_0_decides_nothing(repair: dict, tmp_path: Path, monk
         results.append(prune_to_disk(text_model("llama"), tiny_tokenizer(), config, tmp_path / name))
     assert results[0].repairs == results[1].repairs and losses[:1] == losses[1:]
     assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_run_lies_beside_the_output(tmp_path: Path) -> None:
+    for run_dir in (tmp_path / "out", tmp_path / "out" / "run", tmp_path):
+        with pytest.raises(ConfigError, match="Name a place beside it"):
+            prune_to_disk(tiny_model("llama"), tiny_tokenizer(), None, tmp_path / "out", run_dir=run_dir)
+    assert not (tmp_path / "out").exists()

@@ -15,9 +15,9 @@ import pytest
 from filelock import FileLock
 
 from hf_adaprune import whole_files
-from hf_adaprune.errors import CheckpointError
+from hf_adaprune.errors import CheckpointError, ConfigError
 from hf_adaprune.locks import drop_lock, take_lock
-from hf_adaprune.whole_files import is_taken, room_for, scratch_folder, whole_folder, write_whole
+from hf_adaprune.whole_files import check_apart, is_taken, room_for, scratch_folder, whole_folder, write_whole
 
 WRITES = """
 import sys
@@ -295,3 +295,12 @@ def test_a_link_is_followed(tmp_path: Path, there: bool) -> None:
         (folder / "a.txt").write_text("whole")
     assert link.is_symlink() and left_in(link) == ["a.txt"]
     assert left_in(tmp_path / "here") == left_in(tmp_path / "disk") == ["out"]
+
+
+def test_places_lie_beside_each_other(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    check_apart({"a": tmp_path / "out", "b": tmp_path / "out.run", "c": tmp_path / "out.jsonl", "d": None})
+    for inner, outer in (("out", "out"), ("out/x/y", "out"), ("link/x", "out"), ("other/../out", "out")):
+        for pair in ({"a": inner, "b": outer}, {"b": outer, "a": inner}):
+            with pytest.raises(ConfigError, match="Name a place beside it"):
+                check_apart({option: tmp_path / place for option, place in pair.items()})
