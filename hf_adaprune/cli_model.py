@@ -59,7 +59,7 @@ class Loader:
             raise
         except ImportError as error:
             raise MissingDependencyError(f"{what} of {self.name} needs a library that is missing: {error}") from error
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
             raise UnsupportedModelError(f"{what} of {self.name} could not be loaded: {error}") from error
 
     def skeleton(self) -> Any:

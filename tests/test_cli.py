@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from conftest import tiny_model
 from texts import begun_tokenizer, calibration_make_tokenizer, calibration_prose
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM
@@ -424,6 +425,12 @@ def test_what_goes_at_the_end_holds_nothing_that_stays(
     assert "--journal" in said and "--run-dir" in said
     assert "--output" in refused(capsys, *search_words(dense, work, "--journal", str(out / "j.jsonl"), *fresh))
     assert left_in(work) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_is_told(dense: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(dense), "--report", str(work / "report.txt"), "--device", "cuda", "--quiet"]
+    assert "could not be loaded" in refused(capsys, *words)
 
 
 def test_tasks_by_name_are_lm_evals(
