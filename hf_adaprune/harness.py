@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .documents import eval_mode
 from .errors import ConfigError, MissingDependencyError
 from .evaluation import Measurement
 
@@ -52,9 +54,11 @@ def run_tasks(
         ConfigError: it could not run the tasks.
     """
     harness = load_harness()
-    wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
     try:
-        answer = harness.simple_evaluate(model=wrapped, tasks=list(names), **options)
+        # The harness puts the model into eval mode, and gives the tokenizer a token to pad with.
+        with eval_mode(model):
+            wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer))
+            answer = harness.simple_evaluate(model=wrapped, tasks=list(names), **options)
     except (KeyError, ValueError, OSError) as error:
         raise ConfigError(f"lm-eval could not run {', '.join(names)}: {error}") from error
     rows: Mapping[str, Any] = answer.get("n-samples", {})

@@ -8,17 +8,18 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
-from texts import begun_tokenizer, calibration_prose, random_blocks
+from texts import begun_tokenizer, calibration_make_tokenizer, calibration_prose, random_blocks
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_adaprune import evaluation
+from hf_adaprune import evaluation, harness
 from hf_adaprune.calibration import report_blocks
 from hf_adaprune.choices import ChoiceRow, _choice_scores, multiple_choice, per_row_errors, read_rows
 from hf_adaprune.config import TextSource
@@ -522,3 +523,20 @@ def test_windows_longer_than_learned_positions_are_refused_before_any_forward(fa
     assert perplexity(rotary, blocks).value > 0
     # What is padding in every window needs no position.
     assert perplexity(model, random_blocks(length=129, padding=(1, 1, 1, 1))).value > 0
+
+
+def test_tasks_leave_model_and_tokenizer_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrapped(pretrained: Any, tokenizer: Any) -> Any:  # what the harness does to both
+        tokenizer.pad_token = "</s>"
+        return pretrained.eval()
+
+    def answered(model: Any, tasks: list[str]) -> dict[str, Any]:
+        assert not model.training
+        return {"results": {tasks[0]: {"acc,none": 0.5}}}
+
+    models = SimpleNamespace(huggingface=SimpleNamespace(HFLM=wrapped))
+    monkeypatch.setattr(harness, "load_harness", lambda: SimpleNamespace(models=models, simple_evaluate=answered))
+    model, tokenizer = tiny_model("llama").train(), calibration_make_tokenizer()
+    before = tokenizer.pad_token
+    assert harness.run_tasks(model, tokenizer, ["piqa"])["piqa"]["acc"].value == 0.5
+    assert all(module.training for module in model.modules()) and tokenizer.pad_token == before != "</s>"
