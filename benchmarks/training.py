@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plan", help="a folder with pruning_plan.json and pruning_config.json, for `once`")
     parser.add_argument("--at", nargs="+", type=float, default=[0.0, 0.08, 0.16, 0.24, 0.32])
     parser.add_argument("--learning-rate", type=float, default=RecoveryConfig().learning_rate)
+    parser.add_argument("--decay", type=float, default=RecoveryConfig().decay, help="share in which the rate falls")
     parser.add_argument("--batch-size", type=int, default=RecoveryConfig().batch_size)
     parser.add_argument("--cut-samples", type=int, default=32, help="calibration windows of a progressive cut")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,12 +105,15 @@ def main() -> None:
         return found
 
     for asked in args.run:
-        if any(row["run"] == asked and row["learning_rate"] == args.learning_rate for row in results["rows"]):
+        own_rate = {"learning_rate": args.learning_rate}
+        if args.decay != RecoveryConfig().decay:  # rows on file have the default and do not say so
+            own_rate["decay"] = args.decay
+        if any(same_run(row, {"run": asked, **own_rate}) for row in results["rows"]):
             continue
         how, ratio_text, loss, token_text = asked.split(":")
         ratio, tokens = float(ratio_text), int(token_text)
         model, _ = load(args.model)
-        row: dict[str, Any] = {"run": asked, "learning_rate": args.learning_rate}
+        row: dict[str, Any] = {"run": asked, **own_rate}
         row |= {name: value for name in ("title", "note") if (value := getattr(args, name))}
         started = time.perf_counter()
         callbacks: list[TrainerCallback] = []
@@ -136,7 +140,7 @@ def main() -> None:
                 )
             )
         recovery = RecoveryConfig(
-            tokens=tokens or 2, learning_rate=args.learning_rate, batch_size=args.batch_size,
+            tokens=tokens or 2, learning_rate=args.learning_rate, decay=args.decay, batch_size=args.batch_size,
             alpha={"kl": 1.0, "lm": 0.0, "mixed": 0.5}[loss], seed=args.seed, held_out=0,
         )  # fmt: skip
         if tokens:
@@ -163,6 +167,11 @@ def main() -> None:
         results["rows"].append(row)
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(row), flush=True)
+
+
+def same_run(row: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a row is of this way, learning rate and decay."""
+    return all(row.get(name) == asked.get(name) for name in ("run", "learning_rate", "decay"))
 
 
 def measured_on(model: str, texts: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:

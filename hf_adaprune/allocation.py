@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .allocation_checks import check_equal_layers, check_nothing_shared, check_whole_parts
+from .allocation_checks import check_equal_layers, check_not_all_protected, check_nothing_shared, check_whole_parts
 from .config import PruningConfig
 from .errors import BudgetError, ConfigError
 from .importance import Scores
@@ -67,6 +67,7 @@ def allocate(
         ConfigError: nothing in the model may go, or the method lacks what it reads.
     """
     target = target_removal(sites, config)
+    check_not_all_protected(sites, config)
     offers = offers_of(sites, scores, config, start)
     if config.uniform and offers and config.protected_layers:
         raise ConfigError(

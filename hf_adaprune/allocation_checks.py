@@ -6,9 +6,17 @@ from collections.abc import Iterable, Sequence
 
 from .config import PruningConfig
 from .errors import ConfigError
-from .offers import Offer
+from .offers import Offer, protected_layers
+from .sites import ModelSites
 
-__all__ = ["can_allocate", "check_equal_layers", "check_nothing_shared", "check_whole_parts", "whole_parts"]
+__all__ = [
+    "can_allocate",
+    "check_equal_layers",
+    "check_not_all_protected",
+    "check_nothing_shared",
+    "check_whole_parts",
+    "whole_parts",
+]
 
 
 def whole_parts(units: Iterable[str]) -> list[str]:
@@ -47,6 +55,24 @@ def check_whole_parts(config: PruningConfig) -> None:
             f"allocation {own.method!r} shares widths, and {', '.join(whole)} of `units` would never go. Use the "
             "method `global` (or `flap` with the structure AL-AM), which ranks whole parts beside widths, or take "
             f"{', '.join(whole)} out of `units`."
+        )
+
+
+def check_not_all_protected(sites: ModelSites, config: PruningConfig) -> None:
+    """Refuse to prune a model of which every layer is protected.
+
+    Args:
+        sites ([`ModelSites`]): the model.
+        config ([`PruningConfig`]): protected layers.
+
+    Raises:
+        ConfigError: with the layers.
+    """
+    count = len(protected_layers(sites, config))
+    if count and count == len(sites.layers):
+        raise ConfigError(
+            f"`protected_layers` {config.protected_layers} are all {count} layers of this model, so nothing may go. "
+            "Protect fewer of them."
         )
 
 

@@ -266,7 +266,10 @@ def search_table(result: SearchResult, journal: Path) -> str:
     own, first = values.get(str(winner.number)), values.get("0")
     said = "the config itself" if winner.number == 0 else f"trial {winner.number} ({winner.strategy})"
     lines = [f"search: {trials} trials, {said} won"]
-    if own is not None and first is not None and winner.number:
+    if result.asked.search is not None and result.asked.search.pareto is not None:
+        # Plans differ in size, so that none of them has won, and values of two say nothing of each other.
+        lines[0] = f"search: {trials} trials, {len(result.front)} plans that no other beats in quality and size"
+    elif own is not None and first is not None and winner.number:
         lines[0] += f"; on fresh selection text {own:.4g}, the config itself {first:.4g}"
     lines.append(f"journal: {journal}; to read it: hf-adaprune show {shlex.quote(str(journal))}")
     return "\n".join(lines)

@@ -273,6 +273,11 @@ def _row_text(row: Any, tokenizer: PreTrainedTokenizerBase | None, where: str) -
     answer = next((row[name] for name in ("output", "completion", "response") if row.get(name)), None)
     question = "\n\n".join(str(piece) for piece in asked if piece)
     if not question:
+        if named := [name for name in ("text", "content") if name in row]:
+            found = row[named[0]]
+            raise CalibrationError(
+                f"{where}: `{named[0]}` should be a string. Found {type(found).__name__} ({found!r:.80})."
+            )
         raise CalibrationError(
             f"{where} has no text that is understood. Found the fields {', '.join(row) or '(none)'}; understood: "
             f"{ROW_FIELDS}. Rename a field."

@@ -79,8 +79,8 @@ class AdaPrunerCallback(TrainerCallback):
             `load_best_model_at_end` chooses among those of the final size. With `False` it may go back to a denser one.
         architecture ([`Architecture`], *optional*): of a family that is not built in.
         trainer (`Trainer`, *optional*): whose `log` also gets the numbers of every cut, which reach its reporters (such
-            as tensorboard) then; without it they are in the trainer's state and console only. Set
-            `callback.trainer = trainer` after both are made.
+            as tensorboard) then; without it they are in the trainer's state, and the console's next line shows those of
+            the last cut before it (none of a cut at the end). Set `callback.trainer = trainer` after both are made.
 
     Raises:
         ConfigError, UnsupportedModelError, BudgetError: when the trainer is made, or when training begins.

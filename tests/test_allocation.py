@@ -405,8 +405,13 @@ def test_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="leaves none to share"):
         allocate(sites, scores, PruningConfig(0.1, units=("layer",), allocation=AllocationConfig("uniform")))
     every = PruningConfig(0.1, protected_layers=(0, 1, 2))
-    with pytest.raises(ConfigError, match="leave nothing that may go"):
+    with pytest.raises(
+        ConfigError,
+        match=r"`protected_layers` \(0, 1, 2\) are all 3 layers of this model, so nothing may go. Protect fewer",
+    ):
         allocate(sites, scores, every)
+    with pytest.raises(ConfigError, match="are all 3 layers of this model"):
+        allocate(sites, scores, every.with_changes(protected_layers=(-1, 0, 1), allocation={"method": "uniform"}))
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp", "layer"])

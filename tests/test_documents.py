@@ -83,6 +83,7 @@ def test_every_kind_of_row(
             '{"id": 1, "title": "x"}',
             r"row 1 has no text that is understood. Found the fields id, title; understood: text,",
         ),
+        ('{"text": 1}', r"row 1: `text` should be a string. Found int \(1\)"),
         ("[1, 2]", "row 1 should be an object"),
         ('{"text": "a"}\n{"text"', "line 2 should be one JSON object"),
         ('{"messages": [{"who": "me"}]}', "each message should have role and content"),
