@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 
 from .config import PruningConfig
 from .errors import ConfigError
 from .offers import Offer, protected_layers
+from .parts import AllocationConfig
 from .sites import ModelSites
 
 __all__ = [
@@ -15,8 +17,22 @@ __all__ = [
     "check_not_all_protected",
     "check_nothing_shared",
     "check_whole_parts",
+    "tell_unread_fields",
     "whole_parts",
 ]
+
+logger = logging.getLogger(__name__)
+
+# By field, whether a method (of a structure) reads it. `steps` and `max_site_ratio` are read by all.
+_READ_BY: dict[str, Callable[[AllocationConfig], bool]] = {
+    "structure": lambda own: own.method == "flap",
+    "attention_ratio": lambda own: own.method == "flap" and own.structure.endswith("MM"),
+    "amplitude": lambda own: own.method == "similarity",
+    "first_ratio": lambda own: own.method == "logarithmic",
+    "profile": lambda own: own.method in ("global", "profile") or (own.method, own.structure) == ("flap", "AL-AM"),
+    "attention_balance": lambda own: _READ_BY["profile"](own),
+    "ratios": lambda own: own.method == "ratios",
+}
 
 
 def whole_parts(units: Iterable[str]) -> list[str]:
@@ -97,6 +113,27 @@ def check_nothing_shared(config: PruningConfig, offers: list[Offer]) -> None:
         raise ConfigError(
             f"`uniform=True` means equal layers, which `allocation.{named[0]}` contradicts. Leave out one of them."
         )
+
+
+def tell_unread_fields(config: PruningConfig) -> None:
+    """Warn of fields of `allocation` that are set and that its method does not read.
+
+    A method that a search chooses is left alone: what one does not read another does.
+
+    Args:
+        config ([`PruningConfig`]): with or without a search.
+    """
+    own, space = config.allocation, config.search.space if config.search is not None else {}
+    if {"allocation.method", "allocation.structure"} & set(space):
+        return
+    plain = AllocationConfig()
+    unread = [name for name, reads in _READ_BY.items() if getattr(own, name) != getattr(plain, name) and not reads(own)]
+    if unread:
+        method = f"{own.method!r}" + (f" with the structure {own.structure}" if own.method == "flap" else "")
+        logger.warning(
+            "the allocation %s does not read `allocation.%s`: what is set there changes nothing.", method,
+            "`, `allocation.".join(unread),
+        )  # fmt: skip
 
 
 def check_equal_layers(offers: list[Offer]) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .allocation_checks import tell_unread_fields
 from .architectures import Architecture
 from .budgets import check_budgets
 from .clock import Clock
@@ -242,6 +243,7 @@ def prune(
         config = config.with_changes(search=None)
     else:
         check_search(config)
+        tell_unread_fields(config)
         check_budgets(sites, highest_ratio(config), costs)  # what cannot be met fails before any text is read
     asked = config.search
     if asked is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .allocation_checks import tell_unread_fields
 from .architectures import Architecture
 from .budgets import check_budgets
 from .clock import Clock
@@ -98,6 +99,7 @@ def search_plan(
     workers = processes()
     config = named_objective(config, objective)
     check_search(config)
+    tell_unread_fields(config)
     costs = shared_costs(sites, config, workers)
     check_budgets(sites, highest_ratio(config), costs)
     needs = search_needs(config, config.calibration.domain_count)

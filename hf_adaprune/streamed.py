@@ -21,6 +21,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from .activations import ActivationStore
+from .allocation_checks import tell_unread_fields
 from .architectures import Architecture
 from .budgets import check_budgets
 from .clock import Clock
@@ -234,6 +235,7 @@ class _Run:
         prefix = f"{sites.architecture.layers}."
         check_finite(own for own in sites.model.named_parameters() if not own[0].startswith(prefix))
         if plan is None:
+            tell_unread_fields(config)
             check_budgets(self.dense, config, self.costs)
         else:
             self.dense.check(plan)

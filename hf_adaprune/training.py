@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from .adapters import base_of, is_peft, save_base
+from .allocation_checks import tell_unread_fields
 from .budgets import check_budgets
 from .card import model_card
 from .config import CONFIG_NAME, PruningConfig
@@ -163,6 +164,7 @@ class AdaPrunerCallback(TrainerCallback):
         check_weights(sites)
         if self.config.search is not None:
             check_search(self.config)
+        tell_unread_fields(self.config)
         check_budgets(sites, self.config, Costs.of(sites, self.config))
         self._folder = args.output_dir
         if self._restorer is not None:

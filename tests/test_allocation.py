@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import random_blocks
 
-from hf_adaprune import shapes
+from hf_adaprune import RECIPES, shapes
 from hf_adaprune.allocation import allocate
+from hf_adaprune.allocation_checks import tell_unread_fields
 from hf_adaprune.config import AllocationConfig, PruningConfig, RepairConfig
 from hf_adaprune.errors import BudgetError, ConfigError
 from hf_adaprune.importance import Scores, unit_of
@@ -412,6 +413,42 @@ def test_contradictions_are_refused() -> None:
         allocate(sites, scores, every)
     with pytest.raises(ConfigError, match="are all 3 layers of this model"):
         allocate(sites, scores, every.with_changes(protected_layers=(-1, 0, 1), allocation={"method": "uniform"}))
+
+
+OTHER_VALUES = {
+    "structure": "UL-UM", "attention_ratio": 0.6, "amplitude": 0.2, "first_ratio": 0.05, "profile": (2.0, -2.0),
+    "attention_balance": 3.0, "ratios": {"layers.1.mlp": 0.9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("own", METHODS, ids=IDS)
+def test_a_field_is_told_to_be_unread_just_where_it_changes_no_plan(
+    own: AllocationConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    sites = sites_of("llama")
+    scores = random_scores(sites, WIDTHS)
+
+    def plan(config: AllocationConfig) -> PruningPlan:
+        return allocate(sites, scores, PruningConfig(0.2, repair=NO_REPAIR, allocation=config), COSINE)
+
+    # Beside other fields of the method, such as a profile that stands already, a field may change nothing here.
+    for name, value in OTHER_VALUES.items():
+        if own.method == "flap" and name == "structure":
+            continue
+        caplog.clear()
+        changed = replace(own, **{name: value})
+        tell_unread_fields(PruningConfig(0.2, allocation=changed))
+        told = any(f"`allocation.{name}`" in record.getMessage() for record in caplog.records)
+        assert told == (plan(changed) == plan(own)), name
+
+
+def test_no_recipe_sets_what_its_method_does_not_read(caplog: pytest.LogCaptureFixture) -> None:
+    for recipe in RECIPES:
+        tell_unread_fields(PruningConfig.recipe(recipe, pruning_ratio=0.2))
+    space = {"allocation.method": {"choices": ["global", "uniform"]}}
+    config = PruningConfig(0.2, allocation=AllocationConfig("uniform", profile=(1.0, 0.0)))
+    tell_unread_fields(config.with_changes(search={"space": space}))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp", "layer"])
