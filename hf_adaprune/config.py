@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .fields import check_choice, check_number, check_seed, check_types, check_whole
 from .parts import (
     AllocationConfig,
     CalibrationConfig,
@@ -27,10 +28,6 @@ from .parts import (
     RepairConfig,
     Source,
     TextSource,
-    check_choice,
-    check_number,
-    check_seed,
-    check_whole,
 )
 from .search_config import BUDGETS, SearchConfig
 
@@ -128,6 +125,7 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         """Check every field and how they fit together."""
+        check_types(self)
         ratio = self.pruning_ratio
         if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0.0 <= ratio < 1.0:
             hint = f" For {ratio:g} percent write {ratio / 100:g}." if _looks_like_percent(ratio) else ""
@@ -147,8 +145,7 @@ class PruningConfig:
         if self.budgets and (self.target_parameters is not None or self.target_bytes is not None):
             raise ConfigError("`budgets` and a target are both set; write the target as a budget, too.")
         check_whole("budget_context", self.budget_context, 2, what="tokens of context")
-        units = (self.units,) if isinstance(self.units, str) else tuple(self.units)
-        object.__setattr__(self, "units", units)
+        units = self.units
         for unit in units:
             check_choice("units", unit, UNITS)
         if not units:
@@ -176,7 +173,6 @@ class PruningConfig:
                 f"cannot be compared by them. Take {', '.join(sorted(whole))} out of `units`, or normalise by mean, "
                 "rank or log."
             )
-        object.__setattr__(self, "protected_layers", tuple(int(layer) for layer in self.protected_layers))
         check_whole("channel_multiple", self.channel_multiple, 1, what="kept widths are multiples of it")
         check_whole("min_channels", self.min_channels, 1, what="channels that every MLP keeps")
         check_whole("min_groups", self.min_groups, 1, what="KV groups that every attention keeps")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import ConfigError
-from .parts import check_choice, check_number, check_whole
+from .fields import check_choice, check_number, check_types, check_whole
 
 __all__ = ["MODES", "CutSchedule", "stage_shares"]
 
@@ -46,6 +46,7 @@ class CutSchedule:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_types(self)
         check_choice("mode", self.mode, MODES)
         check_choice("spacing", self.spacing, ("linear", "constant", "cosine"))
         check_choice("targets", self.targets, ("linear", "geometric"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
+from .fields import check_choice, check_number, check_types, check_whole
 
 __all__ = [
     "SCHEDULES",
@@ -17,10 +19,7 @@ __all__ = [
     "RepairConfig",
     "Source",
     "TextSource",
-    "check_choice",
-    "check_number",
-    "check_seed",
-    "check_whole",
+    "sources_of",
 ]
 
 NORMALIZATIONS = ("none", "mean", "zscore", "rank", "log")
@@ -33,59 +32,6 @@ DAMPING_SCALES = ("mean", "column", "median")
 
 WEIGHT = 1e18  # of what is weighted against others: numbers whose sums and products are finite
 REACH = 20.0  # of exponents of the profile: two layers may differ by a factor of 2e17
-
-
-def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Refuse a value that is none of those allowed.
-
-    Raises:
-        ConfigError: naming the field, what is allowed and what was found.
-    """
-    allowed = tuple(allowed)
-    if value not in allowed:
-        raise ConfigError(f"`{name}` should be one of {', '.join(allowed)}. Found {value!r}.")
-
-
-def check_number(name: str, value: Any, low: float, high: float, *, what: str, open_high: bool = False) -> None:
-    """Refuse what is no number in `[low, high]`, or in `[low, high)` with `open_high`.
-
-    Args:
-        name (`str`): the field.
-        value (`Any`): what was given; `True` and `False` are no numbers.
-        low (`float`): the least allowed.
-        high (`float`): the end of the range.
-        what (`str`): what the number means, for the message.
-        open_high (`bool`, *optional*, defaults to `False`): `high` itself is not allowed.
-
-    Raises:
-        ConfigError: naming the field, its range and what was found.
-    """
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    good = good and low <= value and (value < high if open_high else value <= high)
-    if not good:
-        bracket = ")" if open_high else "]"
-        raise ConfigError(f"`{name}` should be in [{low:g}, {high:g}{bracket}: {what}. Found {value!r}.")
-
-
-def check_whole(name: str, value: Any, low: int, *, what: str) -> None:
-    """Refuse what is no whole number of at least `low`; `what` says in the message what it means.
-
-    Raises:
-        ConfigError: naming the field, the least allowed and what was found.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"`{name}` should be a whole number of at least {low}: {what}. Found {value!r}.")
-
-
-def check_seed(value: Any) -> None:
-    """Refuse a seed that not every generator takes: those of NumPy, and so scikit-learn's, have 32 bits.
-
-    Raises:
-        ConfigError: no whole number, or none from 0 to 2**32 - 1.
-    """
-    check_whole("seed", value, 0, what="the seed of everything drawn at random")
-    if value >= 2**32:
-        raise ConfigError(f"`seed` should be below 2**32, the most that all generators take. Found {value}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +64,20 @@ class TextSource:
 Source = str | TextSource
 
 
-def _sources(name: str, value: Any) -> tuple[Source, ...]:
-    if isinstance(value, (str, TextSource)):
-        value = (value,)
-    sources = []
-    for source in value:
+def sources_of(name: str, given: Any) -> tuple[Source, ...]:
+    """The sources that a caller gave: one, several, or (as `None`) none; paths become texts.
+
+    Args:
+        name (`str`): of the field or argument, for the message.
+        given (`Any`): what was passed.
+
+    Raises:
+        ConfigError: it is neither a source nor a list of sources.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, (str, os.PathLike, TextSource, Mapping))
+    sources: list[Source] = []
+    for entry in given if several else () if given is None else (given,):
+        source = os.fspath(entry) if isinstance(entry, os.PathLike) else entry
         if isinstance(source, Mapping) and "in_memory" in source:
             raise ConfigError(
                 f"`{name}` was saved from texts in memory (source {source['in_memory']!r}), which a config file does "
@@ -179,8 +134,9 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_types(self, "calibration.")
         for name in ("sources", "selection", "report"):
-            object.__setattr__(self, name, _sources(f"calibration.{name}", getattr(self, name)))
+            object.__setattr__(self, name, sources_of(f"calibration.{name}", getattr(self, name)))
         for name in ("shares", "domain_weights"):
             object.__setattr__(self, name, tuple(float(weight) for weight in getattr(self, name)))
         if not self.sources:
@@ -240,6 +196,7 @@ class ImportanceConfig:
 
     def __post_init__(self) -> None:
         """Check every field. Names of metrics are checked where the table is, in `metrics`."""
+        check_types(self, "importance.")
         metrics = dict(self.metrics)
         if not metrics:
             raise ConfigError("`importance.metrics` should map metric names to non-negative weights. Found none.")
@@ -303,6 +260,7 @@ class AllocationConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_types(self, "allocation.")
         check_choice("allocation.method", self.method, ALLOCATIONS)
         check_choice("allocation.structure", self.structure, STRUCTURES)
         check_number("allocation.amplitude", self.amplitude, 0.0, 1.0, what="the spread of ratios over layers")
@@ -372,6 +330,7 @@ class RepairConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_types(self, "repair.")
         check_choice("repair.method", self.method, REPAIRS)
         check_choice("repair.schedule", self.schedule, SCHEDULES)
         check_choice("repair.damping_scale", self.damping_scale, DAMPING_SCALES)

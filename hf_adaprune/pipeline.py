@@ -18,12 +18,13 @@ from .allocation_checks import tell_unread_fields
 from .architectures import Architecture
 from .budgets import check_budgets
 from .clock import Clock
-from .config import PruningConfig, Source, TextSource
+from .config import PruningConfig, Source
 from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
 from .model_config import MODEL_TAGS, PROVENANCE_KEY, own_architecture
 from .parallel import processes
+from .parts import sources_of
 from .plan import PruningPlan
 from .public import base_model_name
 from .repairing import RepairReport, cached_repairs, choose_repairs
@@ -165,7 +166,7 @@ class PruningResult:
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    config: PruningConfig | None = None,
+    config: PruningConfig | Mapping[str, Any] | str | None = None,
     *,
     calibration: Sequence[Source] | Source | None = None,
     plan: PruningPlan | None = None,
@@ -186,7 +187,8 @@ def prune(
         model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory, on any device. For
             one that does not fit there is [`prune_to_disk`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
-        config ([`PruningConfig`], *optional*): what to do; the recipe `default` where not given.
+        config ([`PruningConfig`], `dict` or `str`, *optional*): what to do: a config, its fields or the name of a
+            recipe; the recipe `default` where not given.
         calibration (`str`, [`TextSource`] or a list of them, *optional*): sources instead of the config's; a list of
             documents in memory is given as `TextSource(name, texts)`.
         plan ([`PruningPlan`], *optional*): carry out this plan instead of deciding one. Only what its repair needs is
@@ -225,7 +227,7 @@ def prune(
     ```
     """
     clock = Clock()
-    config = PruningConfig.recipe("default") if config is None else config
+    config = PruningConfig.read("default" if config is None else config)
     if calibration is not None:
         config = config.with_changes(calibration={"sources": as_sources(calibration)})
     config = layer_by_layer_config(named_objective(config, objective))
@@ -416,10 +418,12 @@ def carry_out(sites: ModelSites, made: Decision, follow: Follow | None = None) -
 
 
 def as_sources(given: Any) -> tuple[Source, ...]:
-    """The sources that a caller gave: one, or several."""
-    if isinstance(given, (str, TextSource)):
-        return (given,)
-    return tuple(given)
+    """The sources that a caller gave: one, several, or (as `None`) none.
+
+    Raises:
+        ConfigError: it is neither a source nor a list of sources.
+    """
+    return sources_of("sources", given)
 
 
 def note_provenance(sites: ModelSites, config: PruningConfig, plan: PruningPlan) -> None:

@@ -23,6 +23,7 @@ from .config import CONFIG_NAME, CalibrationConfig, PruningConfig, Source
 from .documents import input_device
 from .errors import ConfigError, MissingDependencyError, PlanError, UnsupportedModelError
 from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
+from .fields import as_part
 from .model_config import own_architecture
 from .names import name_of, rename
 from .pipeline import PruningResult, as_sources
@@ -57,7 +58,7 @@ def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | str | os.PathLike[str],
-    config: RecoveryConfig | None = None,
+    config: RecoveryConfig | Mapping[str, Any] | None = None,
     *,
     sources: Sequence[Source] | Source,
     selection: Sequence[Source] | Source = (),
@@ -73,7 +74,7 @@ def recover(
         model (`PreTrainedModel`): the pruned model.
         tokenizer (`PreTrainedTokenizerBase`): of both.
         teacher (`PreTrainedModel` or `str`): the dense model, its folder, or its id on the Hub.
-        config ([`RecoveryConfig`], *optional*): how long and how.
+        config ([`RecoveryConfig`] or `dict`, *optional*): how long and how, a config or its fields.
         sources (`str`, [`TextSource`] or a list of them): training text, as calibration sources are written.
         selection (the same, *optional*): text that training must not see; overlaps are refused.
         report (the same, *optional*): more of it, on which perplexity is reported: dense, before and after.
@@ -106,7 +107,7 @@ def recover(
     result.save_pretrained("smollm2-recovered")
     ```
     """
-    config = config or RecoveryConfig()
+    config = RecoveryConfig() if config is None else as_part("config", config, RecoveryConfig)
     model = uncompiled(model)
     check_student(model, config)
     _check_cuts(config, callbacks)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .errors import ConfigError
-from .parts import check_choice, check_number, check_seed, check_whole
+from .fields import check_choice, check_number, check_seed, check_types, check_whole
+from .parts import WEIGHT
 
 __all__ = ["LoraSettings", "RecoveryConfig"]
 
 PRECISIONS = ("auto", "bf16", "fp32")
+# Of transformers' schedules those that need nothing but a warmup and a length: others ask for a least learning rate or
+# for the numbers of an evaluation.
+SCHEDULERS = (
+    "warmup_stable_decay", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+)  # fmt: skip
 DEFAULT_TOKENS = 1_000_000
 
 
@@ -33,10 +39,10 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_types(self, "lora.")
         check_whole("lora.rank", self.rank, 1, what="the rank of the adapters")
         if self.alpha is not None:
             check_number("lora.alpha", self.alpha, 0.0, 1e6, what="scale of the adapters times their rank")
-        object.__setattr__(self, "targets", (self.targets,) if isinstance(self.targets, str) else tuple(self.targets))
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ class RecoveryConfig:
         batch_size (`int`, *optional*, defaults to 4): windows per forward.
         gradient_accumulation (`int`, *optional*, defaults to 1): forwards per step.
         sequence_length (`int`, *optional*, defaults to 512): tokens per window.
-        scheduler (`str`, *optional*, defaults to `"warmup_stable_decay"`): a schedule of transformers' `get_scheduler`.
+        scheduler (`str`, *optional*, defaults to `"warmup_stable_decay"`): a schedule of transformers' `get_scheduler`:
+            this one, `linear`, `cosine`, `cosine_with_restarts`, `polynomial`, `constant`, `constant_with_warmup` or
+            `inverse_sqrt`.
         warmup (`float`, *optional*, defaults to 0.05): share of the training in which the learning rate rises.
         decay (`float`, *optional*, defaults to 0.3): share of the training in which it falls, in `warmup_stable_decay`.
         weight_decay (`float`, *optional*, defaults to 0.0): of AdamW.
@@ -100,6 +108,7 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_types(self)
         if self.tokens is not None and self.minutes is not None:
             raise ConfigError("`tokens` and `minutes` both say how long to train. Give one of them.")
         if self.tokens is not None:
@@ -114,6 +123,7 @@ class RecoveryConfig:
         check_number("hidden_weight", self.hidden_weight, 0.0, 1e6, what="weight of the hidden states' distance")
         check_choice("hidden_layers", self.hidden_layers, ("last", "all"))
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("scheduler", self.scheduler, SCHEDULERS)
         for name in ("batch_size", "gradient_accumulation"):
             check_whole(name, getattr(self, name), 1, what="windows per forward, or forwards per step")
         check_whole("sequence_length", self.sequence_length, 8, what="tokens per window")
@@ -129,10 +139,9 @@ class RecoveryConfig:
             check_whole("top_k", self.top_k, 1, what="tokens of the teacher per position")
             if self.hidden_weight:
                 raise ConfigError("`top_k` caches outputs only: `hidden_weight` needs the teacher itself. Drop one.")
-        if isinstance(self.lora, Mapping):
-            object.__setattr__(self, "lora", LoraSettings(**self.lora))
-        object.__setattr__(self, "shares", tuple(float(share) for share in self.shares))
-        if self.shares and (min(self.shares) < 0 or math.fsum(self.shares) <= 0):
+        for share in self.shares:
+            check_number("shares", share, 0.0, WEIGHT, what="training tokens by source")
+        if self.shares and math.fsum(self.shares) <= 0:
             raise ConfigError("`shares` should be non-negative with a positive sum: training tokens by source.")
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
-from .parts import check_choice, check_number, check_whole
+from .fields import check_choice, check_number, check_types, check_whole
 
 __all__ = ["BUDGETS", "OBJECTIVES", "REFINING", "SIZES", "STRATEGIES", "SearchConfig"]
 
@@ -90,17 +90,14 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        strategy = (self.strategy,) if isinstance(self.strategy, str) else tuple(self.strategy)
-        object.__setattr__(self, "strategy", strategy)
-        if not strategy:
+        check_types(self, "search.")
+        if not self.strategy:
             raise ConfigError(f"`search.strategy` is empty. Name at least one of {', '.join(STRATEGIES)}.")
         check_whole("search.trials", self.trials, 1, what="candidates, trial 0 included")
         self.shares()
         object.__setattr__(self, "space", _plain(self.space))
         check_choice("search.objective", self.objective, OBJECTIVES)
-        tasks = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks)
-        object.__setattr__(self, "tasks", tasks)
-        if self.objective == "accuracy" and not tasks:
+        if self.objective == "accuracy" and not self.tasks:
             raise ConfigError("`search.objective='accuracy'` needs `search.tasks`: files of multiple-choice rows.")
         check_whole("search.sequence_length", self.sequence_length, 2, what="tokens per selection window")
         for name in ("selection_tokens", "first_tokens", "final_tokens"):
@@ -109,8 +106,6 @@ class SearchConfig:
             raise ConfigError("`search.first_tokens` should be at most `search.selection_tokens`.")
         check_whole("search.finalists", self.finalists, 1, what="candidates measured again at the end")
         check_whole("search.initial", self.initial, 1, what="quasi-random candidates")
-        if not isinstance(self.redraw, bool):
-            raise ConfigError(f"`search.redraw` should be true or false. Found {self.redraw!r}.")
         check_choice("search.surrogate", self.surrogate, ("gp", "saas"))
         check_whole("search.batch", self.batch, 1, what="candidates proposed at a time")
         if self.pareto is not None:

@@ -18,7 +18,7 @@ from .architectures import Architecture
 from .budgets import check_budgets
 from .clock import Clock
 from .compensation import Repair, repair_plan
-from .config import PruningConfig, SearchConfig
+from .config import PruningConfig
 from .costs import Costs
 from .masking import masked
 from .measures import Measure
@@ -51,7 +51,7 @@ EFFECTIVE = 0.9
 def search_plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    config: PruningConfig | None = None,
+    config: PruningConfig | Mapping[str, Any] | str | None = None,
     *,
     journal: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -70,8 +70,9 @@ def search_plan(
     Args:
         model (`PreTrainedModel`): a decoder-only causal language model with its weights in memory.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed wherever text is read.
-        config ([`PruningConfig`], *optional*): where the search starts, with its [`SearchConfig`]; the recipe `default`
-            and 60 trials where not given. Name `calibration.selection` texts.
+        config ([`PruningConfig`], `dict` or `str`, *optional*): where the search starts, with its [`SearchConfig`]: a
+            config, its fields or the name of a recipe; the recipe `default` and 60 trials where not given. Name
+            `calibration.selection` texts.
         journal (`str`, *optional*): file in which every trial is written when it is done; a kill loses at most the
             running one, or what several processes have measured since they last met (four trials each).
         resume (`bool`, *optional*, defaults to `False`): go on with that journal, to the same trials as without a stop.
@@ -91,7 +92,7 @@ def search_plan(
         RunError, CheckpointError: `run_dir` is of a run with other inputs or in use, or its disk lacks room.
     """
     clock = Clock()
-    config = PruningConfig.recipe("default", search=SearchConfig()) if config is None else config
+    config = PruningConfig.read("default" if config is None else config)
     config = config.with_changes(search={}) if config.search is None else config
     model = uncompiled(model)
     sites = find_sites(model, own_architecture(model, architecture))

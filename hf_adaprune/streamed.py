@@ -11,7 +11,7 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,7 @@ class StreamedResult(PruningResult):
 def prune_to_disk(
     model: PreTrainedModel | str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    config: PruningConfig | None = None,
+    config: PruningConfig | Mapping[str, Any] | str | None = None,
     output_dir: str | os.PathLike[str] = "pruned",
     *,
     calibration: Sequence[Source] | Source | None = None,
@@ -114,7 +114,8 @@ def prune_to_disk(
         model (`PreTrainedModel` or `str`): a model that was loaded with a `device_map` that leaves its layers on disk
             or CPU; or a folder or id on the Hub, which is loaded so. The model stays as it is.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): that of `model` where a name was given.
-        config ([`PruningConfig`], *optional*): what to do; the recipe `default` where not given.
+        config ([`PruningConfig`], `dict` or `str`, *optional*): what to do: a config, its fields or the name of a
+            recipe; the recipe `default` where not given.
         output_dir (`str`, *optional*, defaults to `"pruned"`): a folder that does not exist or is empty. Activations
             that exceed `config.activation_bytes` go to files beside it, for the time of the run.
         calibration (`str`, [`TextSource`] or a list of them, *optional*): sources instead of the config's.
@@ -152,7 +153,7 @@ def prune_to_disk(
     clock = Clock()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("prune_to_disk works in one process. Start it without `accelerate launch`.")
-    config = PruningConfig.recipe("default") if config is None else config
+    config = PruningConfig.read("default" if config is None else config)
     if calibration is not None:
         config = config.with_changes(calibration={"sources": as_sources(calibration)})
     config = forward_only_config(config)

@@ -24,9 +24,9 @@ from .config import CONFIG_NAME, PruningConfig
 from .costs import Costs
 from .cut_schedule import CutSchedule
 from .errors import CheckpointError, ConfigError
+from .fields import check_whole
 from .model_config import MODEL_TAGS
 from .parallel import processes
-from .parts import check_whole
 from .plan import PruningPlan
 from .public import base_model_name
 from .restoring import Restorer

@@ -15,7 +15,8 @@ import torch
 
 from ..config import PruningConfig
 from ..errors import ConfigError
-from ..parts import REACH, check_whole
+from ..fields import check_whole
+from ..parts import REACH
 from ..search_config import REFINING
 from .dimensions import Choice, Dimension, Number, Simplex, Vector
 
