@@ -7,6 +7,7 @@ no trace. Provenance lies under the key `adaprune` (a key `pruning_config` would
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,12 +17,14 @@ from .architecture_json import architecture_from_dict, architecture_to_dict, car
 from .architectures import ARCHITECTURES, Architecture, architecture_for
 from .errors import CheckpointError, ConfigError
 from .layers import bind_views
+from .quiet import quiet_global_values
 from .sites import ModelSites
 
 __all__ = [
     "LOADING",
     "MODEL_TAGS",
     "PROVENANCE_KEY",
+    "check_configs",
     "drop_config_layers",
     "known_architecture",
     "own_architecture",
@@ -33,6 +36,35 @@ PROVENANCE_KEY = "adaprune"
 # Beside the `per_layer_config` that transformers' error points at: it has no place for a message of ours.
 LOADING = "import hf_adaprune before from_pretrained"
 MODEL_TAGS = ("hf-adaprune", "pruned")  # of repositories on the Hub
+
+
+def check_configs(model: Any) -> None:
+    """Refuse a model whose configs transformers would not save, before any work is done that a save is to keep.
+
+    What it accepts differs by its version and by whether a config was changed after it was loaded, so it is asked: both
+    are saved into a folder that goes.
+
+    Args:
+        model (`PreTrainedModel`): dense or pruned; left as it is.
+
+    Raises:
+        CheckpointError: with transformers' own reason.
+    """
+    for name in ("config", "generation_config") if model.can_generate() else ("config",):
+        try:
+            with tempfile.TemporaryDirectory() as folder, quiet_global_values():
+                copy.deepcopy(getattr(model, name)).save_pretrained(folder)
+        except OSError:
+            return  # no room for temporary files, which is said where it is needed
+        except Exception as error:
+            raise CheckpointError(
+                f"transformers does not save `model.{name}` as it is ({_one_line(error)}), and a pruned model could "
+                "not be saved with it. Set what is named there before the model is pruned or saved."
+            ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def head_dim_of(config: Any) -> int:

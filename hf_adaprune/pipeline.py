@@ -22,7 +22,7 @@ from .config import PruningConfig, Source
 from .costs import Costs
 from .errors import ConfigError
 from .evaluation import Measurement, perplexity
-from .model_config import MODEL_TAGS, PROVENANCE_KEY, own_architecture
+from .model_config import MODEL_TAGS, PROVENANCE_KEY, check_configs, own_architecture
 from .parallel import processes
 from .parts import sources_of
 from .plan import PruningPlan
@@ -212,7 +212,7 @@ def prune(
         UnsupportedModelError: the model cannot be pruned.
         ConfigError, BudgetError, CalibrationError, JournalError: before any work is lost; the model is untouched then.
         RunError: `run_dir` is of a run with other inputs (the message says which), or in use by another process.
-        CheckpointError: its disk lacks room.
+        CheckpointError: its disk lacks room, or transformers would not save the model's configs as they are.
 
     Example:
 
@@ -234,6 +234,7 @@ def prune(
     model = uncompiled(model)
     sites = find_sites(model, own_architecture(model, architecture))
     check_weights(sites)
+    check_configs(model)
     before = Sizes.of(sites)
     needs = what_to_collect(config, plan)
     check_gradient_windows(config, needs)

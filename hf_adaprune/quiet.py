@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 from torch import nn
@@ -10,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from .documents import eval_mode
 
-__all__ = ["quiet_bars", "quiet_model"]
+__all__ = ["quiet_bars", "quiet_global_values", "quiet_model"]
 
 
 @contextlib.contextmanager
@@ -23,6 +24,18 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_global_values() -> Iterator[None]:
+    """Silence a warning of every global read of a size that differs by layer; its own validation does such reads."""
+    logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

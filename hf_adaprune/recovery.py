@@ -24,7 +24,7 @@ from .documents import input_device
 from .errors import ConfigError, MissingDependencyError, PlanError, UnsupportedModelError
 from .evaluation import Measurement, kl_divergence, mean_over_windows, per_window_loss, perplexity
 from .fields import as_part
-from .model_config import own_architecture
+from .model_config import check_configs, own_architecture
 from .names import name_of, rename
 from .pipeline import PruningResult, as_sources
 from .plan import PruningPlan
@@ -96,7 +96,7 @@ def recover(
 
     Raises:
         RunError: `run_dir` is of a run with other inputs (the message says which), or in use by another process.
-        CheckpointError: its disk lacks room.
+        CheckpointError: its disk lacks room, or transformers would not save the student's configs as they are.
         ConfigError: `pruning` is of a model of other widths, or something else that contradicts; before any training.
         CalibrationError, UnsupportedModelError, MissingDependencyError: before any training.
 
@@ -110,6 +110,7 @@ def recover(
     config = RecoveryConfig() if config is None else as_part("config", config, RecoveryConfig)
     model = uncompiled(model)
     check_student(model, config)
+    check_configs(model)
     _check_cuts(config, callbacks)
     if run_dir is not None:
         _check_resumable(callbacks)

@@ -19,10 +19,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .adapters import name_without_adapters
 from .distillation import DistillationTrainer, Windows
 from .documents import input_device
+from .quiet import quiet_global_values
 from .recovery_config import DEFAULT_TOKENS, RecoveryConfig
 from .recovery_course import Checkpoints, Course, schedule_shape
 from .run_folder import RunFolder
-from .saving import quiet_global_values
 from .surgery import cast_parameters
 from .teacher_cache import cache_teacher
 from .token_blocks import TokenBlocks

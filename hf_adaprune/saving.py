@@ -6,13 +6,12 @@ holds a checkpoint that reloads or does not exist.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,9 @@ import torch
 
 from .config import CONFIG_NAME
 from .errors import CheckpointError
+from .model_config import check_configs
 from .names import rename
+from .quiet import quiet_global_values
 from .remote_code import add_remote_code, load_class, module_name
 from .run_folder import SPARE_BYTES, locked_output
 from .whole_files import check_writable, is_taken, place_of, room_for, whole_folder
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .pipeline import PruningResult
     from .recovery_result import RecoveryResult
 
-__all__ = ["check_output", "check_round_trip", "quiet_global_values", "save_pruned", "write_records"]
+__all__ = ["check_output", "check_round_trip", "save_pruned", "write_records"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +93,12 @@ def save_pruned(
 
     Raises:
         UnsupportedModelError: remote code for a model class that is not transformers' own.
-        CheckpointError: the folder cannot be written, is being written by another run, or what was written does not
-            reload to the same model. Nothing is left behind then.
+        CheckpointError: the folder cannot be written, is being written by another run, transformers does not save the
+            model's configs as they are, or what was written does not reload to the same model. Nothing is left behind
+            then.
     """
     target = check_output(output_dir, result.after.bytes)
+    check_configs(result.model)
     with locked_output(target), whole_folder(target) as partial:
         with quiet_global_values():
             result.model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -247,18 +250,6 @@ def _drop_remote_code(folder: Path) -> None:
         data.pop("auto_map")
         data.update({"auto_map": kept} if kept else {})
         place.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def quiet_global_values() -> Iterator[None]:
-    """Silence a warning of every global read of a size that differs by layer; its own validation does such reads."""
-    logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _generate(model: Any, ids: torch.Tensor, count: int) -> list[int]:

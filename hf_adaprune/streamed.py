@@ -33,16 +33,16 @@ from .importance import Scores
 from .layer_scores import forward_only_config, score_layers
 from .layer_writing import LayerWriter
 from .layerwise import Kept
-from .model_config import own_architecture
+from .model_config import check_configs, own_architecture
 from .offloading import check_finite, load_offloaded, other_weights
 from .pipeline import PruningResult, Sizes, as_sources, note_provenance
 from .plan import PruningPlan
 from .public import base_model_name
-from .quiet import quiet_model
+from .quiet import quiet_global_values, quiet_model
 from .run_artefacts import kept_blocks, kept_layer_scores
 from .run_facts import bytes_digest, run_facts
 from .run_folder import SPARE_BYTES, RunFolder, locked_output, open_run
-from .saving import check_output, quiet_global_values, write_records
+from .saving import check_output, write_records
 from .shards import ShardWriter, check_shards, digests_of
 from .sites import ModelSites, find_sites, uncompiled
 from .skeleton import bound_skeleton
@@ -135,8 +135,8 @@ def prune_to_disk(
     Raises:
         UnsupportedModelError: the model cannot be pruned.
         ConfigError, BudgetError, CalibrationError: before any work is lost.
-        CheckpointError: the folder cannot be written, lacks space, is being written by another run, or does not reload.
-            Nothing is left behind then but `run_dir`.
+        CheckpointError: the folder cannot be written, lacks space, is being written by another run, or does not reload;
+            or transformers does not save the model's configs. Nothing is left behind then but `run_dir`.
         RunError: `run_dir` is of a run with other inputs; the message says which.
 
     Example:
@@ -174,6 +174,7 @@ def prune_to_disk(
             live, tokenizer = _loaded(model, tokenizer, config, folder("converted"))
         live = uncompiled(live)
         found = find_sites(live, own_architecture(live, architecture))
+        check_configs(live)
         run = _Run(found, _skeleton(found), config, target, limit, clock)
         stack.enter_context(other_weights(found))
         stack.enter_context(quiet_model(live))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from test_pipeline import config_of, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_adaprune import PruningConfig, PruningPlan, prune, prune_to_disk, saving, whole_files
+from hf_adaprune import PruningConfig, PruningPlan, prune, prune_to_disk, recover, saving, whole_files
 from hf_adaprune.errors import CheckpointError
 
 
@@ -117,6 +117,49 @@ def test_a_generation_config_of_the_models_own_is_saved_and_not_in_the_way(name:
     assert model.generation_config is own and own.to_dict() == said
     written = json.loads((folder / "generation_config.json").read_text())
     assert {field: written.get(field) for field in GENERATION[name]} == GENERATION[name]
+
+
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("generation_config", {"do_sample": False, "temperature": 0.7}),
+        ("generation_config", {"num_beams": 1, "early_stopping": True}),
+        ("generation_config", {"note": object()}),
+        ("config", {"temperature": 0.7}),
+    ],
+    ids=str,
+)
+def test_configs_that_transformers_does_not_save_are_told_before_any_text_is_read(
+    where: str, changes: dict, tmp_path: Path
+) -> None:
+    def broken() -> Any:
+        model = tiny_model("llama")
+        for name, value in changes.items():
+            setattr(getattr(model, where), name, value)
+        return model
+
+    config = config_of().with_changes(calibration={"sources": str(tmp_path / "missing.txt")})
+    told = f"does not save `model.{where}` as it is .*{[*changes][-1] if where == 'config' else ''}"
+    with pytest.raises(CheckpointError, match=told):
+        prune(broken(), tiny_tokenizer(), config)
+    with pytest.raises(CheckpointError, match=told):
+        prune_to_disk(broken(), tiny_tokenizer(), config, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=told):
+        recover(broken(), tiny_tokenizer(), tiny_model("llama"), sources=str(tmp_path / "missing.txt"))
+    result = prune(tiny_model("llama"), None, config_of("magnitude"))
+    setattr(result.model, where, getattr(broken(), where))
+    with pytest.raises(CheckpointError, match=told):
+        result.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_generation_config_that_is_as_it_was_published_is_saved(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    place = tmp_path / "dense" / "generation_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "do_sample": False, "temperature": 0.7}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    prune(model, None, config_of("magnitude")).save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "qwen3_moe", "gpt2"])
