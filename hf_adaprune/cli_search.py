@@ -153,7 +153,8 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
         )
     from .choices import read_rows
     from .search.journal import Journal
-    from .search_checks import check_search, search_needs
+    from .search_checks import check_search, named_space, search_needs
+    from .search_journal import warm_points
 
     check_search(config)
     search_needs(config, config.calibration.domain_count)
@@ -163,7 +164,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
     if resume and journal.exists() and journal.stat().st_size:
         Journal.load(journal)
     if warm_start is not None:
-        Journal.load(warm_start)
+        warm_points(warm_start, named_space(config))
 
 
 def carry_out(arguments: argparse.Namespace, config: Path, plan: Path, output: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import PruningConfig
+from .costs import Costs
 from .footprint import domain_count, footprint
 from .gram_sums import strip_elements
 from .importance import unit_of
@@ -20,7 +21,7 @@ from .machine_speed import Speed, gram_width, measure_speed
 from .pipeline import Sizes
 from .plan import PruningPlan
 from .reporting import text_table
-from .search_checks import search_needs
+from .search_checks import check_reach, search_needs
 from .search_config import SPEEDS
 from .site import Site
 from .sites import ModelSites
@@ -119,7 +120,10 @@ def estimate(
     Raises:
         BudgetError, ConfigError: the run would be refused.
     """
-    plan, before = even_plan(sites, _foreseeable(config)), Sizes.of(sites)
+    foreseen = _foreseeable(config)
+    if config.search is not None:
+        check_reach(sites, foreseen, Costs.of(sites, foreseen))
+    plan, before = even_plan(sites, foreseen), Sizes.of(sites)
     dtype = next(sites.model.parameters()).dtype
     removed = sites.removed_parameters(plan, _added_biases(sites, plan, config))
     after = Sizes(before.decoder - removed, before.total - removed, before.bytes - removed * dtype.itemsize)

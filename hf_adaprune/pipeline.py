@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from .allocation_checks import tell_unread_fields
 from .architectures import Architecture
-from .budgets import check_budgets
 from .clock import Clock
 from .config import PruningConfig, Source
 from .costs import Costs
@@ -31,9 +30,10 @@ from .repairing import RepairReport, cached_repairs, choose_repairs
 from .run_artefacts import kept_blocks, repair_name
 from .run_folder import RunFolder, once_noted
 from .run_start import begin_run, is_resumed, room_for_moments
-from .search_checks import check_search, highest_ratio, named_objective, search_needs
+from .search_checks import check_reach, check_search, named_objective, search_needs
 from .search_stage import search_stage
 from .searching import SearchResult, shared_costs
+from .selection import check_selection
 from .sites import ModelSites, find_sites, uncompiled
 from .stages import check_gradient_windows, check_weights, decide, gather_texts, layer_by_layer_config, what_to_collect
 from .statistics import Needs
@@ -247,7 +247,7 @@ def prune(
     else:
         check_search(config)
         tell_unread_fields(config)
-        check_budgets(sites, highest_ratio(config), costs)  # what cannot be met fails before any text is read
+        check_reach(sites, config, costs)  # what cannot be met fails before any text is read
     asked = config.search
     if asked is not None:
         if asked.pareto is not None:
@@ -258,6 +258,7 @@ def prune(
                 "plan is carried out."
             )
         needs = search_needs(config, config.calibration.domain_count)
+        workers.each(partial(check_selection, config, objective))
     if plan_path is not None:
         check_writable(plan_path)
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -8,18 +8,30 @@ from dataclasses import replace
 from typing import Any
 
 from .allocation_checks import can_allocate, whole_parts
+from .budgets import check_budgets
 from .config import PruningConfig
+from .costs import Costs
 from .errors import ConfigError
 from .metrics import METRICS
+from .offers import protected_layers
 from .parts import ALLOCATIONS
 from .search.dimensions import Choice, Simplex
 from .search.problem import View
-from .search.space import default_space
+from .search.space import Space, default_space
 from .search_config import REFINING
+from .sites import ModelSites
 from .stages import check_gradient_windows, what_to_collect
 from .statistics import Needs
 
-__all__ = ["check_search", "highest_ratio", "named_objective", "search_needs", "strategy", "trial_needs"]
+__all__ = [
+    "check_reach",
+    "check_search",
+    "named_objective",
+    "named_space",
+    "search_needs",
+    "strategy",
+    "trial_needs",
+]
 
 _STRATEGIES = {
     "gp": ("gaussian_process", "propose_gp"),
@@ -138,12 +150,47 @@ def named_objective(config: PruningConfig, objective: Callable[[Any], Any] | Non
     return config.with_changes(search={"objective": "custom", "tasks": ()})
 
 
-def highest_ratio(config: PruningConfig) -> PruningConfig:
-    """The config at the highest ratio that its search may ask for: what has to be in reach before any work.
+def check_reach(sites: ModelSites, config: PruningConfig, costs: Costs) -> None:
+    """Refuse sizes that no allowed plan has, and layers that the model lacks, before any text is read.
 
     Args:
-        config ([`PruningConfig`]): with or without a search.
+        sites ([`ModelSites`]): the model.
+        config ([`PruningConfig`]): with or without a search, which is looked at as well: what it fixes, its choices of
+            `protected_layers`, and the highest of its ratios.
+        costs ([`Costs`]): of the same model.
+
+    Raises:
+        BudgetError: with the range that can be reached.
+        ConfigError: a layer that the model lacks, nothing in the model may go, or the space is none.
     """
+    check_budgets(sites, _highest_ratio(config), costs)
+    if config.search is None:
+        return
+    space = named_space(config)
+    chosen = {dimension.path: dimension for dimension in space.dimensions if isinstance(dimension, Choice)}
+    if "protected_layers" in chosen:
+        for layers in chosen["protected_layers"].values:
+            protected_layers(sites, space.apply(config, {"protected_layers": layers}))
+    # Trial 0 is the config with what the space fixes, and it has to have a plan.
+    first = space.apply(config, {path: dimension.default for path, dimension in chosen.items()})
+    if first != config:
+        check_budgets(sites, _highest_ratio(first), costs)
+
+
+def named_space(config: PruningConfig) -> Space:
+    """The space of a config's search before the calibration text is read: domains have numbers for names.
+
+    Args:
+        config ([`PruningConfig`]): with its search.
+
+    Raises:
+        ConfigError: see [`hf_adaprune.search.space.default_space`].
+    """
+    return default_space(config, tuple(str(number) for number in range(config.calibration.domain_count)))
+
+
+def _highest_ratio(config: PruningConfig) -> PruningConfig:
+    """The config at the highest ratio that its search may ask for: what has to be in reach before any work."""
     if config.search is None or not config.search.ratios:
         return config
     highest = max(config.search.ratios)

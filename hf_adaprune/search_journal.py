@@ -18,6 +18,7 @@ from .search.dimensions import Choice
 from .search.journal import Journal
 from .search.loop import WARM_POINTS, finalists
 from .search.space import Point, Space
+from .search_checks import named_space
 from .search_config import SPEEDS
 from .sites import ModelSites
 from .speeds import SpeedTable
@@ -63,10 +64,11 @@ def check_journal(
 
     Raises:
         CheckpointError: its folder is not writable.
-        JournalError: it is there and `resume` is not set, it belongs to another config, or a file is no journal.
+        JournalError: it is there and `resume` is not set, it belongs to another config, a file is no journal, or the
+            one to start from is of another space.
     """
-    if warm_start is not None and not Journal.load(warm_start).measured():
-        raise JournalError(f"{warm_start} has no measured trial to start from.")
+    if warm_start is not None:
+        warm_points(warm_start, named_space(config))
     if journal is not None:
         check_writable(journal)
     if journal is None or not os.path.exists(journal) or not os.path.getsize(journal):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from .allocation_checks import tell_unread_fields
 from .architectures import Architecture
-from .budgets import check_budgets
 from .clock import Clock
 from .compensation import Repair, repair_plan
 from .config import PruningConfig
@@ -30,9 +29,9 @@ from .run_artefacts import kept_blocks, kept_statistics
 from .run_folder import RunFolder
 from .run_start import begin_run, is_resumed, room_for_moments
 from .search.journal import Journal, mean_value
-from .search_checks import check_search, highest_ratio, named_objective, search_needs, trial_needs
+from .search_checks import check_reach, check_search, named_objective, search_needs, trial_needs
 from .searching import SearchResult, find_best, shared_costs
-from .selection import measure_of
+from .selection import check_selection, measure_of
 from .sites import ModelSites, find_sites, uncompiled
 from .stages import check_weights, decide, gather_texts
 from .statistics import Needs, Statistics
@@ -102,7 +101,8 @@ def search_plan(
     check_search(config)
     tell_unread_fields(config)
     costs = shared_costs(sites, config, workers)
-    check_budgets(sites, highest_ratio(config), costs)
+    check_reach(sites, config, costs)
+    workers.each(partial(check_selection, config, objective))
     needs = search_needs(config, config.calibration.domain_count)
     unreported = config.with_changes(calibration={"report": ()})
     with ExitStack() as stack:

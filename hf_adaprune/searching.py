@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
-from .budgets import check_budgets
 from .clock import Clock
 from .config import PruningConfig
 from .costs import Costs
@@ -22,7 +21,7 @@ from .search.gaussian_process import expand
 from .search.journal import Journal, Trial, mean_value
 from .search.loop import Progress, front, run_search
 from .search.space import Space, default_space
-from .search_checks import check_search, highest_ratio, named_objective, strategy
+from .search_checks import check_reach, check_search, named_objective, strategy
 from .search_config import REFINING, SPEEDS
 from .search_journal import journal_lock, keep_speeds, start_journal, warm_points
 from .selection import measure_of
@@ -148,7 +147,7 @@ def find_best(
     config = named_objective(config, objective)
     check_search(config)
     costs = costs or shared_costs(sites, config, workers)
-    check_budgets(sites, highest_ratio(config), costs)
+    check_reach(sites, config, costs)
     space = default_space(config, statistics.domains, statistics.shares)
     refined = [site.name for site in sites] if any(name in REFINING for name, _ in search.shares()) else []
     warm = workers.lead(lambda: warm_points(warm_start, space, refined)) if warm_start is not None else []

@@ -23,9 +23,36 @@ from .workers import Alone
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["measure_of", "selection_blocks"]
+__all__ = ["check_selection", "measure_of", "selection_blocks"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_selection(config: PruningConfig, objective: Callable[[Any], Any] | None = None) -> None:
+    """Refuse a search that has nothing to choose by, before any text is read.
+
+    Args:
+        config ([`PruningConfig`]): with its search.
+        objective (`Callable`, *optional*): function of the model, instead of the config's objective.
+
+    Raises:
+        CalibrationError: no selection text is named, or a file of multiple-choice rows is missing or bad.
+        ConfigError: the objective is `custom`, and no function came.
+    """
+    search = config.search
+    assert search is not None
+    if objective is not None:
+        return
+    if search.objective == "custom":
+        raise ConfigError("`search.objective='custom'` needs the function: pass objective=.")
+    if search.objective == "accuracy":
+        for path in search.tasks:
+            read_rows(path)
+    elif not config.calibration.selection:
+        raise CalibrationError(
+            "a search chooses on selection text, and none is named. Give calibration.selection (--selection) texts "
+            "like those the model will read, other than the calibration texts."
+        )
 
 
 def selection_blocks(
@@ -44,15 +71,10 @@ def selection_blocks(
         `tuple`: the windows, and how many of them are for trials.
 
     Raises:
-        CalibrationError: no tokenizer, no selection source, or too little text.
+        CalibrationError: no tokenizer, or too little text.
     """
     search = config.search
     assert search is not None
-    if not config.calibration.selection:
-        raise CalibrationError(
-            "a search chooses on selection text, and none is named. Give calibration.selection (--selection) texts "
-            "like those the model will read, other than the calibration texts."
-        )
     if tokenizer is None:
         raise CalibrationError("selection text needs a tokenizer. Pass tokenizer=AutoTokenizer.from_pretrained(...).")
     length = search.sequence_length
@@ -113,9 +135,8 @@ def measure_of(
     """
     search, workers = config.search, workers or Alone()
     assert search is not None
-    if objective is not None or search.objective == "custom":
-        if objective is None:
-            raise ConfigError("`search.objective='custom'` needs the function: pass objective=.")
+    workers.each(lambda: check_selection(config, objective))
+    if objective is not None:
         return custom_measure(sites.model, objective)
     share = search.first_tokens / search.selection_tokens
     if search.objective == "accuracy":

@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 
 from .adapters import base_of, is_peft, save_base
 from .allocation_checks import tell_unread_fields
-from .budgets import check_budgets
 from .card import model_card
 from .config import CONFIG_NAME, PruningConfig
 from .costs import Costs
@@ -30,8 +29,9 @@ from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
 from .restoring import Restorer
-from .search_checks import check_search
+from .search_checks import check_reach, check_search
 from .searching import shared_costs
+from .selection import check_selection
 from .stages import check_weights, even_plan
 from .training_checks import check_config, check_engine, check_masked, has_budget
 from .training_cuts import Cuts
@@ -164,8 +164,9 @@ class AdaPrunerCallback(TrainerCallback):
         check_weights(sites)
         if self.config.search is not None:
             check_search(self.config)
+            check_selection(self.config)
         tell_unread_fields(self.config)
-        check_budgets(sites, self.config, Costs.of(sites, self.config))
+        check_reach(sites, self.config, Costs.of(sites, self.config))
         self._folder = args.output_dir
         if self._restorer is not None:
             self._restorer.close()

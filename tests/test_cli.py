@@ -531,6 +531,7 @@ def test_many_plans_in_a_folder(
         (["--space", "nowhere.json"], "Cannot read nowhere.json"),
         (["--space", "{"], "is not JSON"),
         (["--space", '{"repair.dumping": 1}'], "repair.dumping"),
+        (["--space", '{"protected_layers": [0, 99]}'], r"names layers \[99\], the model has"),
         (["--strategy", "annealing"], "`search.strategy` should be one of"),
         (["--strategy", "gp:3", "random:9"], "fit together"),
         (["--objective", "custom"], "needs a function"),

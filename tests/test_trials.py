@@ -32,7 +32,7 @@ from hf_adaprune import (
 from hf_adaprune import metrics as metrics_module
 from hf_adaprune.choices import ChoiceRow
 from hf_adaprune.config import ImportanceConfig
-from hf_adaprune.errors import BudgetError, CalibrationError, ConfigError, JournalError
+from hf_adaprune.errors import AdaPruneError, BudgetError, CalibrationError, ConfigError, JournalError
 from hf_adaprune.evaluation import per_window_loss
 from hf_adaprune.importance import Scores, score_units
 from hf_adaprune.journal_report import describe_journal
@@ -498,9 +498,8 @@ def test_records_name_the_function_that_was_minimised(tmp_path: Path) -> None:
     assert describe_journal(Journal.load(path)).facts["objective"] == "custom"
     again = search_plan(tiny_model(), tokenizer(), config, objective=own_loss, journal=path, resume=True)
     assert told(again.journal) == told(found.journal)
-    other = config_of({"trials": 2}, calibration={"selection": ()})
     with pytest.raises(JournalError, match="search of its config differ"):
-        search_plan(tiny_model(), None, other, journal=path, resume=True)
+        search_plan(tiny_model(), None, config_of({"trials": 2}), journal=path, resume=True)
 
 
 # -- selection text ---------------------------------------------------------------------------------------------------
@@ -632,6 +631,37 @@ def test_sizes_that_cannot_be_are_told_before_any_text_is_read(search: dict, cha
             run(tiny_model(), None, config_of(search, **changes))
 
 
+ACCURACY = {"objective": "accuracy", "tasks": ("rows.jsonl",)}
+QUESTION = '{"id": 1, "task": "t", "context": "a", "choices": ["b", "c"], "label": 2}'
+
+
+@pytest.mark.parametrize(
+    ("search", "rows", "message"),
+    [
+        (ACCURACY, None, "no file of multiple-choice rows at rows.jsonl"),
+        (ACCURACY, QUESTION, r"row 1: `label` should be 0 to 1\. Found 2"),
+        ({"objective": "custom"}, None, "needs the function: pass objective="),
+        ({}, None, "chooses on selection text, and none is named"),
+        ({"space": {"protected_layers": [0, 3]}}, None, r"names layers \[3\], the model has 3"),
+        ({"space": {"protected_layers": {"choices": [[0], [-4]]}}}, None, r"names layers \[-4\], the model has 3"),
+        ({"space": {"pruning_ratio": 0.99}}, None, "at most"),
+        ({"space": {"min_channels": 1000}}, None, "at most"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_no_trial_could_do_is_told_before_any_text_is_read(
+    search: dict, rows: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if rows is not None:
+        Path("rows.jsonl").write_text(rows + "\n")
+    config = config_of(search, calibration={"sources": ("missing.txt",), "selection": ()})
+    for run in (search_plan, prune):
+        with pytest.raises(AdaPruneError, match=message):
+            run(tiny_model(), tokenizer(), config, run_dir="run")
+    assert not Path("run").exists()  # which would hold the next call to these inputs
+
+
 def test_prune_refuses_searches_that_find_no_single_plan() -> None:
     with pytest.raises(ConfigError, match="search_plan"):
         prune(tiny_model(), tokenizer(), config_of({"pareto": "macs"}))
@@ -691,8 +721,9 @@ def test_a_warm_start_tries_another_models_best_first(tmp_path: Path) -> None:
 def test_a_journal_of_another_space_starts_nothing(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     search_plan(tiny_model(), tokenizer(), config_of({"space": {"calibration.domain_weights": [1, 1]}}), journal=path)
-    with pytest.raises(JournalError, match=r"cannot start this search.*calibration\.domain_weights"):
-        search_plan(tiny_model(), tokenizer(), config_of(), warm_start=path)
+    for run in (search_plan, prune):  # without a tokenizer, so before any text is read
+        with pytest.raises(JournalError, match=r"cannot start this search.*calibration\.domain_weights"):
+            run(tiny_model(), None, config_of(), warm_start=path)
     with pytest.raises(JournalError, match="no journal at"):
         search_plan(tiny_model(), tokenizer(), config_of(), warm_start=tmp_path / "none.jsonl")
 
