@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .config import PruningConfig
 from .errors import CalibrationError, ConfigError, JournalError
 from .search_config import BUDGETS, OBJECTIVES, STRATEGIES, SearchConfig
-from .whole_files import check_writable, whole_folder
+from .whole_files import check_no_folder, check_writable, whole_folder
 
 if TYPE_CHECKING:
     from .searching import SearchResult
@@ -146,6 +146,7 @@ def check_request(config: PruningConfig, journal: Path, resume: bool, warm_start
             "`--selection` is missing: texts that the search chooses on, like those the model will read and other than "
             "the calibration texts, such as --selection my.txt (or python, of which each role reads another third)."
         )
+    check_no_folder("--journal", journal)
     check_writable(journal)
     if journal.exists() and not resume and journal.stat().st_size:
         raise JournalError(

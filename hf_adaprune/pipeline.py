@@ -39,7 +39,7 @@ from .stages import check_gradient_windows, check_weights, decide, gather_texts,
 from .statistics import Needs
 from .surgery import Follow, apply_plan, assign_layer
 from .token_blocks import TokenBlocks
-from .whole_files import check_writable
+from .whole_files import check_no_folder, check_writable
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -260,6 +260,7 @@ def prune(
         needs = search_needs(config, config.calibration.domain_count)
         workers.each(partial(check_selection, config, objective))
     if plan_path is not None:
+        check_no_folder("plan_path", plan_path)
         check_writable(plan_path)
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

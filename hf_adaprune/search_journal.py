@@ -23,7 +23,7 @@ from .search_config import SPEEDS
 from .sites import ModelSites
 from .speeds import SpeedTable
 from .trials import Trials
-from .whole_files import check_writable
+from .whole_files import check_no_folder, check_writable
 from .workers import Alone
 
 __all__ = ["check_journal", "journal_lock", "keep_speeds", "model_digest", "start_journal", "warm_points"]
@@ -38,8 +38,10 @@ def journal_lock(path: str | os.PathLike[str]) -> AbstractContextManager[bool]:
         path (`str`): file of the journal; folders above it are made.
 
     Raises:
+        ConfigError: it is a folder.
         JournalError: another search writes to it.
     """
+    check_no_folder("journal", path)
     place = Path(path).absolute()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

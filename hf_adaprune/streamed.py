@@ -50,7 +50,7 @@ from .stages import decide_by, gather_texts, needs_text, what_to_collect
 from .statistics import Needs, Statistics
 from .surgery import apply_plan
 from .token_blocks import TokenBlocks
-from .whole_files import check_apart, check_writable, place_of, room_for, scratch_folder, whole_folder
+from .whole_files import check_apart, check_no_folder, check_writable, place_of, room_for, scratch_folder, whole_folder
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def prune_to_disk(
     target = check_output(output_dir)
     check_apart({"output_dir": output_dir, "run_dir": run_dir})
     if plan_path is not None:
+        check_no_folder("plan_path", plan_path)
         check_writable(plan_path)
         Path(plan_path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

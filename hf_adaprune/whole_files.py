@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_apart",
+    "check_no_folder",
     "check_writable",
     "folder_above",
     "is_taken",
@@ -84,6 +85,20 @@ def check_apart(places: Mapping[str, str | os.PathLike[str] | None]) -> None:
                 f"`{inner}` ({inside}) lies in `{outer}` ({folder}): the end of a run would take it away or find it in "
                 "the way. Name a place beside it."
             )
+
+
+def check_no_folder(name: str, place: str | os.PathLike[str]) -> None:
+    """Refuse a folder where a file will be written, before any work is done.
+
+    Args:
+        name (`str`): the option that names the file.
+        place (`str`): need not exist.
+
+    Raises:
+        ConfigError: it is a folder.
+    """
+    if Path(place).is_dir():
+        raise ConfigError(f"`{name}` should be a file. Found the folder {str(place)!r}; name a file in it.")
 
 
 def folder_above(place: str | os.PathLike[str]) -> Path:

@@ -539,6 +539,7 @@ def test_many_plans_in_a_folder(
         (["--tasks", "nowhere.jsonl"], "--objective accuracy"),
         (["--surrogate", "saas", "--pareto", "bytes"], "knows one objective"),
         (["--objective", "accuracy", "--tasks", "nowhere.jsonl"], "no file of multiple-choice rows"),
+        (["--journal", "."], "`--journal` should be a file. Found the folder"),
         (["--warm-start", "nowhere.jsonl"], "there is no journal at nowhere"),
         (["--pareto", "beauty"], "`search.pareto` should be one of"),
     ],

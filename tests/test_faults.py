@@ -15,9 +15,9 @@ import torch
 from test_cli import dense, prune_words, refused, search_words, work  # noqa: F401
 from test_pipeline import config_of, passage, tiny_model, tiny_tokenizer
 
-from hf_adaprune import TextSource, cli, find_sites, prune, prune_to_disk, whole_files
+from hf_adaprune import TextSource, cli, find_sites, prune, prune_to_disk, search_plan, whole_files
 from hf_adaprune.activations import Activations, ActivationStore
-from hf_adaprune.errors import CheckpointError, JournalError, StatisticsError
+from hf_adaprune.errors import CheckpointError, ConfigError, JournalError, StatisticsError
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search.journal import Journal
 from hf_adaprune.statistics import Needs
@@ -144,6 +144,24 @@ def test_a_place_of_a_plan_that_cannot_be_is_told_before_any_text_is_read(tmp_pa
     with pytest.raises(CheckpointError, match="file"):
         prune_to_disk(tiny_model("llama"), tiny_tokenizer(), config, tmp_path / "out", **place)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_place_of_a_file_is_told_before_any_text_is_read(resume: bool, tmp_path: Path) -> None:
+    for name in ("plan", "journal"):
+        (tmp_path / name).mkdir()
+    missing = {"calibration": {"sources": str(tmp_path / "missing.txt"), "selection": "python"}}
+    config = config_of("flap").with_changes(**missing)
+    place = {"plan_path": tmp_path / "plan"}
+    with pytest.raises(ConfigError, match=r"`plan_path` should be a file. Found the folder '.*plan'; name a file"):
+        prune(tiny_model("llama"), tiny_tokenizer(), config, **place)
+    with pytest.raises(ConfigError, match="`plan_path` should be a file"):
+        prune_to_disk(tiny_model("llama"), tiny_tokenizer(), config, tmp_path / "out", **place)
+    searched = config_of("default", search={}).with_changes(**missing)
+    for run in (prune, search_plan):
+        with pytest.raises(ConfigError, match=r"`journal` should be a file. Found the folder '.*journal'"):
+            run(tiny_model("llama"), tiny_tokenizer(), searched, journal=tmp_path / "journal", resume=resume)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "plan"]
 
 
 def test_an_error_of_the_disk_anywhere_is_one_line(
