@@ -27,6 +27,7 @@ from .cli_run import begin_afresh, check_run_place, disk_rooms, disk_table, goes
 from .cli_search import carry_out, check_request, plans_table, search_table, write_plans
 from .config import PruningConfig
 from .errors import AdaPruneError, ConfigError
+from .parts import CalibrationConfig, check_whole
 from .plan import PruningPlan
 
 __all__ = ["main"]
@@ -311,7 +312,11 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     from .reporting import text_table
     from .throughput import throughput
 
-    own = PruningConfig().calibration
+    own = CalibrationConfig(report=arguments.report or ())
+    tokens = own.evaluation_tokens if arguments.tokens is None else arguments.tokens
+    length = own.evaluation_length if arguments.sequence_length is None else arguments.sequence_length
+    check_whole("--tokens", tokens, 2, what="tokens per report source")
+    check_whole("--sequence-length", length, 2, what="tokens per perplexity window")
     sources: Sequence[Any] = arguments.report or (own.sources if not arguments.tasks and not arguments.latency else ())
     named = [task for task in arguments.tasks if not Path(task).is_file()]
     missing = [task for task in named if task.endswith((".jsonl", ".json"))]
@@ -322,7 +327,6 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     rows = [(Path(task).stem, read_rows(task)) for task in arguments.tasks if task not in named]
     loader = Loader.of(arguments)
     model, tokenizer = loader.model(), loader.tokenizer()
-    length = arguments.sequence_length or own.evaluation_length
     if sources:
         check_lengths(model, {"--sequence-length": length})
     measures: list[tuple[str, dict[str, Any]]] = []
@@ -333,7 +337,7 @@ def _evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> None:
         blocks = report_blocks(
             documents,
             tokenizer,
-            tokens=arguments.tokens or own.evaluation_tokens,
+            tokens=tokens,
             sequence_length=length,
         )
         measures.append((documents.name, {"perplexity": perplexity(model, blocks)}))

@@ -126,6 +126,8 @@ def read_source(
             f"a source should be the name of a text. Found the text itself ({source[:40]!r}...); write "
             "TextSource(name, [text])."
         )
+    if source == "":
+        raise CalibrationError("a source should be the name of a text. Found an empty one; name a file or a data set.")
     if part is not None and not 0 <= part[0] < part[1]:
         raise CalibrationError(f"`part` should be (k, n) with 0 <= k < n. Found {part!r}.")
     if isinstance(source, Documents):

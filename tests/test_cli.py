@@ -433,6 +433,25 @@ def test_a_device_that_is_not_there_is_told(dense: Path, work: Path, capsys: pyt
     assert "could not be loaded" in refused(capsys, *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--report", ""], "`calibration.report` should hold file paths.*Found ''"),
+        (["--tokens", "0"], "`--tokens` should be a whole number of at least 2.*Found 0"),
+        (["--tokens", "1"], "`--tokens` should be a whole number of at least 2.*Found 1"),
+        (["--sequence-length", "0"], "`--sequence-length` should be a whole number of at least 2.*Found 0"),
+        (["--sequence-length", "-5"], "`--sequence-length` should be a whole number of at least 2.*Found -5"),
+    ],
+    ids=str,
+)
+def test_sizes_and_texts_that_are_none_are_not_evaluated(
+    words: list[str], message: str, dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.Loader, "model", lambda self: pytest.fail("weights were loaded"))
+    line = refused(capsys, "evaluate", str(dense), "--quiet", *words)
+    assert re.search(message, line), line
+
+
 def test_tasks_by_name_are_lm_evals(
     dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,8 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
             read_source(str(path))
     with pytest.raises(CalibrationError, match=r"TextSource\(name, \[text\]\)"):
         read_source("Once upon a time\nthere was")
+    with pytest.raises(CalibrationError, match="Found an empty one"):
+        read_source("")
     with pytest.raises(CalibrationError, match="is empty"):
         read_source(TextSource("a", [" \n"]))
     with pytest.raises(CalibrationError, match="needs `model` and `tokenizer`"):
