@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .architectures import Architecture, architecture_for
 from .errors import PlanError, UnsupportedModelError
@@ -161,7 +162,7 @@ def model_architecture(model: Any, own: Iterable[Architecture] = ()) -> Architec
     """The architecture of a live model.
 
     Raises:
-        UnsupportedModelError: no causal language model, quantised weights, or an unknown family.
+        UnsupportedModelError: no causal language model, quantised or sharded weights, or an unknown family.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "can_generate"):
@@ -185,6 +186,7 @@ def model_architecture(model: Any, own: Iterable[Architecture] = ()) -> Architec
             f"{type(model).__name__} holds quantised weights. Prune first and quantise the result: load the original "
             "weights, or dequantise (for GGUF files: quantization_config=GgufConfig(dequantize=True))."
         )
+    _check_plain(model)
     # transformers' own word for adapters inside of a model, without peft's model around it.
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
@@ -193,6 +195,23 @@ def model_architecture(model: Any, own: Iterable[Architecture] = ()) -> Architec
             "peft.get_peft_model; merge_and_unload() of a PeftModel makes them part of the weights."
         )
     return architecture_for(config.model_type, own)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse tensors that stand for others, as torchao's in-place quantisation leaves them and FSDP's shards are."""
+    for name, parameter in model.named_parameters():
+        if not is_traceable_wrapper_subclass(parameter):
+            continue
+        kind = type(parameter.data).__name__
+        if kind == "DTensor":
+            raise UnsupportedModelError(
+                f"{name} is a DTensor, of which each process holds a part (FSDP, tensor parallelism). Prune the whole "
+                "model first, and distribute the result."
+            )
+        raise UnsupportedModelError(
+            f"{name} is of type {kind}, which holds weights in another form (torchao's quantize_ makes "
+            "such). Prune first and quantise the result: load the original weights."
+        )
 
 
 def find_sites(model: Any, architecture: Architecture | None = None) -> ModelSites:

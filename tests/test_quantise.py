@@ -20,7 +20,7 @@ from hf_adaprune.surgery import apply_plan
 LOAD = """
 import sys, torch
 import hf_adaprune
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, TorchAoConfig
 torch.set_num_threads(1)
 known = torch.load(sys.argv[2])
@@ -30,12 +30,15 @@ assert "Int8" in type(model.model.layers[0].mlp.down_proj.weight).__name__
 with torch.no_grad():
     found = model(input_ids=known["ids"], use_cache=False).logits
 print(float((found - known["logits"]).norm() / known["logits"].norm()))
-try:
-    hf_adaprune.prune(model, None, hf_adaprune.PruningConfig.recipe("magnitude"))
-except ValueError as error:
-    assert "Prune first and quantise the result" in str(error), error
-else:
-    raise AssertionError("quantised weights were pruned")
+in_place = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+quantize_(in_place, Int8WeightOnlyConfig())
+for quantised in (model, in_place):
+    try:
+        hf_adaprune.prune(quantised, None, hf_adaprune.PruningConfig.recipe("magnitude"))
+    except ValueError as error:
+        assert "Prune first and quantise the result" in str(error), error
+    else:
+        raise AssertionError("quantised weights were pruned")
 """
 
 

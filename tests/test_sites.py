@@ -105,6 +105,43 @@ def test_quantised_weights_are_refused(flag: str) -> None:
         find_sites(model)
 
 
+class Wrapper(torch.Tensor):
+    """A tensor that stands for another and can be detached, as those of torchao and FSDP."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict, *_: object) -> Wrapper:
+        return cls(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: object, types: object, args: tuple = (), kwargs: object = None) -> Wrapper:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(function)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("Int8Tensor", "Prune first and quantise the result"), ("DTensor", "Prune the whole model first")],
+)
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.down_proj", "model.embed_tokens"])
+def test_weights_that_stand_for_others_are_refused(name: str, told: str, place: str) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    owner = model.get_submodule(place)
+    owner.weight = nn.Parameter(type(name, (Wrapper,), {})(owner.weight.detach()))
+    with pytest.raises(UnsupportedModelError, match=f"{place}.weight is .*{name}.*{told}"):
+        find_sites(model)
+
+
 def test_an_unknown_family_is_told_the_known_ones() -> None:
     config = AutoConfig.for_model("bloom", vocab_size=20, hidden_size=8, n_layer=1, n_head=2, **TOKEN_IDS)
     with pytest.raises(UnsupportedModelError, match=r"'bloom'. Known: ") as refusal:
