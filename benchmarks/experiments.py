@@ -137,12 +137,7 @@ def _quality() -> tuple[Case, ...]:
     # repairs has the others.
     slow: dict[str, Any] = {"repair": {"schedule": "sequential"}}
     walks = [Case("default, sequential repair", ratio, changes=slow) for ratio in (0.2, 0.3, 0.5)]
-    walks.append(Case("search, sequential repair", 0.5, changes=slow, searches=(EVERYTHING,)))
-    # One seed where tasks are compared: a search and a walk are 40 minutes of a core.
-    walks += [
-        Case("search, sequential repair", ratio, changes=slow, searches=(EVERYTHING,), seeds=(0,))
-        for ratio in (0.2, 0.3)
-    ]
+    walks += [Case("search, sequential repair", ratio, changes=slow, searches=(EVERYTHING,)) for ratio in (0.2, 0.5)]
     peers = [Case(f"Torch-Pruning, {name}", ratio, peer=peer) for peer, name in PEERS.items() for ratio in RATIOS]
     return (DENSE, *recipes, *walks, *searches, *peers)
 
