@@ -60,10 +60,10 @@ class PruningConfig:
             parameters, in [0, 1). Embeddings and head are not counted; biases that a repair adds count as kept.
         target_parameters (`int`, *optional*): total parameters of the model instead of a ratio.
         target_bytes (`int`, *optional*): bytes of the weights, in the model's dtype, instead of a ratio.
-        units (`tuple[str, ...]`, *optional*): what may be removed, of `channel` (MLP channels), `kv_group`,
-            `query_head` (the same number in every group of a layer), `expert`, `expert_channel` (the same number in
-            every expert of a layer), and the sublayers `attention`, `mlp` and whole `layer`s. Kinds that a model does
-            not have are ignored as long as one is left.
+        units (`tuple[str, ...]`, *optional*, defaults to `("channel", "kv_group")`): what may be removed, of `channel`
+            (MLP channels), `kv_group`, `query_head` (the same number in every group of a layer), `expert`,
+            `expert_channel` (the same number in every expert of a layer), and the sublayers `attention`, `mlp` and
+            whole `layer`s. Kinds that a model does not have are ignored as long as one is left.
         protected_layers (`tuple[int, ...]`, *optional*): layers that stay as they are; negative numbers count from the
             end.
         uniform (`bool`, *optional*, defaults to `False`): every layer gets the same widths and no bias is added, so
@@ -86,7 +86,7 @@ class PruningConfig:
         gram_place (`str`, *optional*, defaults to `"cpu"`): where Gram matrices live: on the `model`'s device, the
             `cpu` or the `disk` (safetensors files in a temporary folder).
         seed (`int`, *optional*, defaults to 0): of everything drawn at random; below 2**32.
-        recipe_name (`str`, *optional*): the recipe this config came from, for cards and tables.
+        recipe_name (`str`, *optional*, defaults to `"custom"`): the recipe this config came from, for cards and tables.
 
     Raises:
         ConfigError: a field is out of range, or fields contradict each other.
