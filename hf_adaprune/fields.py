@@ -72,7 +72,7 @@ def _as_tuple(name: str, value: Any, kind: Any) -> tuple[Any, ...]:
     if isinstance(given, Mapping) or not all(_is_a(entry, kind) for entry in entries):
         raise ConfigError(f"`{name}` should be a list of {what}. Found {value!r}.")
     try:
-        return tuple(kind(entry) for entry in entries)
+        return tuple(entry if kind is str else kind(entry) for entry in entries)
     except OverflowError as error:
         raise ConfigError(f"`{name}` should be a list of {what} that a float can hold.") from error
 

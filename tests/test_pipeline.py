@@ -15,7 +15,18 @@ from conftest import tiny_model as tiny_random_model
 from texts import begun_tokenizer, calibration_make_tokenizer, calibration_prose, sampled_prose
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_adaprune import RECIPES, PruningConfig, PruningPlan, TextSource, documents, find_sites, prune, stages
+from hf_adaprune import (
+    RECIPES,
+    PruningConfig,
+    PruningPlan,
+    TextSource,
+    documents,
+    find_sites,
+    prune,
+    prune_to_disk,
+    search_plan,
+    stages,
+)
 from hf_adaprune import pipeline as pipeline_module
 from hf_adaprune.errors import BudgetError, CalibrationError, ConfigError, UnsupportedModelError
 from hf_adaprune.estimate import estimate
@@ -62,6 +73,22 @@ def test_every_recipe_meets_its_budget_and_computes(recipe: str) -> None:
     assert torch.isfinite(logits_of(model, tokens())).all()
     again = json.loads(json.dumps(result.to_dict()))
     assert PruningPlan.from_dict(again["plan"]) == result.plan
+
+
+def test_a_config_is_asked_for_by_name_and_by_its_fields(tmp_path: Path) -> None:
+    said = config_of("magnitude")
+    named = prune(tiny_model("llama"), tiny_tokenizer(), "magnitude", calibration=TEXT)
+    assert named.config == PruningConfig.recipe("magnitude", calibration={"sources": TEXT})
+    config = said.with_changes(calibration={"sources": "python"}).to_dict()  # texts in memory are in no mapping
+    given = prune(tiny_model("llama"), tiny_tokenizer(), config, calibration=TEXT)
+    assert given.plan == prune(tiny_model("llama"), tiny_tokenizer(), said).plan
+    with pytest.raises(ConfigError, match="should be a PruningConfig, a mapping of its fields or the name of a recipe"):
+        prune(tiny_model("llama"), tiny_tokenizer(), 5)  # type: ignore[arg-type]
+    for ask in (lambda: prune_to_disk(tiny_model("llama"), tiny_tokenizer(), "flop", tmp_path / "out"),
+                lambda: search_plan(tiny_model("llama"), tiny_tokenizer(), "flop")):  # fmt: skip
+        with pytest.raises(ConfigError, match="`recipe` should be one of"):
+            ask()
+    assert not list(tmp_path.iterdir())
 
 
 def test_default_runs_on_every_family(family: str) -> None:
