@@ -84,7 +84,9 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
 def save_base(model: Any, folder: Path) -> None:
     """Save the cut base model of LoRA factors, so that `from_pretrained` of the folder finds what they fit.
 
-    What peft saves from now on names this base, too: the one that training began with does not fit any more.
+    What peft saves from now on names this base, too: the one that training began with does not fit any more. Factors
+    that were initialised from the weights (PiSSA, OLoRA) had a part of them taken out of the base, which the saved one
+    lacks already: when they are loaded peft must not take it out again.
 
     Args:
         model (`PeftModel`): the model.
@@ -95,10 +97,14 @@ def save_base(model: Any, folder: Path) -> None:
     base.save_pretrained(place, state_dict=_base_state(base))
     for tuner in model.peft_config.values():
         tuner.base_model_name_or_path = str(place.absolute())
+        if isinstance(getattr(tuner, "init_lora_weights", None), str):
+            tuner.init_lora_weights = True
     # The adapter `default` lies in the folder itself, others in folders of their names.
     for path in (folder / name / "adapter_config.json" for name in ("", *model.peft_config)):
         if not path.exists():
             continue
         data = json.loads(path.read_text(encoding="utf-8"))
         data["base_model_name_or_path"] = str(place.absolute())
+        if isinstance(data.get("init_lora_weights"), str):
+            data["init_lora_weights"] = True
         write_whole(path, json.dumps(data, indent=2, sort_keys=True))

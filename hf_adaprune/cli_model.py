@@ -45,7 +45,7 @@ class Loader:
         import torch
 
         dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype, None)
-        if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if dtype not in ("auto", torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise ConfigError(f"`--dtype` should be auto, bfloat16, float16 or float32. Found {arguments.dtype!r}.")
         options = {"revision": arguments.revision, "gguf_file": arguments.gguf_file}
         options["trust_remote_code"] = arguments.trust_remote_code or None

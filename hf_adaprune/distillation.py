@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
+from .adapters import base_of
 from .distillation_loss import (
     DistillationTerms,
     FullTeaching,
@@ -57,10 +58,11 @@ class _Split:
 
 def _split(model: Any, ids: torch.Tensor) -> _Split | None:
     """The two parts of a model, where running them one after the other is what the model does; else `None`."""
-    head, base = model.get_output_embeddings(), model.base_model
+    inner = base_of(model)  # what peft puts around it has another base_model
+    head, base = inner.get_output_embeddings(), inner.base_model
     # A head that is quantised, has an adapter, or whose logits are squashed is left to the model.
     squashed = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if type(head) is not torch.nn.Linear or base is model or squashed or not hasattr(model, "get_decoder"):
+    if type(head) is not torch.nn.Linear or base is inner or squashed or not hasattr(inner, "get_decoder"):
         return None
     with eval_mode(model), torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits

@@ -67,7 +67,7 @@ def _as_tuple(name: str, value: Any, kind: Any) -> tuple[Any, ...]:
     if kind not in (str, int, float):
         return value  # sources, which their part checks
     what = {str: "texts", int: "whole numbers", float: "numbers"}[kind]
-    given = value.tolist() if hasattr(value, "tolist") else value  # of NumPy and torch
+    given = value.tolist() if hasattr(value, "tolist") else value  # of arrays and tensors
     entries = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else (given,)
     if isinstance(given, Mapping) or not all(_is_a(entry, kind) for entry in entries):
         raise ConfigError(f"`{name}` should be a list of {what}. Found {value!r}.")

@@ -7,8 +7,10 @@ no trace. Provenance lies under the key `adaprune` (a key `pruning_config` would
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -19,6 +21,7 @@ from .errors import CheckpointError, ConfigError
 from .layers import bind_views
 from .quiet import quiet_global_values
 from .sites import ModelSites
+from .whole_files import write_whole
 
 __all__ = [
     "LOADING",
@@ -27,6 +30,7 @@ __all__ = [
     "check_configs",
     "drop_config_layers",
     "known_architecture",
+    "name_layers",
     "own_architecture",
     "provenance_of",
     "update_config",
@@ -65,6 +69,24 @@ def check_configs(model: Any) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
+
+
+def name_layers(path: Path, count: int) -> None:
+    """Let a config file say how many layers there are by the name that all configs share.
+
+    A Trainer that resumes reads the file as a config of no family, which cannot place the sizes of single layers where
+    the family has a name of its own for their number (gpt2's `n_layer`).
+
+    Args:
+        path (`Path`): of the file; left alone where it is missing, has no sizes of single layers, or says it already.
+        count (`int`): of the layers.
+    """
+    if not path.is_file():
+        return
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if "per_layer_config" not in data or "num_hidden_layers" in data:
+        return
+    write_whole(path, json.dumps({**data, "num_hidden_layers": count}, indent=2, sort_keys=True) + "\n")
 
 
 def head_dim_of(config: Any) -> int:

@@ -143,6 +143,8 @@ def recover(
         for callback in callbacks:
             if isinstance(callback, AdaPrunerCallback):
                 callback.saves_base = False
+                # No trainer's `processing_class` will bring it.
+                callback.tokenizer = callback.tokenizer or tokenizer
         started = time.perf_counter()
         checkpoints = None if run is None else partial(Checkpoints, run, checkpoint_minutes)
         rename(model, "")
@@ -211,12 +213,20 @@ def check_student(model: Any, config: RecoveryConfig) -> None:
 
 
 def _check_cuts(config: RecoveryConfig, callbacks: Sequence[TrainerCallback]) -> None:
-    """With a clock nobody knows how many steps there will be, so fractions of them come too late or never."""
-    if config.minutes is None:
-        return
+    """With a clock nobody knows how many steps there will be, so fractions of them come too late or never.
+
+    And hidden states of all layers are compared by their numbers, which change when one goes.
+    """
     for callback in callbacks:
         if isinstance(callback, AdaPrunerCallback):
             schedule = callback.schedule
+            if config.hidden_weight and config.hidden_layers == "all" and "layer" in callback.config.units:
+                raise ConfigError(
+                    "`hidden_layers='all'` compares layer by layer, and the AdaPrunerCallback may remove some of them. "
+                    "Set it to 'last', or take `layer` out of the callback's `units`."
+                )
+            if config.minutes is None:
+                continue
             if schedule.mode == "progressive" and schedule.every is None:
                 raise ConfigError(
                     "cuts while training need to know how long it is. Give `tokens` for `minutes`, or tell the "

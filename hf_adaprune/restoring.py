@@ -84,6 +84,13 @@ class Restorer:
         if biases:
             _give_biases(cut, biases)
         missing = [name for name, _ in cut.model.named_parameters() if name.startswith(layers) and name not in known]
+        renamed = [name for name in incoming if name.startswith(layers) and not _is_known(name, like)]
+        if whole and missing and renamed:
+            raise CheckpointError(
+                f"the checkpoint calls weights by other names than the model ({renamed[0]}, ...), as transformers does "
+                "with mixtures of experts, whose checkpoints no Trainer resumes. Begin a new run from "
+                "AutoModelForCausalLM.from_pretrained(CHECKPOINT), with the cuts that are left."
+            )
         if whole and missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} weights of the layers ({missing[0]}, ...): whole layers or "
@@ -194,6 +201,12 @@ def _site_of(
         )
     kept = tuple(group * site.group_size + unit for group in range(groups) for unit in range(per_group))
     return SitePlan(site.groups, site.group_size, kept)
+
+
+def _is_known(name: str, dense: ModelSites) -> bool:
+    """Whether the dense model has a weight of that name, or a matrix that a repair gives a bias of that name."""
+    own = {name for name, _ in dense.model.named_parameters()} | {name for name, _ in dense.model.named_buffers()}
+    return name in own or name.removesuffix("bias") + "weight" in own
 
 
 def _added_biases(dense: ModelSites, incoming: Mapping[str, torch.Size]) -> dict[int, list[str]]:

@@ -22,9 +22,9 @@ from .card import model_card
 from .config import CONFIG_NAME, PruningConfig
 from .costs import Costs
 from .cut_schedule import CutSchedule
-from .errors import CheckpointError, ConfigError
+from .errors import BudgetError, CheckpointError, ConfigError
 from .fields import check_whole
-from .model_config import MODEL_TAGS
+from .model_config import MODEL_TAGS, PROVENANCE_KEY, name_layers
 from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
@@ -124,6 +124,7 @@ class AdaPrunerCallback(TrainerCallback):
             check_whole("samples", samples, 1, what="calibration windows per cut")
         check_config(config, mode)
         self._cuts = Cuts(config, schedule, samples, architecture)
+        self._out_of_reach: BudgetError | None = None
         self.saves_base = True  # of adapters; `recover` merges its own, and its Trainer's folder goes
         self.done: list[dict[str, Any]] = []
         self.steps: tuple[int, ...] = ()
@@ -166,7 +167,13 @@ class AdaPrunerCallback(TrainerCallback):
             check_search(self.config)
             check_selection(self.config)
         tell_unread_fields(self.config)
-        check_reach(sites, self.config, Costs.of(sites, self.config))
+        try:
+            check_reach(sites, self.config, Costs.of(sites, self.config))
+        except BudgetError as error:
+            # A model that was cut already may be a checkpoint's own, with which its run goes on.
+            if base.config.__dict__.get(PROVENANCE_KEY) is None:
+                raise
+            self._out_of_reach = error
         self._folder = args.output_dir
         if self._restorer is not None:
             self._restorer.close()
@@ -194,6 +201,8 @@ class AdaPrunerCallback(TrainerCallback):
         if self._cuts.workers.count > 1:
             check_masked(self.config, self.schedule.mode, args, model)
         self._take_state(state, base)
+        if self._out_of_reach is not None and not self.done:
+            raise self._out_of_reach
         state.stateful_callbacks[STATE_NAME] = self._state()
         if len(self.done) < len(self.steps):
             self._cuts.read(
@@ -232,6 +241,7 @@ class AdaPrunerCallback(TrainerCallback):
         if not state.is_world_process_zero or not folder.is_dir() or self.plan is None:
             return
         self._write(folder, base_of(model))
+        name_layers(folder / "config.json", base_of(model).config.num_hidden_layers)
         if is_peft(model):
             save_base(model, folder)
 

@@ -75,6 +75,12 @@ def check_engine(args: Any, model: Any, base: Any, mode: str) -> None:
             raise UnsupportedModelError(
                 f"adapters of type {tuner.peft_type} cannot be cut with their weights. Use LoRA without DoRA."
             )
+        for name in ("trainable_token_indices", "layer_replication", "alora_invocation_tokens"):
+            if getattr(tuner, name, None) is not None:
+                raise UnsupportedModelError(
+                    f"adapters with `{name}` cannot be cut with their weights: they cannot be merged, or their base is "
+                    "no model of its own. Leave it out of the LoraConfig."
+                )
     if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
         raise UnsupportedModelError(
             "LoRA factors of whole parameters, such as those of experts, cannot be cut with them. Name the attention's "

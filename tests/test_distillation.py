@@ -181,6 +181,20 @@ def test_the_trainers_loss_is_the_mean_over_tokens_that_are_no_padding(family: s
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # read by peft
+@pytest.mark.parametrize("hidden", [0.0, 1.0])
+def test_a_teacher_with_adapters_teaches_what_it_says(hidden: float, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    own = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model("llama"), own)
+    blocks, losses = random_blocks(4), []
+    for teacher in (adapted, adapted.merge_and_unload):
+        dense = teacher() if teacher is not adapted else adapted
+        trainer = trainer_of(tmp_path, dense, blocks, hidden_weight=hidden)
+        losses.append(trainer.compute_loss(trainer.model, batch_of(blocks)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def trained(tmp_path: Path, teacher: Any, blocks: Any, **options: Any) -> dict[str, torch.Tensor]:
     trainer = trainer_of(tmp_path, teacher, blocks, **options)
     with warnings.catch_warnings():

@@ -216,6 +216,23 @@ def test_cuts_while_training_need_a_length_or_a_rhythm() -> None:
     assert recover(model, tiny_tokenizer(), tiny_model("llama"), clock, callbacks=[callback], **options).plan
 
 
+def test_a_cut_reads_its_sources_with_the_recoverys_tokenizer() -> None:
+    config = config_of("wanda-sp", calibration={"sources": text(60, "other")})
+    callback = AdaPrunerCallback(config, at=(0.0, 0.5), data="calibration")
+    student, dense = tiny_model("llama"), tiny_model("llama")
+    found = recover(student, tiny_tokenizer(), dense, short(tokens=2000), sources=text(), callbacks=[callback])
+    assert found.plan == callback.plan and len(callback.done) == 2
+
+
+def test_hidden_states_of_all_layers_need_all_layers() -> None:
+    config = config_of("magnitude", units=("layer",), importance={"metrics": {"block_influence": 1.0}},
+                       allocation={"method": "global"})  # fmt: skip
+    asked = short(hidden_weight=1.0, hidden_layers="all")
+    with pytest.raises(ConfigError, match="`hidden_layers='all'` compares layer by layer"):
+        recover(tiny_model("llama"), tiny_tokenizer(), tiny_model("llama"), asked, sources=text(),
+                callbacks=[AdaPrunerCallback(config, at=(0.0,))])  # fmt: skip
+
+
 def test_frozen_embeddings_stay() -> None:
     model = pruned().model
     before = weights(model)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from conftest import logits_of, tiny_model, tokens
+from conftest import MIXTURES, logits_of, tiny_model, tokens
 from plans import plan_of_kind
 from trainings import LENGTH, Rows, Timed, progressive, pruning_config, training, weights
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
@@ -118,6 +118,46 @@ def test_resumed_equals_uninterrupted(finished: Trainer, tmp_path: Path, step: i
     same(again.model, finished.model)
     assert [cut["step"] for cut in cuts_of(again)] == [0, 3, 6]
     assert again.model.config.to_dict()["per_layer_config"] == finished.model.config.to_dict()["per_layer_config"]
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_family_with_names_of_its_own_resumes(tmp_path: Path, step: int) -> None:
+    """gpt2 says `n_layer`, which a Trainer that reads a checkpoint's config as one of no family does not know."""
+    small = pruning_config(pruning_ratio=0.2)
+    whole = training(tmp_path, progressive(config=small), tiny_model("gpt2"))
+    whole.train()
+    again = training(tmp_path, progressive(config=small), tiny_model("gpt2"))
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    same(again.model, whole.model)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}").config.n_layer == 3
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_mixture_is_not_resumed_and_told_why(mixture: str, tmp_path: Path) -> None:
+    config = pruning_config(pruning_ratio=0.1, units=("kv_group",))
+    training(tmp_path, progressive(config=config), tiny_model(mixture)).train()
+    again = training(tmp_path, progressive(config=config), tiny_model(mixture))
+    with pytest.raises(CheckpointError, match=r"calls weights by other names than the model.*Begin a new run from"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_was_cut_so_far_is_not_asked_for_again(adapted: bool, tmp_path: Path) -> None:
+    """After 55 per cent the checkpoint's own model has no 55 per cent left to give."""
+    large = pruning_config(pruning_ratio=0.55)
+    whole = training(tmp_path, progressive(config=large), lora_model() if adapted else None)
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-7"
+    own = AutoModelForCausalLM.from_pretrained(checkpoint / "base" if adapted else checkpoint)
+    if adapted:
+        peft = pytest.importorskip("peft")
+        own = peft.PeftModel.from_pretrained(own, checkpoint, is_trainable=True)
+    again = training(tmp_path, progressive(config=large), own)
+    with pytest.raises(BudgetError, match=r"may go .* were asked for"):
+        again.train()  # a run of its own
+    again = training(tmp_path, progressive(config=large), own)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    same(again.model, whole.model)
 
 
 def test_resuming_with_the_checkpoints_own_model_is_the_same(finished: Trainer, tmp_path: Path) -> None:
@@ -677,6 +717,33 @@ def test_lora_of_experts_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedModelError, match="target_parameters"):
         training(tmp_path, progressive(), model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # read by peft
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_factors_made_of_the_weights_open_as_they_were_trained(way: str, tmp_path: Path) -> None:
+    """The base that is saved lacks what they took out of it, and is not to lose it again."""
+    peft = pytest.importorskip("peft")
+    own = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=way, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model("llama"), own)
+    training(tmp_path, progressive(), model).train()
+    expected = logits_of(model.eval(), tokens())
+    model.save_pretrained(tmp_path / "mine")
+    for place in (tmp_path / "checkpoint-10", tmp_path / "mine"):
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(place).eval()
+        assert torch.allclose(logits_of(again, tokens()), expected, atol=1e-5), place.name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"trainable_token_indices": [5]}, {"alora_invocation_tokens": [5]}, {"layer_replication": [[0, 2], [1, 3]]}],
+    ids=lambda given: next(iter(given)),
+)  # fmt: skip
+def test_lora_that_cannot_be_merged_or_saved_is_refused(given: dict, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    own = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **given)
+    with pytest.raises(UnsupportedModelError, match=next(iter(given))):
+        training(tmp_path, progressive(), peft.get_peft_model(tiny_model("qwen2"), own))
 
 
 def test_lora_of_another_size_is_refused_with_the_way_out(tmp_path: Path) -> None:
