@@ -127,7 +127,7 @@ def test_a_generation_config_of_the_models_own_is_saved_and_not_in_the_way(name:
         ("generation_config", {"note": object()}),
         ("config", {"temperature": 0.7}),
     ],
-    ids=str,
+    ids=["temperature", "early stopping", "no JSON", "temperature in the config"],
 )
 def test_configs_that_transformers_does_not_save_are_told_before_any_text_is_read(
     where: str, changes: dict, tmp_path: Path
