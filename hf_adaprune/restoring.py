@@ -84,8 +84,7 @@ class Restorer:
         if biases:
             _give_biases(cut, biases)
         missing = [name for name, _ in cut.model.named_parameters() if name.startswith(layers) and name not in known]
-        renamed = [name for name in incoming if name.startswith(layers) and not _is_known(name, like)]
-        if whole and missing and renamed:
+        if whole and missing and (renamed := _unknown(incoming, like, layers)):
             raise CheckpointError(
                 f"the checkpoint calls weights by other names than the model ({renamed[0]}, ...), as transformers does "
                 "with mixtures of experts, whose checkpoints no Trainer resumes. Begin a new run from "
@@ -203,10 +202,11 @@ def _site_of(
     return SitePlan(site.groups, site.group_size, kept)
 
 
-def _is_known(name: str, dense: ModelSites) -> bool:
-    """Whether the dense model has a weight of that name, or a matrix that a repair gives a bias of that name."""
+def _unknown(incoming: Iterable[str], dense: ModelSites, layers: str) -> list[str]:
+    """Names in layers that are no weight of the dense model, nor a bias that a repair gives to one."""
     own = {name for name, _ in dense.model.named_parameters()} | {name for name, _ in dense.model.named_buffers()}
-    return name in own or name.removesuffix("bias") + "weight" in own
+    named = [name for name in incoming if name.startswith(layers) and name not in own]
+    return [name for name in named if name.removesuffix("bias") + "weight" not in own]
 
 
 def _added_biases(dense: ModelSites, incoming: Mapping[str, torch.Size]) -> dict[int, list[str]]:

@@ -167,6 +167,7 @@ class AdaPrunerCallback(TrainerCallback):
             check_search(self.config)
             check_selection(self.config)
         tell_unread_fields(self.config)
+        self._out_of_reach = None  # of another Trainer
         try:
             check_reach(sites, self.config, Costs.of(sites, self.config))
         except BudgetError as error:

@@ -155,9 +155,14 @@ def test_what_was_cut_so_far_is_not_asked_for_again(adapted: bool, tmp_path: Pat
     again = training(tmp_path, progressive(config=large), own)
     with pytest.raises(BudgetError, match=r"may go .* were asked for"):
         again.train()  # a run of its own
-    again = training(tmp_path, progressive(config=large), own)
+    callback = progressive(config=large)
+    again = training(tmp_path, callback, own)
     again.train(resume_from_checkpoint=str(checkpoint))
     same(again.model, whole.model)
+    # What one Trainer's model lacked says nothing of the next one's.
+    other = training(tmp_path / "other", callback, tiny_model("llama"))
+    other.train()
+    assert cuts_of(other)[-1]["pruning/ratio"] == pytest.approx(0.55, abs=0.03)
 
 
 def test_resuming_with_the_checkpoints_own_model_is_the_same(finished: Trainer, tmp_path: Path) -> None:
