@@ -80,8 +80,8 @@ class Experiment:
         name (`str`): of the experiment, of its results file and of its table.
         varies (`str`): what differs between the lines.
         cases (`tuple[Case, ...]` or `tuple[Shape, ...]`): the lines.
-        measures (`tuple[str, ...]`): `perplexity` of report text, `tasks` (multiple choice, first seed only), `speed`,
-            `cost` (seconds and peak memory of every stop), `computed` (what an estimate says, nothing is run).
+        measures (`tuple[str, ...]`): `perplexity` of report text, `tasks` (multiple choice, the first rows of every
+            file, first seed only), `all tasks` (all rows), `speed`, `cost` (seconds and peak memory of every stop), `computed` (what an estimate says, nothing is run).
         seeds (`tuple[int, ...]`, *optional*): of every case that names none.
         matrix (`bool`, *optional*): report text of every calibration domain, held out of it, instead of report text.
     """
@@ -250,10 +250,29 @@ def _computed() -> tuple[Case, ...]:
     return tuple(lines)
 
 
+def _questions() -> tuple[Case, ...]:
+    # What 500 questions cannot tell apart; the two peers that they put first, and what is to be ahead of them.
+    slow: dict[str, Any] = {"repair": {"schedule": "sequential"}}
+    lines = [
+        line
+        for ratio in (0.2, 0.3)
+        for line in (
+            Case("shortgpt", ratio, "shortgpt"),
+            Case("flap", ratio, "flap"),
+            Case("default", ratio),
+            Case("search", ratio, searches=(EVERYTHING,)),
+            Case("default, sequential repair", ratio, changes=slow),
+            Case("search, sequential repair", ratio, changes=slow, searches=(EVERYTHING,)),
+        )
+    ]
+    return (DENSE, *lines)
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     one.name: one
     for one in (
         Experiment("quality", "recipes, search and peers by pruning ratio", _quality(), ("perplexity", "tasks")),
+        Experiment("questions", "all rows of the tasks", _questions(), ("all tasks",), (0,)),
         Experiment("searched", "what a search may vary: calibration, metrics, jointly or apart", _searched()),
         Experiment("repair", "how the kept matrices are repaired", _repairs()),
         Experiment("allocation", "how the budget is shared by the layers", _allocations()),

@@ -373,14 +373,15 @@ def _results(model: Any, row: Row, setting: Setting, matrix: bool) -> dict[str, 
     if "perplexity" in row.measures:
         for name, blocks in setting.report(matrix).items():
             found[name] = {"perplexity": _plain(perplexity(model, blocks))}
-    if "tasks" in row.measures:
-        for name, questions in setting.texts.rows.items():
+    if {"tasks", "all tasks"} & set(row.measures):
+        rows_of, limit = setting.questions(row.measures)
+        for name, questions in rows_of.items():
             measured = multiple_choice(model, setting.tokenizer, questions)
             found[name] = {key: _plain(value) for key, value in measured.items()}
         if setting.texts.tasks:
             from .tasks import run_named
 
-            named = run_named(model, setting.tokenizer, setting.texts.tasks, setting.scale.task_rows)
+            named = run_named(model, setting.tokenizer, setting.texts.tasks, limit)
             found |= {task: {key: _plain(value) for key, value in own.items()} for task, own in named.items()}
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_adaprune import PruningConfig, find_sites
+from hf_adaprune.choices import ChoiceRow
 from hf_adaprune.measures import Measure
 from hf_adaprune.recording import collect_statistics
 from hf_adaprune.search_checks import search_needs
@@ -97,6 +98,12 @@ class Setting:
         texts = self.matrix if matrix else self.texts
         return texts.windows(self.tokenizer, self.scale.report_tokens, self.scale.report_window)
 
+    def questions(self, measures: Sequence[str]) -> tuple[dict[str, tuple[ChoiceRow, ...]], int | None]:
+        """Multiple-choice rows by name, and how many of each of lm-eval's tasks; `None` is all."""
+        if "all tasks" in measures:
+            return self.texts.all_rows, None
+        return self.texts.rows, self.scale.task_rows
+
     def protocol(self, measures: Sequence[str], matrix: bool) -> dict[str, Any]:
         """What rows have to share to stand in one table."""
         if {"cost", "computed"} & set(measures):  # of models of their own
@@ -108,10 +115,11 @@ class Setting:
             report = self.report(matrix)
             said["report"] = {name: [blocks.tokens, blocks.digest[:16]] for name, blocks in report.items()}
             said["report_window"] = self.scale.report_window
-        if "tasks" in measures:
-            said["rows"] = {name: [len(rows), rows_digest(rows)] for name, rows in self.texts.rows.items()}
+        if {"tasks", "all tasks"} & set(measures):
+            rows_of, limit = self.questions(measures)
+            said["rows"] = {name: [len(rows), rows_digest(rows)] for name, rows in rows_of.items()}
             said["tasks"] = list(self.texts.tasks)
-            said["task_rows"] = self.scale.task_rows
+            said["task_rows"] = limit
         return said
 
 

@@ -68,9 +68,9 @@ def smoke_setting() -> Setting:
     model = LlamaForCausalLM(config).eval()
     rows = tuple(
         ChoiceRow(str(number), "sums", f"{number} + 1 =", (str(number), str(number + 1), "none"), 1)
-        for number in range(SMOKE.task_rows)
+        for number in range(SMOKE.task_rows + 1)
     )
-    texts = Texts((prose, code), (selection,), (report,), {"sums": rows})
+    texts = Texts((prose, code), (selection,), (report,), {"sums": rows[:-1]}, {"sums": rows})
     return Setting("tiny random Llama", model, tokenizer_of(code), texts, SMOKE)
 
 

@@ -35,7 +35,7 @@ metric_list:
 """
 
 
-def run_named(model: Any, tokenizer: Any, names: Sequence[str], limit: int) -> dict[str, dict[str, Measurement]]:
+def run_named(model: Any, tokenizer: Any, names: Sequence[str], limit: int | None) -> dict[str, dict[str, Measurement]]:
     """`acc` and `acc_norm` of the first rows of tasks that lm-eval fetches by name.
 
     Raises:

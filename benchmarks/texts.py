@@ -81,7 +81,8 @@ class Texts:
 
     Args:
         calibration, selection, report (`tuple[TextSource, ...]`): by role.
-        rows (`dict[str, tuple[ChoiceRow, ...]]`): multiple-choice rows by name.
+        rows (`dict[str, tuple[ChoiceRow, ...]]`): the first multiple-choice rows of every file, by name.
+        all_rows (`dict[str, tuple[ChoiceRow, ...]]`): all of them.
         tasks (`tuple[str, ...]`): tasks that lm-eval fetches.
     """
 
@@ -89,6 +90,7 @@ class Texts:
     selection: tuple[TextSource, ...]
     report: tuple[TextSource, ...]
     rows: dict[str, tuple[ChoiceRow, ...]] = field(default_factory=dict)
+    all_rows: dict[str, tuple[ChoiceRow, ...]] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def read(sources: Sources, tokenizer: Any, characters: int = CHARACTERS, task_ro
         sources ([`Sources`]): their names.
         tokenizer: whose chat template renders rows of messages.
         characters (`int`, *optional*): at most so many per source.
-        task_rows (`int`, *optional*): the first so many rows of every file.
+        task_rows (`int`, *optional*): the first so many rows of every file are [`Texts.rows`].
 
     Raises:
         CalibrationError: a text is missing or two roles share text.
@@ -141,9 +143,9 @@ def read(sources: Sources, tokenizer: Any, characters: int = CHARACTERS, task_ro
     # Results are kept by name: report texts, files of rows, and the tasks of lm-eval, which are asked for by theirs.
     named = [*tasks, *(documents.name for documents in report), *(Path(file).stem for file in files)]
     names = distinct_names(named)[len(tasks) :]
-    asked = (tuple(read_rows(file)[:task_rows]) for file in files)
-    rows = dict(zip(names[len(report) :], asked, strict=True))
-    return Texts(_named(calibration), _named(selection), _named(report, names[: len(report)]), rows, tasks)
+    all_rows = dict(zip(names[len(report) :], (tuple(read_rows(file)) for file in files), strict=True))
+    rows = {name: own[:task_rows] for name, own in all_rows.items()}
+    return Texts(_named(calibration), _named(selection), _named(report, names[: len(report)]), rows, all_rows, tasks)
 
 
 def _named(read: Sequence[Documents], names: Sequence[str] | None = None) -> tuple[TextSource, ...]:
