@@ -81,7 +81,8 @@ class Experiment:
         varies (`str`): what differs between the lines.
         cases (`tuple[Case, ...]` or `tuple[Shape, ...]`): the lines.
         measures (`tuple[str, ...]`): `perplexity` of report text, `tasks` (multiple choice, the first rows of every
-            file, first seed only), `all tasks` (all rows), `speed`, `cost` (seconds and peak memory of every stop), `computed` (what an estimate says, nothing is run).
+            file, first seed only), `all tasks` (all rows), `speed`, `cost` (seconds and peak memory of every stop),
+            `computed` (what an estimate says, nothing is run).
         seeds (`tuple[int, ...]`, *optional*): of every case that names none.
         matrix (`bool`, *optional*): report text of every calibration domain, held out of it, instead of report text.
     """
