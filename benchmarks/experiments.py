@@ -252,20 +252,14 @@ def _computed() -> tuple[Case, ...]:
 
 
 def _questions() -> tuple[Case, ...]:
-    # What 500 questions cannot tell apart; the two peers that they put first, and what is to be ahead of them.
+    # What 500 questions cannot tell apart: the two peers that they put first, and what is to be ahead of them.
     slow: dict[str, Any] = {"repair": {"schedule": "sequential"}}
-    lines = [
-        line
-        for ratio in (0.2, 0.3)
-        for line in (
-            Case("shortgpt", ratio, "shortgpt"),
-            Case("flap", ratio, "flap"),
-            Case("default", ratio),
-            Case("search", ratio, searches=(EVERYTHING,)),
-            Case("default, sequential repair", ratio, changes=slow),
-            Case("search, sequential repair", ratio, changes=slow, searches=(EVERYTHING,)),
-        )
-    ]
+    lines: list[Case] = []
+    for ratio in (0.2, 0.3):
+        lines += [Case(name, ratio, name) for name in ("shortgpt", "flap", "default")]
+        lines.append(Case("search", ratio, searches=(EVERYTHING,)))
+    lines.append(Case("default, sequential repair", 0.2, changes=slow))
+    lines.append(Case("search, sequential repair", 0.2, changes=slow, searches=(EVERYTHING,)))
     return (DENSE, *lines)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .surgery import restore_values
 from .whole_files import write_whole
 
 __all__ = ["base_of", "is_peft", "merged", "name_without_adapters", "save_base"]
@@ -45,17 +46,38 @@ def name_without_adapters(name: str) -> str:
 def merged(model: Any) -> Iterator[None]:
     """LoRA lies inside the weights for the time of a `with`: statistics and repairs see what the model computes.
 
+    Weights that stay what they are meanwhile come back to the bit. Subtraction alone would not do: in half precision
+    adding the factors rounds, and the frozen weights would drift with every cut.
+
     Args:
         model (`nn.Module`): with adapters or without.
     """
     if not is_peft(model):
         yield
         return
+    before = {name: weight.detach().clone() for name, weight in _adapted(model)}
     model.merge_adapter()
+    # Whatever holds other values later has another tensor or another version; this one keeps its place taken.
+    inside = {name: (weight.detach(), weight._version) for name, weight in _adapted(model)}
     try:
         yield
     finally:
+        same = [
+            name for name, weight in _adapted(model)
+            if name in inside and weight.data_ptr() == inside[name][0].data_ptr()
+            and weight.shape == inside[name][0].shape and weight._version == inside[name][1]
+        ]  # fmt: skip
         model.unmerge_adapter()
+        now = dict(_adapted(model))
+        for name in same:
+            restore_values(now[name], before[name])
+
+
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    """Weights that have factors beside them, by name."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".base_layer.weight"):
+            yield name, parameter
 
 
 def _base_state(base: Any) -> dict[str, Any]:

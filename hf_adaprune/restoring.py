@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from .architectures import Architecture
 from .errors import AdaPruneError, CheckpointError
 from .model_config import update_config
+from .optimizer_state import OptimizerFollower
 from .plan import PruningPlan, SitePlan
 from .site import Matrix, Site
 from .sites import ModelSites, find_sites
@@ -36,18 +38,33 @@ class Restorer:
         model (`PreTrainedModel`): the model as training begins.
         architecture ([`Architecture`], *optional*): of a family that is not built in.
         known (`Callable`): plans of checkpoints there are, relative to this model.
+        optimizer (`Optimizer`, *optional*): made by the user before the model takes its new structure. What leaves the
+            model leaves it, too, and what comes is added, so that it takes the checkpoint's state.
     """
 
     def __init__(
-        self, model: Any, architecture: Architecture | None, known: Callable[[], Iterable[PruningPlan]]
+        self,
+        model: Any,
+        architecture: Architecture | None,
+        known: Callable[[], Iterable[PruningPlan]],
+        optimizer: Any = None,
     ) -> None:
-        self.architecture, self.known = architecture, known
+        self.architecture, self.known, self.optimizer = architecture, known, optimizer
+        self._model = weakref.ref(model)
         self.config = copy.deepcopy(model.config)
         self.handle = model.register_load_state_dict_pre_hook(self._before_load)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Restorer:
         """The same: a copy of the model must not copy the callback behind `known`, and the Trainer behind that."""
         return self
+
+    def watches(self, model: Any) -> bool:
+        """Whether it is this very model, and no copy of it.
+
+        Args:
+            model (`PreTrainedModel`): to compare.
+        """
+        return self._model() is model
 
     def close(self) -> None:
         """Take the hook away."""
@@ -97,7 +114,12 @@ class Restorer:
                 "the first run, or build the Trainer with AutoModelForCausalLM.from_pretrained(CHECKPOINT)."
             )
         logger.info("the checkpoint has other sizes than the model, which takes them on.")
+        follower = None
+        if self.optimizer is not None and self.watches(model):
+            follower = OptimizerFollower(self.optimizer, model)
         take_structure(sites, cut)
+        if follower is not None:
+            follower.finish()
 
     def _plan_of(
         self, dense: ModelSites, known: Mapping[str, torch.Size], incoming: Mapping[str, torch.Size]

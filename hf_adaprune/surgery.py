@@ -223,6 +223,17 @@ def _put(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     parameter.data = tensor
 
 
+def restore_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Give a parameter the values back that it had before; it stays the same object, in the same place.
+
+    Args:
+        parameter (`nn.Parameter`): whose shape has not changed.
+        values (`torch.Tensor`): of its shape and dtype.
+    """
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
 def _assign(matrix: Matrix, weight: torch.Tensor) -> None:
     parameter = matrix.parameter
     stored = weight.T if matrix.transposed else weight

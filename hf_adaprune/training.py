@@ -157,7 +157,9 @@ class AdaPrunerCallback(TrainerCallback):
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Refuse what cannot be pruned, and let checkpoints of other sizes be loaded."""
         base = base_of(model)
         check_engine(args, model, base, self.schedule.mode)
@@ -176,9 +178,13 @@ class AdaPrunerCallback(TrainerCallback):
                 raise
             self._out_of_reach = error
         self._folder = args.output_dir
+        self._watch(base, optimizer)
+
+    def _watch(self, base: Any, optimizer: Any) -> None:
+        """Let the model load checkpoints of other sizes, and an optimizer of the user's own follow it there."""
         if self._restorer is not None:
             self._restorer.close()
-        self._restorer = Restorer(base, sites.architecture, self._known_plans)
+        self._restorer = Restorer(base, self._cuts.sites(base).architecture, self._known_plans, optimizer)
 
     def on_train_begin(
         self,
@@ -198,6 +204,15 @@ class AdaPrunerCallback(TrainerCallback):
             name = type(self).__name__
             raise ConfigError(f"this Trainer has {name} twice. Leave one of them; its schedule may have many cuts.")
         _running[base] = (weakref.ref(state), self)
+        if self._restorer is not None and not self._restorer.watches(base):
+            # `model_init` made another one since: when a run resumes, the Trainer loads its checkpoint into such a
+            # model before any event, so that nobody can give it the sizes.
+            self._watch(base, None)
+            if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and state.global_step == 0:
+                logger.warning(
+                    "a Trainer with `model_init` cannot resume from checkpoints after a cut. Give it `model` for a run "
+                    "that may have to; a run that began with model_init goes on with model=model_init()."
+                )
         self._cuts.workers = processes()
         if self._cuts.workers.count > 1:
             check_masked(self.config, self.schedule.mode, args, model)

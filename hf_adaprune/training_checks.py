@@ -81,11 +81,26 @@ def check_engine(args: Any, model: Any, base: Any, mode: str) -> None:
                     f"adapters with `{name}` cannot be cut with their weights: they cannot be merged, or their base is "
                     "no model of its own. Leave it out of the LoraConfig."
                 )
+        if getattr(tuner, "lora_bias", False):
+            bare = _without_bias(model)
+            if bare:
+                raise UnsupportedModelError(
+                    f"`lora_bias` cannot be merged into {bare}, which has no bias, and a cut merges the factors while "
+                    "it measures. Leave it out of the LoraConfig."
+                )
     if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
         raise UnsupportedModelError(
             "LoRA factors of whole parameters, such as those of experts, cannot be cut with them. Name the attention's "
             "projections in `target_modules`, and leave `target_parameters` and 'all-linear' out."
         )
+
+
+def _without_bias(model: Any) -> str:
+    """The first matrix with factors that has no bias."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and getattr(module.get_base_layer(), "bias", None) is None:
+            return str(name)
+    return ""
 
 
 def check_masked(config: PruningConfig, mode: str, args: Any, model: Any) -> None:

@@ -96,7 +96,7 @@ def test_every_experiment_runs_in_small(smoke: Path, name: str) -> None:
             values = [own[key]["value"] for key in own]
             assert values and all(value == value and value >= 0 for value in values)
         assert ("speed" in row) == ("speed" in kinds) and ("cost" in row) == ("cost" in kinds)
-        assert row.get("results") or not {"perplexity", "tasks"} & set(kinds)
+        assert row.get("results") or not {"perplexity", "tasks", "all tasks"} & set(kinds)
         # Whole layers and coarse multiples of a tiny model are large steps.
         if row["ratio"] and name != "speed" and row["label"] != "shortgpt":
             assert abs(row["pruning_ratio"] - row["ratio"]) < 0.02
@@ -104,6 +104,16 @@ def test_every_experiment_runs_in_small(smoke: Path, name: str) -> None:
     labels = {row["label"] for row in data["rows"]}
     if name not in ("cost", "computed_cost"):
         assert {case.label for case in EXPERIMENTS[name].cases} <= labels
+
+
+def test_all_questions_are_more_than_the_first_ones(smoke: Path, setting: Any) -> None:
+    counts = {
+        name: {own[key]["samples"] for row in rows_in(smoke, name) if row["seed"] == 0 and row["status"] == "done"
+               for task, own in row["results"].items() if task == "sums" for key in own}
+        for name in ("quality", "questions")
+    }  # fmt: skip
+    whole, first = len(setting.texts.all_rows["sums"]), len(setting.texts.rows["sums"])
+    assert counts == {"quality": {first}, "questions": {whole}} and whole > first
 
 
 def test_the_matrix_has_every_domain_both_ways(smoke: Path) -> None:

@@ -17,9 +17,10 @@ from accelerate.utils import DistributedType
 from conftest import MIXTURES, logits_of, tiny_model, tokens
 from plans import plan_of_kind
 from trainings import LENGTH, Rows, Timed, progressive, pruning_config, training, weights
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_adaprune import AdaPrunerCallback, PruningConfig
+from hf_adaprune.adapters import merged
 from hf_adaprune.cut_schedule import CutSchedule
 from hf_adaprune.errors import (
     AdaPruneError,
@@ -560,6 +561,60 @@ def test_every_source_has_a_window_with_gradients_at_every_cut(tmp_path: Path) -
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("kind", ["biases", "layers"])
+def test_an_optimizer_of_the_users_own_resumes_after_cuts_that_change_the_parameters(
+    tmp_path: Path, kind: str, grouped: bool
+) -> None:
+    changes: dict[str, Any] = {
+        "biases": {"repair": {"method": "bias", "min_tokens_per_column": 0}},
+        "layers": {"units": ("layer",), "allocation": {"method": "global"}, "pruning_ratio": 0.5},
+    }[kind]
+
+    def made(folder: Path) -> Trainer:
+        model = tiny_model("llama", num_hidden_layers=4)
+        groups: Any = list(model.parameters())
+        if grouped:
+            matrices = [parameter for parameter in groups if parameter.dim() > 1]
+            vectors = [parameter for parameter in groups if parameter.dim() <= 1]
+            groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+        callback = progressive(config=pruning_config(**changes))
+        args = TrainingArguments(
+            str(folder), per_device_train_batch_size=4, max_steps=10, save_steps=1, learning_rate=1e-3, report_to=[],
+            use_cpu=True, disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        return Trainer(model, args, train_dataset=Rows(), callbacks=[callback], optimizers=(optimizer, None))
+
+    whole = made(tmp_path)
+    count = len(list(whole.model.parameters()))
+    whole.train()
+    assert len(list(whole.model.parameters())) != count
+    for step in (2, 5, 8):
+        again = made(tmp_path)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        same(whole.model, again.model)
+
+
+def test_a_best_model_of_another_size_comes_back_where_model_init_made_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=10, save_steps=1, eval_steps=1, eval_strategy="steps",
+        learning_rate=1.0, report_to=[], use_cpu=True, disable_tqdm=True, load_best_model_at_end=True,
+    )  # fmt: skip
+    callback = progressive(at=(0.5,), reset_best=False)
+    trainer = Trainer(
+        args=args, model_init=lambda: tiny_model("llama"), train_dataset=Rows(), eval_dataset=Rows(),
+        callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None and int(best.rpartition("-")[2]) < 5
+    assert trainer.model.config.intermediate_size == tiny_model("llama").config.intermediate_size
+    assert "cannot resume" in caplog.text
+
+
 def lora_model() -> Any:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -690,6 +745,51 @@ def test_biases_of_a_repair_are_frozen_as_their_weights_are(tmp_path: Path) -> N
     again = training(tmp_path / "run", progressive(config=config), model)
     again.train(resume_from_checkpoint=str(place))
     same(again.model, trainer.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_frozen_weights_that_no_cut_changes_stay_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", lora_alpha=64)
+    model = peft.get_peft_model(tiny_model("llama").to(dtype), config, autocast_adapter_dtype=False)
+    before = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("base_layer.weight")}
+    trained = progressive(config=pruning_config(units=("channel",), repair={"method": "none"}))
+    training(tmp_path, trained, model, save_strategy="no", learning_rate=0.05, bf16=False).train()
+    after = model.state_dict()
+    factors = [after[name.replace("base_layer.weight", "lora_B.default.weight")] for name in before]
+    assert all(factor.abs().max() > 0.01 for factor in factors)  # so that adding and subtracting them rounds
+    whole = [name for name in before if "self_attn" in name]
+    assert whole and all(torch.equal(before[name], after[name]) for name in whole)
+    assert any(before[name].shape != after[name].shape for name in before)
+
+
+def test_a_weight_that_is_changed_inside_keeps_its_new_values() -> None:
+    model = lora_model()
+    modules = [module for _, module in model.named_modules() if hasattr(module, "lora_A")]
+    for module in modules:
+        torch.nn.init.normal_(module.lora_B["default"].weight)
+    before = [module.base_layer.weight.detach().clone() for module in modules]
+    with merged(model), torch.no_grad():
+        modules[0].base_layer.weight.add_(1.0)
+        modules[1].base_layer.weight.data = modules[1].base_layer.weight.data + 2.0
+    after = [module.base_layer.weight for module in modules]
+    assert torch.allclose(after[0], before[0] + 1.0, atol=1e-5)
+    assert torch.allclose(after[1], before[1] + 2.0, atol=1e-5)
+    assert all(torch.equal(now, then) for now, then in zip(after[2:], before[2:], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_lora_with_biases_of_layers_without_one_is_refused_at_once(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    for family, refused in (("llama", True), ("qwen2", False)):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(tiny_model(family), config)
+        if refused:
+            with pytest.raises(UnsupportedModelError, match="lora_bias"):
+                training(tmp_path, progressive(), model)
+        else:
+            training(tmp_path, progressive(), model, save_strategy="no").train()
 
 
 def test_lora_around_matrices_that_are_stored_transposed(tmp_path: Path) -> None:
