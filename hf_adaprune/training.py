@@ -60,8 +60,9 @@ class AdaPrunerCallback(TrainerCallback):
     On one process shapes change in flight: moments of the optimizer are cut with their parameters, schedule, gradient
     accumulation, gradient checkpointing and mixed precision go on. Under DDP the units are masked and the model is cut
     when training ends; FSDP and DeepSpeed are refused. A run that is resumed at any step ends with the weights of one
-    that was not interrupted. What it did is in `state.log_history`, in `pruning_config.json` and `pruning_plan.json` of
-    every checkpoint and, at the end, of `output_dir`.
+    that was not interrupted (a Trainer with `model_init` cannot resume after a cut: it loads the checkpoint before any
+    event, into a model that nobody else has seen). What it did is in `state.log_history`, in `pruning_config.json` and
+    `pruning_plan.json` of every checkpoint and, at the end, of `output_dir`.
 
     Args:
         config ([`PruningConfig`], `dict` or `str`, *optional*): what to prune and how, a config or the name of a
