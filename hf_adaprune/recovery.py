@@ -37,11 +37,11 @@ from .recovery_training import train
 from .run_artefacts import kept_blocks
 from .run_facts import bytes_digest, config_facts, text_digests, tokenizer_digest
 from .run_folder import RunFolder, once_noted, open_run
-from .saving import PLAN_NAME
 from .sites import find_sites, uncompiled
 from .teacher_cache import vocabulary_of
 from .token_blocks import TokenBlocks
 from .training import AdaPrunerCallback
+from .training_files import plan_in
 from .workers import Alone
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def _found(model: Any, pruning: Any) -> tuple[dict[str, Any], PruningPlan | None
         data = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder / CONFIG_NAME} cannot be read: {error}. Is the copy complete?") from error
-    return data, PruningPlan.load(folder / PLAN_NAME) if (folder / PLAN_NAME).is_file() else None
+    return data, plan_in(folder)
 
 
 def _load_teacher(teacher: Any, model: Any) -> Any:

@@ -7,24 +7,22 @@ are masked until the end, and cut then: a wrapped model cannot change its shapes
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from .adapters import base_of, is_peft, save_base
+from .adapters import base_of, is_peft
 from .allocation_checks import tell_unread_fields
-from .card import model_card
-from .config import CONFIG_NAME, PruningConfig
+from .config import PruningConfig
 from .costs import Costs
 from .cut_schedule import CutSchedule
 from .errors import BudgetError, CheckpointError, ConfigError
 from .fields import check_whole
-from .model_config import MODEL_TAGS, PROVENANCE_KEY, name_layers
+from .model_config import MODEL_TAGS, PROVENANCE_KEY
 from .parallel import processes
 from .plan import PruningPlan
 from .public import base_model_name
@@ -35,7 +33,7 @@ from .selection import check_selection
 from .stages import check_weights, even_plan
 from .training_checks import check_config, check_engine, check_masked, has_budget
 from .training_cuts import Cuts
-from .whole_files import write_whole
+from .training_files import known_plans, leave_result, plan_in, saves, tokenizer_of, write_checkpoint, write_record
 
 if TYPE_CHECKING:
     from .architectures import Architecture
@@ -44,7 +42,6 @@ __all__ = ["AdaPrunerCallback"]
 
 logger = logging.getLogger(__name__)
 
-PLAN_NAME = "pruning_plan.json"
 # In the trainer's state. The name of the class would have transformers make a callback of default arguments from it,
 # where `restore_callback_states_from_checkpoint` is set.
 STATE_NAME = "hf_adaprune"
@@ -185,7 +182,8 @@ class AdaPrunerCallback(TrainerCallback):
         """Let the model load checkpoints of other sizes, and an optimizer of the user's own follow it there."""
         if self._restorer is not None:
             self._restorer.close()
-        self._restorer = Restorer(base, self._cuts.sites(base).architecture, self._known_plans, optimizer)
+        architecture = self._cuts.sites(base).architecture
+        self._restorer = Restorer(base, architecture, lambda: known_plans(Path(self._folder)), optimizer)
 
     def on_train_begin(
         self,
@@ -209,7 +207,7 @@ class AdaPrunerCallback(TrainerCallback):
             # `model_init` made another one since: when a run resumes, the Trainer loads its checkpoint into such a
             # model before any event, so that nobody can give it the sizes.
             self._watch(base, None)
-            if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and state.global_step == 0:
+            if saves(args) and state.global_step == 0:
                 logger.warning(
                     "a Trainer with `model_init` cannot resume from checkpoints after a cut. Give it `model` for a run "
                     "that may have to; a run that began with model_init goes on with model=model_init()."
@@ -257,10 +255,7 @@ class AdaPrunerCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero or not folder.is_dir() or self.plan is None:
             return
-        self._write(folder, base_of(model))
-        name_layers(folder / "config.json", base_of(model).config.num_hidden_layers)
-        if is_peft(model):
-            save_base(model, folder)
+        write_checkpoint(folder, model, self.plan, self.record(model))
 
     def on_train_end(
         self,
@@ -292,25 +287,13 @@ class AdaPrunerCallback(TrainerCallback):
         _running.pop(base, None)
         if self.plan is None or not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         # What was cut after the last step is in no checkpoint of the Trainer.
-        if late or self._cuts.is_masked or str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
-            base.add_model_tags(list(MODEL_TAGS))
-            model.save_pretrained(folder)
-            tokenizer = processing_class or _tokenizer_of(kwargs.get("train_dataloader"))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        # Factors that the user saves afterwards fit nothing else.
-        if is_peft(model) and self.saves_base:
-            save_base(model, folder)
-        self._write(folder, base)
-        if is_peft(model):
-            return  # with a config beside the factors, `from_pretrained` would look for weights there
-        base.config.save_pretrained(folder)
-        if (folder / "model.safetensors").exists():
-            name = args.hub_model_id or folder.absolute().name
-            write_whole(folder / "README.md", str(model_card(folder, name)))
+        leave_result(
+            Path(args.output_dir), model, self.plan, self.record(model),
+            weights=late or self._cuts.is_masked or saves(args),
+            tokenizer=processing_class or tokenizer_of(kwargs.get("train_dataloader")),
+            with_base=self.saves_base, hub_name=args.hub_model_id,
+        )  # fmt: skip
 
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Plan and history go up with the model."""
@@ -321,7 +304,7 @@ class AdaPrunerCallback(TrainerCallback):
                     "its place on this machine. Push merge_and_unload() of the model for one that loads by its name."
                 )
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            self._write(Path(args.output_dir), base_of(model))
+            write_record(Path(args.output_dir), self.plan, self.record(model))
             base_of(model).add_model_tags(list(MODEL_TAGS))
 
     # -- the schedule -------------------------------------------------------------------------------------------------
@@ -384,7 +367,7 @@ class AdaPrunerCallback(TrainerCallback):
         """The model is that of the best checkpoint again, which may be from before a cut."""
         step = int(best.name.rpartition("-")[2])
         self.done = [cut for cut in self.done if cut.get("step", 0) <= step]
-        self._cuts.plan = PruningPlan.load(best / PLAN_NAME) if (best / PLAN_NAME).is_file() else None
+        self._cuts.plan = plan_in(best)
 
     def _cut_what_is_due(self, state: Any, model: Any, optimizer: Any, tokenizer: Any) -> bool:
         if self.schedule.mode == "at_end":
@@ -449,18 +432,3 @@ class AdaPrunerCallback(TrainerCallback):
         """What the calibration windows were, of this run or of the one that it goes on from."""
         blocks = (self._cuts.blocks or (None, None))[0]
         return self._text if blocks is None else blocks.facts()
-
-    def _write(self, folder: Path, base: Any) -> None:
-        assert self.plan is not None
-        self.plan.save(folder / PLAN_NAME)
-        write_whole(folder / CONFIG_NAME, json.dumps(self.record(base), indent=2, sort_keys=True) + "\n")
-
-    def _known_plans(self) -> Iterator[PruningPlan]:
-        for path in sorted(Path(self._folder).glob(f"checkpoint-*/{PLAN_NAME}")):
-            yield PruningPlan.load(path)
-
-
-def _tokenizer_of(dataloader: Any) -> Any:
-    """The tokenizer of a Trainer that has it in its collator alone, which is the one that its checkpoints hold."""
-    collator = getattr(dataloader, "collate_fn", None)
-    return getattr(getattr(collator, "data_collator", collator), "tokenizer", None)

@@ -119,6 +119,7 @@ ORDER = [
     "training_text",
     "training_checks",
     "training_cuts",
+    "training_files",
     "training",
     "skeleton",
     "footprint",
