@@ -34,6 +34,7 @@ __all__ = [
     "assign_units",
     "cast_parameters",
     "cut_layer",
+    "restore_values",
     "skip_sublayers",
     "take_structure",
 ]
